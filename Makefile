@@ -1,0 +1,69 @@
+# `make test` from a clean checkout needs Python 3.11 or later and nothing else: the environment, .venv, is made
+# here. Where a Python 3.12 is found, .venv312 holds the newer JAX and the Pallas tests run there too.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env env312 demo test test-gpu lint bench clean
+
+# test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
+PYTHON ?= python3
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
+on_gpu := PYTHONPATH=. XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON)
+
+# $(call find_python,CANDIDATES,CONDITION): prints the first one that really runs, can make an environment, and fits.
+find_python = for p in $(1); do \
+  if "$$p" -c 'import ensurepip, sys, venv; sys.exit(not ($(2)))' >/dev/null 2>&1; then echo "$$p"; break; fi; done
+# $(call install,VENV,CONSTRAINTS,EXTRAS): the same command again changes nothing.
+install = $(1)/bin/python $(PIP_INSTALL) --constraint $(2) setuptools && \
+  $(1)/bin/python $(PIP_INSTALL) --constraint $(2) --no-build-isolation --editable '.[$(3)]'
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: .venv/.installed env312 ## make or update the environments
+
+.venv/.installed: pyproject.toml requirements/cpu-jax-0.10.txt
+	@if ! .venv/bin/python -c '' 2>/dev/null; then \
+	  python="$$($(call find_python,python3.11 python3 python3.12 python3.13,sys.version_info >= (3$(comma) 11)))"; \
+	  if [ -z "$$python" ]; then echo "make: expected Python 3.11 or later with venv on PATH, found none" >&2; exit 1; fi; \
+	  echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
+	@echo "installing into .venv (requirements/cpu-jax-0.10.txt)"
+	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)test$(comma)bench$(comma)lint)
+	@touch $@
+
+# Never fails for want of an interpreter: the newer JAX is an addition.
+env312: .venv/.installed
+	@if .venv312/bin/python -c '' 2>/dev/null; then $(MAKE) --no-print-directory .venv312/.installed; exit; fi; \
+	python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
+	if [ -z "$$python" ]; then echo "no Python 3.12 found: the Pallas tests run under one JAX only"; exit; fi; \
+	echo "making .venv312 with $$("$$python" --version)"; "$$python" -m venv .venv312; \
+	$(MAKE) --no-print-directory .venv312/.installed
+
+.venv312/.installed: pyproject.toml requirements/cpu-jax-0.11.txt
+	@echo "installing into .venv312 (requirements/cpu-jax-0.11.txt)"
+	@$(call install,.venv312,requirements/cpu-jax-0.11.txt,pallas$(comma)test)
+	@touch $@
+
+comma := ,
+
+demo: .venv/.installed ## the same serving batches through Triton, Pallas and the oracle
+	.venv/bin/python -m oracle demo
+
+test: .venv/.installed env312 ## the whole suite on a CPU; ONLY="core triton" for some of it
+	.venv/bin/python tests/run_groups.py $(ONLY)
+
+test-gpu: ## the tests marked gpu, with PYTHON=the interpreter that holds the CUDA builds
+	$(on_gpu) tests/run_groups.py --gpu $(ONLY)
+
+lint: .venv/.installed ## ruff (rules and format) and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: ## benchmarks, with PYTHON=the interpreter that holds the CUDA builds; BENCH="options"
+	$(on_gpu) -m benchmarks.run $(BENCH)
+
+clean: ## remove reports, caches and build output; the environments stay (rm -r .venv .venv312)
+	rm -rf reports build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""Settings of every test process: one framework, an explicit mode, fixed seeds, poisoned memory.
+
+A process holds torch or jax, never both: each reserves the GPU's memory, and each reads its environment when
+it is first imported. So run one file at a time, or `make test`, which does (tests/run_groups.py).
+
+The mode is chosen, never guessed. Without `--gpu` no GPU is used: Triton files run in Triton's interpreter
+(but for names with "compile", which need its compiler), JAX on the CPU, and tests marked `gpu` are skipped.
+With `--gpu` only the marked tests run, and a missing GPU is a failure.
+"""
+
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+TORCH_FILES = ("test_triton_", "test_torch_")
+JAX_FILES = ("test_pallas_", "test_jax_")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpu", action="store_true", help="run the tests marked gpu, and only those; fail without a GPU"
+    )
+    if (
+        importlib.util.find_spec("pytest_timeout") is None
+    ):  # keep the setting known where the plugin is missing
+        parser.addini("timeout", "seconds a test (needs pytest-timeout)")
+
+
+def pytest_configure(config):
+    if config.getoption("--gpu"):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent):
+    """Sets Triton's mode before the file is imported, since Triton reads it in `@triton.jit`."""
+    name = module_path.name
+    if name.startswith(TORCH_FILES) and not parent.config.getoption("--gpu"):
+        wanted = "0" if "compile" in name else "1"
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != wanted:
+            raise pytest.UsageError(
+                f"{name} needs TRITON_INTERPRET={wanted} from the start: run it in its own process"
+            )
+        os.environ["TRITON_INTERPRET"] = wanted
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu"):
+        kept = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("gpu")])
+        items[:] = kept
+    else:
+        skip = pytest.mark.skip(reason="needs a GPU: run `make test-gpu`")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def two_frameworks() -> str | None:
+    """Returns what to say if this process has loaded both frameworks."""
+    if "torch" in sys.modules and "jax" in sys.modules:
+        return "torch and jax were both imported in this test process: run one file at a time, or `make test`"
+    return None
+
+
+def pytest_collection_finish(session):
+    if message := two_frameworks():
+        raise pytest.UsageError(message)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus in (0, 5) and (message := two_frameworks()):
+        print(f"\nERROR: {message}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def gpu_missing() -> str | None:
+    """Returns why the framework of this process has no GPU, or None if it has one."""
+    if "torch" in sys.modules:
+        return None if sys.modules["torch"].cuda.is_available() else "torch finds no CUDA GPU"
+    if "jax" in sys.modules:
+        platform = sys.modules["jax"].default_backend()
+        return None if platform == "gpu" else f"jax runs on {platform}, not on a GPU"
+    return "the test file imports neither torch nor jax"
+
+
+def pytest_runtest_setup(item):
+    if item.config.getoption("--gpu") and (reason := gpu_missing()):
+        pytest.fail(f"--gpu was asked for, but {reason}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills every fresh torch tensor with NaN (integers: their largest value) for the time of a test.
+
+    `torch.empty` often returns zeros by luck, and so hides an element that no kernel wrote. JAX needs nothing
+    of the kind: XLA has no uninitialised arrays, and Pallas' interpreter fills its own with NaN.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.set_deterministic_debug_mode(before)

@@ -1,0 +1,174 @@
+"""Runs the test suite in groups, one process a file, as many at a time as there are cores: `make test`.
+
+    python tests/run_groups.py [--gpu] [GROUP ...]
+
+A file has its own process because torch and jax must not share one, and because a crash then takes one file
+with it. Groups: core (neither framework), triton, pallas, and pallas-0.11, the Pallas files once more under
+the newer JAX of .venv312 where that environment exists. With `--gpu`, the tests marked gpu run instead: one
+process a framework, one after the other, in the interpreter that runs this script.
+
+The run fails if a process fails, if a file holds no test, or if nothing in a group was executed and passed.
+The last line gives the sums. Logs and JUnit files are left in reports/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NEWER_JAX = ".venv312/bin/python"
+LIMIT = 1200  # seconds a process; single tests have their own limit in pyproject.toml
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pytest process: the group it counts for, the interpreter, and its files."""
+
+    group: str
+    python: str
+    files: tuple[Path, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.files[0].stem}" if len(self.files) == 1 else self.group
+
+
+@dataclass
+class Outcome:
+    """What a process left: its exit code and the counts of its JUnit file."""
+
+    code: int
+    seconds: float
+    log: Path
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+def kind_of(file: Path) -> str:
+    if file.name.startswith(("test_triton_", "test_torch_")):
+        return "triton"
+    return "pallas" if file.name.startswith(("test_pallas_", "test_jax_")) else "core"
+
+
+def find_parts(root: Path, python: str, gpu: bool) -> dict[str, list[Part]]:
+    """Returns the processes of each group."""
+    files: dict[str, list[Path]] = {"pallas": [], "triton": [], "core": []}
+    for file in sorted((root / "tests").glob("test_*.py")):
+        files[kind_of(file)].append(file)
+    if gpu:
+        return {
+            kind: [Part(kind, python, tuple(files[kind]), ("--gpu",))] if files[kind] else []
+            for kind in ("triton", "pallas")
+        }
+    groups = {kind: [Part(kind, python, (file,)) for file in found] for kind, found in files.items()}
+    newer = root / NEWER_JAX
+    if newer.exists():
+        groups["pallas-0.11"] = [Part("pallas-0.11", str(newer), (file,)) for file in files["pallas"]]
+    else:
+        print(f"no {NEWER_JAX}: the Pallas tests run under one JAX only", flush=True)
+    return groups
+
+
+def run_part(part: Part, root: Path) -> Outcome:
+    reports = root / "reports"
+    junit, log = reports / f"{part.name}.xml", reports / f"{part.name}.log"
+    junit.unlink(missing_ok=True)
+    command = [
+        part.python,
+        "-m",
+        "pytest",
+        "--color=no",
+        f"--junitxml={junit}",
+        *part.options,
+        *map(str, part.files),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    begin = time.monotonic()
+    with log.open("w") as sink:
+        sink.write(f"$ {' '.join(command)}\n")
+        sink.flush()
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            sink.write(f"\nstopped after {LIMIT} s\n")
+            code = 124
+    outcome = Outcome(code, time.monotonic() - begin, log)
+    if junit.exists():
+        for case in ElementTree.parse(junit).iter("testcase"):
+            tags = {child.tag for child in case}
+            if tags & {"failure", "error"}:
+                outcome.failed += 1
+            elif "skipped" in tags:
+                outcome.skipped += 1
+            else:
+                outcome.passed += 1
+    if code != 0 and outcome.failed == 0:  # it crashed, was stopped, or found no test
+        outcome.failed = 1
+    return outcome
+
+
+def run(groups: dict[str, list[Part]], root: Path, jobs: int) -> int:
+    """Runs the groups, prints a line a process and the closing line, and returns the exit code."""
+    (root / "reports").mkdir(exist_ok=True)
+    parts = [part for group in groups.values() for part in group]
+    outcomes: dict[str, list[Outcome]] = {group: [] for group in groups}
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run_part, part, root): part for part in parts}
+        for done, future in enumerate(as_completed(running), 1):
+            part, outcome = running[future], future.result()
+            outcomes[part.group].append(outcome)
+            print(
+                f"[{done:2}/{len(parts)}] {'ok  ' if outcome.code == 0 else 'FAIL'} {part.name:44}"
+                f"{outcome.passed:5} passed {outcome.failed:3} failed {outcome.skipped:3} skipped {outcome.seconds:7.1f} s",
+                flush=True,
+            )
+            if outcome.code != 0:
+                print(outcome.log.read_text(errors="replace"), flush=True)
+
+    empty = [group for group, found in outcomes.items() if not any(outcome.passed for outcome in found)]
+    for group in empty:
+        print(f"FAIL {group}: no test ran and passed", flush=True)
+    flat = [outcome for found in outcomes.values() for outcome in found]
+    failed = sum(outcome.failed for outcome in flat)
+    failed += sum(1 for group in empty if not any(outcome.failed for outcome in outcomes[group]))
+    passed, skipped = sum(outcome.passed for outcome in flat), sum(outcome.skipped for outcome in flat)
+    print(f"total: {passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    return 1 if failed or not outcomes else 0
+
+
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="default: every group there is")
+    parser.add_argument("--gpu", action="store_true", help="the tests marked gpu, one process a framework")
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="processes at a time; default: the cores, on a GPU 1"
+    )
+    options = parser.parse_args(arguments)
+    groups = find_parts(root, sys.executable, options.gpu)
+    unknown = sorted(set(options.groups) - set(groups))
+    if unknown:
+        parser.error(f"GROUP: expected some of {sorted(groups)}, got {unknown}")
+    chosen = {name: parts for name, parts in groups.items() if not options.groups or name in options.groups}
+    return run(chosen, root, options.jobs or (1 if options.gpu else os.cpu_count() or 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
