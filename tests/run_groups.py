@@ -118,7 +118,9 @@ def run_part(part: Part, root: Path) -> Outcome:
                 outcome.skipped += 1
             else:
                 outcome.passed += 1
-    if code != 0 and outcome.failed == 0:  # it crashed, was stopped, or found no test
+    elif code == 0:
+        outcome.code = 1  # it ended before pytest did
+    if outcome.code != 0 and outcome.failed == 0:  # it crashed, was stopped, or found no test
         outcome.failed = 1
     return outcome
 
