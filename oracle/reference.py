@@ -56,7 +56,8 @@ def causal_conv1d_fn(
         values.check_fn_values(query_start_loc, cache_indices, sizes.tokens, num_slots, pad_slot_id, max_seqlen)
     rows = fn_rows(conv_states, query_start_loc, cache_indices, has_initial_state, sizes, pad_slot_id)
     sums, computed, pool = _run(_sum_float64, x, weight, bias, conv_states, rows)
-    return ConvOutput(_store(x, sums, computed, activation), pool and _like(conv_states, pool))
+    new_states = None if conv_states is None else _like(conv_states, pool)
+    return ConvOutput(_store(x, sums, computed, activation), new_states)
 
 
 def causal_conv1d_update(
@@ -80,7 +81,8 @@ def causal_conv1d_update(
         values.check_update_values(cache_indices, sizes.batch, sizes.seqlen, sizes.num_slots, pad_slot_id)
     rows = update_rows(cache_indices, sizes, pad_slot_id)
     sums, computed, pool = _run(_sum_float64, x, weight, bias, conv_states, rows)
-    return ConvOutput(_store(x, sums, computed, activation), pool and _like(conv_states, pool))
+    new_states = None if conv_states is None else _like(conv_states, pool)
+    return ConvOutput(_store(x, sums, computed, activation), new_states)
 
 
 def preactivation(op: str, arguments: dict[str, Any], order: str = "float64") -> tuple[np.ndarray, np.ndarray]:
@@ -158,10 +160,11 @@ def _run(add_up: Callable, x, weight, bias, conv_states, rows: list[Row]):
     sums = np.zeros(x_values.shape)
     computed = np.zeros(x_values.shape, dtype=bool)
     for row in rows:
-        window = np.zeros((width - 1, dim))
+        window = np.zeros((width - 1, dim))  # selected, not masked: a recycled slot may hold NaN
         if row.has_state:
             window = TypedArray(pool.dtype, pool.data[row.slot, : width - 1]).values()
-        sums[row.tokens] = add_up(np.concatenate([window, x_values[row.tokens]]), w, b)
+        with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
+            sums[row.tokens] = add_up(np.concatenate([window, x_values[row.tokens]]), w, b)
         computed[row.tokens] = True
         if pool is not None and width > 1:
             arrived = cast_bits(x_bits[row.tokens], x.dtype, pool.dtype)

@@ -1,0 +1,138 @@
+"""Arguments with their memory: a strided view on a guarded base buffer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from oracle.numerics import FORMATS, TypedArray, storage_dtype
+
+GUARD = 64  # elements before and after; a multiple of 16 bytes for every dtype, so data stay aligned
+POISON_BITS = {"float32": 0x7FC0BEEF, "float16": 0x7EEF, "bfloat16": 0x7FEF}  # quiet NaNs that are easy to spot
+
+
+@dataclass
+class Array:
+    """One argument: where its elements lie in a flat buffer, and everything around them.
+
+    An implementation on a device copies `base` as a whole and rebuilds the view from `offset`, `shape` and
+    `strides` (as in torch.as_strided); one without strides takes `data`.
+
+    Attributes:
+      dtype: dtype name; bfloat16 is stored as uint16 bits.
+      base: flat storage; what is not part of the view is NaN (floats) or a wrong but tempting index.
+      offset, shape, strides: the view, in elements.
+      sparse: the base is huge and mostly untouched zero pages; only the view can be compared.
+    """
+
+    dtype: str
+    base: np.ndarray
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    sparse: bool = False
+
+    @property
+    def data(self) -> np.ndarray:
+        """The logical array, a view of `base`."""
+        step = self.base.itemsize
+        return np.ndarray(self.shape, self.base.dtype, self.base, self.offset * step, [s * step for s in self.strides])
+
+    @property
+    def typed(self) -> TypedArray:
+        """The logical array as a contiguous copy with its dtype name."""
+        return TypedArray(self.dtype, np.ascontiguousarray(self.data))
+
+    @property
+    def contiguous(self) -> bool:
+        return self.data.flags.c_contiguous
+
+    def copy(self) -> Array:
+        return Array(self.dtype, self.base.copy(), self.offset, self.shape, self.strides)
+
+
+def plain(array: TypedArray | np.ndarray, poison: int | None = None) -> Array:
+    """A contiguous argument with guards on both sides."""
+    if not isinstance(array, TypedArray):
+        array = TypedArray(array.dtype.name, array)
+    return place(array, "contiguous", poison)
+
+
+def place(array: TypedArray, layout: str, poison: int | None = None) -> Array:
+    """Lays an array out in guarded memory.
+
+    Layouts (the last axis is called channel, the first row):
+      contiguous; misaligned (one element later); slice (rows are a part of wider, 16-byte-aligned rows);
+      slice_odd (of rows of an odd pitch); transposed (first axis has unit stride, of two axes; of three axes
+      the last two change places); transposed_pages (the same inside pages); pages (each entry of the first
+      axis in a page of its own, with foreign data between); every_other (every second entry of the first
+      axis); odd_unit_axis (axes of size 1 have a meaningless stride); huge_pitch_N (the first axis is 2**N
+      elements apart).
+    """
+    shape = array.data.shape
+    sizes = [max(n, 1) for n in shape]
+    order = list(range(len(shape)))
+    pitch_of: dict[int, int] = {}
+    if layout in ("transposed", "transposed_pages"):
+        order = [1, 0] if len(shape) == 2 else [0, 2, 1]
+    if layout in ("slice", "slice_odd"):
+        inner = sizes[-1]
+        pitch_of[len(shape) - 2 if len(shape) > 1 else 0] = (
+            (2 * inner + 15) // 16 * 16 if layout == "slice" else 2 * inner + 3
+        )
+    strides = [0] * len(shape)
+    step = 1
+    for axis in reversed(order):
+        step = max(step, pitch_of.get(axis, step))
+        strides[axis] = step
+        step *= sizes[axis]
+    if len(shape) == 1 and layout in ("slice", "slice_odd", "transposed"):
+        strides = [3]
+    elif layout in ("pages", "transposed_pages"):
+        strides[0] = 2 * strides[0] + 16
+    elif layout == "every_other":
+        strides[0] *= 2
+    elif layout == "odd_unit_axis":
+        strides = [(7 if n == 1 else s) for n, s in zip(shape, strides, strict=True)]
+    elif layout.startswith("huge_pitch_"):
+        strides[0] = 2 ** int(layout.rpartition("_")[2]) + 8
+    elif layout not in ("contiguous", "misaligned", "slice", "slice_odd", "transposed"):
+        raise ValueError(f"layout: unknown name {layout!r}")
+
+    extent = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    offset = GUARD + (layout == "misaligned") + (8 if layout == "slice" else 0)
+    sparse = layout.startswith("huge_pitch_")
+    count = offset + extent + GUARD
+    dtype = storage_dtype(array.dtype)
+    base = np.zeros(count, dtype) if sparse else np.full(count, _poison(array.dtype, poison), dtype)
+    placed = Array(array.dtype, base, offset, tuple(shape), tuple(strides), sparse)
+    placed.data[...] = array.data
+    return placed
+
+
+def _poison(dtype: str, poison: int | None) -> Any:
+    if dtype in FORMATS:
+        bits = np.array(POISON_BITS[dtype], dtype=FORMATS[dtype].bits)
+        return bits.view(storage_dtype(dtype))[()]
+    if dtype == "bool":
+        return True
+    return 1 if poison is None else poison
+
+
+def unchanged_outside(before: Array, after_base: np.ndarray, changed: np.ndarray | None) -> np.ndarray:
+    """Flat positions of the base that differ and must not.
+
+    Args:
+      before: the argument as it was.
+      after_base: its base buffer after the call.
+      changed: bool array in the view's shape, True where the call may write; None for nowhere.
+    """
+    raw = np.dtype(f"u{before.base.itemsize}")
+    wrong = before.base.view(raw) != after_base.view(raw)
+    if changed is not None:
+        step = wrong.itemsize
+        view = np.ndarray(before.shape, bool, wrong, before.offset * step, [s * step for s in before.strides])
+        view[changed] = False
+    return np.flatnonzero(wrong)

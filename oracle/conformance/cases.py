@@ -1,0 +1,134 @@
+"""The case type and its selection. The catalogue itself is in `catalogue`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TIERS = ("core", "full", "large")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case, as data.
+
+    Attributes:
+      id: stable and never reused.
+      op: "causal_conv1d_fn" or "causal_conv1d_update".
+      axes: dim, width, state_len, num_slots (None: no pool), slots (None: row i in slot i); for a prefill
+        lengths (tokens of each row), tail (tokens after the last row) and has (flag of each row, or None);
+        for an update batch and seqlen (None: x has two axes).
+      dtypes: of every array argument; bias None means no bias.
+      options: keyword-only arguments of the call.
+      layout: argument -> memory layout, where not contiguous; see `arrays.place`.
+      data: what the values are; see `inputs.DATA`.
+      seed: of the values.
+      override: argument -> {"values" | "shape" | "dtype" | "none"}, to break the contract on purpose.
+      relation: name of a property that is checked besides the values, see `relations`; or None.
+      expect: "value"; "undefined" (any values in the named slots and out, but no fault and no other memory);
+        or {"error": type name, "names": argument}.
+      flags: failure modes that this case is there to catch.
+      tier: "core" is small enough for kernel interpreters, "full" for compiled code, "large" needs a GPU.
+      group: how tables sum cases up.
+      since: contract version that introduced it.
+    """
+
+    id: str
+    op: str
+    axes: Mapping[str, Any]
+    dtypes: Mapping[str, str | None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
+    data: str = "random"
+    seed: int = 0
+    override: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    relation: str | None = None
+    expect: Any = "value"
+    flags: tuple[str, ...] = ()
+    tier: str = "full"
+    group: str = ""
+    since: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The case as JSON-ready data."""
+        return asdict(self)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What an implementation must support to run this case; matched against its `unsupported` patterns."""
+        axes, found = self.axes, {f"op:{self.op}", f"width:{axes['width']}", f"tier:{self.tier}"}
+        used = {k: v for k, v in self.dtypes.items() if v is not None}
+        if axes["num_slots"] is None:
+            used.pop("conv_states", None)
+            found.add("conv_states:none")
+        elif axes["state_len"] != axes["width"] - 1:
+            found.add("state_len:wider")
+        if axes["slots"] is None:
+            used.pop("cache_indices", None)
+            found.add("cache_indices:none")
+        else:
+            pad = self.options.get("pad_slot_id", -1)
+            found.add(f"pad_slot_id:{pad}")
+            if any(s == pad for s in axes["slots"]):
+                found.add("rows:padding")
+            if any(s != pad and not 0 <= s < (axes["num_slots"] or 0) for s in axes["slots"]):
+                found.add("rows:out_of_range")
+        floats = {v for k, v in used.items() if k in ("x", "weight", "bias", "conv_states")}
+        found.add("dtypes:mixed" if len(floats) > 1 else "dtypes:equal")
+        found |= {f"{name}:{dtype}" for name, dtype in used.items()}
+        found |= {f"{name}.layout:{layout}" for name, layout in self.layout.items()}
+        found |= {f"{name}:{value}" for name, value in self.options.items() if name != "pad_slot_id"}
+        found.add(f"bias:{self.dtypes['bias']}" if self.dtypes["bias"] else "bias:none")
+        if self.op == "causal_conv1d_fn":
+            found.add("has_initial_state:none" if axes["has"] is None else "has_initial_state:given")
+            if any(axes["has"] or ()):
+                found.add("rows:continued")
+            if axes["tail"]:
+                found.add("tokens:tail")
+            if 0 in axes["lengths"]:
+                found.add("rows:empty")
+            if len(axes["lengths"]) > 1:
+                found.add("rows:packed")
+        elif axes["seqlen"] is not None:
+            found.add("update:multi_token")
+        if self.expect == "undefined":
+            found.add("expect:undefined")
+        elif self.expect != "value":
+            found.add("expect:error")
+        if self.data == "nan_payload":
+            found.add("values:nan")
+        if self.relation:
+            found.add(f"relation:{self.relation}")
+        return frozenset(found)
+
+
+def select(
+    cases: Iterable[Case],
+    *,
+    tiers: Iterable[str] = ("core", "full"),
+    patterns: Iterable[str] = (),
+    op: str | None = None,
+    flags: Iterable[str] = (),
+) -> list[Case]:
+    """Cases of these tiers whose id matches one of the glob patterns (any, if none), of one op, with a flag.
+
+    Raises:
+      ValueError: a pattern, an op or a flag matches nothing.
+    """
+    chosen = [case for case in cases if op in (None, case.op)]
+    if not chosen:
+        raise ValueError(f"op: expected causal_conv1d_fn or causal_conv1d_update, got {op!r}")
+    patterns, flags = list(patterns), list(flags)
+    for flag in flags:
+        if not any(flag in case.flags for case in chosen):
+            raise ValueError(f"flag: expected one that a case carries, got {flag!r}")
+    if flags:
+        chosen = [case for case in chosen if set(flags) & set(case.flags)]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(case.id, pattern) for case in chosen):
+            raise ValueError(f"cases: expected a pattern that matches a case id, got {pattern!r}")
+    if patterns:
+        return [case for case in chosen if any(fnmatch.fnmatchcase(case.id, p) for p in patterns)]
+    return [case for case in chosen if case.tier in tuple(tiers)]

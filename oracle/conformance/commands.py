@@ -1,0 +1,120 @@
+"""The commands of `python -m oracle`. Exit status: 0 all right, 1 something disagrees, 2 a wrong command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from oracle.conformance import report as reports
+from oracle.conformance import runner
+from oracle.conformance.cases import TIERS, Case, select
+from oracle.conformance.catalogue import catalogue
+from oracle.conformance.flags import FLAGS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses a command line and runs it."""
+    parser = argparse.ArgumentParser(prog="python -m oracle", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, function: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("run", _run, "Judge an implementation.")
+    sub.add_argument("--impl", required=True, help="package.module:adapter, or process:command")
+    sub.add_argument("--device", help="handed to the adapter, for example cuda")
+    _selection(sub)
+    sub.add_argument("--report", help="write the report to this JSON Lines file")
+    sub.add_argument("--time-limit", type=float, default=120.0, help="seconds a case may take (120)")
+    sub.add_argument("--no-probe", action="store_true", help="do not try cases that the implementation denies")
+
+    sub = command("list", _list, "List cases, or what they are made of.")
+    _selection(sub)
+    sub.add_argument("--json", action="store_true", help="whole cases, one JSON object a line")
+    sub.add_argument("--features", action="store_true", help="feature strings that capabilities() may deny")
+    sub.add_argument("--flags", action="store_true", help="failure modes: what goes wrong, the rule, references")
+
+    sub = command("mutants", _mutants, "Show which case fails each wrong-on-purpose reference.")
+    sub.add_argument("--only", help="a mutant's name")
+
+    sub = command("demo", _demo, "Run serving batches through both twins and compare them with the oracle.")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="where the kernels run (default: what there is)")
+
+    options = parser.parse_args(arguments)
+    try:
+        return options.function(options)
+    except (ValueError, runner.ImplementationError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", action="append", default=[], metavar="GLOB", help="case ids, may be repeated")
+    parser.add_argument("--op", choices=("causal_conv1d_fn", "causal_conv1d_update"))
+    parser.add_argument("--flag", action="append", default=[], help="cases that carry this failure mode")
+    parser.add_argument("--tier", action="append", choices=TIERS, help="core, full, large (default: core and full)")
+
+
+def _selected(options: Any) -> list[Case]:
+    tiers = options.tier or ("core", "full")
+    return select(catalogue(), tiers=tiers, patterns=options.cases, op=options.op, flags=options.flag)
+
+
+def _run(options: Any) -> int:
+    result = runner.run(
+        options.impl,
+        _selected(options),
+        device=options.device,
+        time_limit=options.time_limit,
+        probe=not options.no_probe,
+        progress=runner.Progress(options.impl.rpartition(":")[2]),
+    )
+    if options.report:
+        reports.write(result, options.report)
+    print(reports.summary(result))
+    return 0 if result.good else 1
+
+
+def _list(options: Any) -> int:
+    cases = _selected(options)
+    if options.flags:
+        for flag in FLAGS.values():
+            print(f"{flag.id} ({flag.kind}): {flag.wrong}\n    rule: {flag.rule}")
+            if flag.references:
+                print(f"    seen: {', '.join(flag.references)}")
+    elif options.features:
+        print("\n".join(sorted({feature for case in cases for feature in case.features})))
+    elif options.json:
+        for case in cases:
+            print(json.dumps(case.to_json()))
+    else:
+        for case in cases:
+            print(f"{case.id:<44} {case.tier:<6} {' '.join(case.flags)}")
+        print(f"{len(cases)} cases")
+    return 0
+
+
+def _mutants(options: Any) -> int:
+    from oracle.conformance.mutants import MUTANTS, first_failure
+
+    names = [options.only] if options.only else list(MUTANTS)
+    missed = 0
+    for name in names:
+        if name not in MUTANTS:
+            raise ValueError(f"only: expected the name of a mutant, got {name!r}")
+        found = first_failure(MUTANTS[name])
+        missed += found is None
+        print(f"{name:<42} {MUTANTS[name].flag:<36} " + ("NOT CAUGHT" if found is None else f"{found[1]} in {found[0]}"))
+    print(f"{len(names)} mutants, {len(names) - missed} caught")
+    return 1 if missed else 0
+
+
+def _demo(options: Any) -> int:
+    from oracle.conformance.demo import demo
+
+    return demo(options.device)

@@ -1,0 +1,203 @@
+"""From a case to its arguments. Values come from a fixed integer hash, so every language can repeat them.
+
+Whatever a correct implementation must not read is NaN, and for indices a wrong but tempting slot: slots that no
+row reads, spare columns, slots of rows without a state, tokens of padding rows and of the tail, and the
+memory around every argument.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from oracle.conformance.arrays import POISON_BITS, Array, place
+from oracle.conformance.cases import Case
+from oracle.numerics import FORMATS, TypedArray, from_bits, round_bits, storage_dtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: the operation, its array arguments (None where absent) and its other options."""
+
+    op: str
+    arrays: Mapping[str, Array | None]
+    options: Mapping[str, Any]
+
+    def typed(self) -> dict[str, Any]:
+        """The call's arguments for the reference."""
+        return {k: None if a is None else a.typed for k, a in self.arrays.items()} | dict(self.options)
+
+    def with_arrays(self, **arrays: Array | None) -> Problem:
+        return replace(self, arrays={**self.arrays, **arrays})
+
+    def with_options(self, **options: Any) -> Problem:
+        return replace(self, options={**self.options, **options})
+
+
+def hash_uint32(seed: int, name: str, count: int) -> np.ndarray:
+    """`count` well-mixed 32-bit numbers: element i is a function of (seed, name, i) alone.
+
+    A 64-bit counter, started at CRC-32 of the name and the seed, through the splitmix64 finaliser; the upper half.
+    """
+    with np.errstate(over="ignore"):
+        start = np.uint64(zlib.crc32(name.encode()) * 2**20 + seed)
+        z = (start * np.uint64(0x632BE59BD9B4E019) + np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+
+
+def random_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Float64 values of mean 0 and standard deviation 1.2: the sum of four uniform numbers in (-1, 1)... each
+    a 32-bit integer over 2**31, so that the sums are exact."""
+    count = int(np.prod(shape))
+    parts = hash_uint32(seed, name, 4 * count).reshape(4, count).astype(np.int64).sum(axis=0)
+    return ((parts - 2**33) / 2.0**31).reshape(shape)
+
+
+def build(case: Case) -> Problem:
+    """The arguments of a case."""
+    axes, dtypes = case.axes, case.dtypes
+    dim, width = axes["dim"], axes["width"]
+    fn = case.op == "causal_conv1d_fn"
+    lengths = list(axes["lengths"]) if fn else [axes["seqlen"] or 1] * axes["batch"]
+    batch, live_tokens = len(lengths), sum(lengths)
+    tokens = live_tokens + (axes["tail"] if fn else 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    num_slots, slots = axes["num_slots"], axes["slots"]
+    pad = case.options.get("pad_slot_id", -1)
+    named = list(range(batch)) if slots is None else list(slots)
+    has = (axes["has"] or [False] * batch) if fn else [True] * batch
+    live = [num_slots is None or (s != pad and 0 <= s < num_slots) for s in named]
+
+    x = _float(case, "x", (tokens, dim))
+    for row in range(batch):
+        if not live[row]:
+            x.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[x.dtype]
+    x.bits[live_tokens:] = POISON_BITS[x.dtype]
+    if not fn:
+        x = TypedArray(x.dtype, x.data.reshape((batch, dim) if axes["seqlen"] is None else (batch, -1, dim)))
+
+    arrays: dict[str, Any] = {"x": x, "weight": _float(case, "weight", (dim, width))}
+    arrays["bias"] = None if dtypes["bias"] is None else _float(case, "bias", (dim,))
+    arrays["conv_states"] = None
+    if num_slots is not None:
+        states = _float(case, "conv_states", (num_slots, axes["state_len"], dim))
+        readable = np.zeros((num_slots, axes["state_len"], 1), dtype=bool)
+        for row in range(batch):
+            if live[row] and has[row] and lengths[row] > 0:
+                readable[named[row], : width - 1] = True
+        states.bits[...] = np.where(readable, states.bits, POISON_BITS[states.dtype])
+        arrays["conv_states"] = states
+    if fn:
+        arrays["query_start_loc"] = _integers(offsets, dtypes["query_start_loc"])
+    arrays["cache_indices"] = None if slots is None else _integers(slots, dtypes["cache_indices"])
+    if fn:
+        mask = axes["has"]
+        arrays["has_initial_state"] = None if mask is None else TypedArray("bool", np.array(mask, dtype=bool))
+    for name, change in case.override.items():
+        arrays[name] = _overridden(arrays[name], change)
+
+    unnamed = sorted(set(range(num_slots or 1)) - set(named))
+    poison = {"cache_indices": unnamed[-1] if unnamed else 0, "query_start_loc": tokens}
+    placed = {
+        name: None if a is None else place(a, case.layout.get(name, "contiguous"), poison.get(name))
+        for name, a in arrays.items()
+    }
+    return Problem(case.op, placed, dict(case.options))
+
+
+def _float(case: Case, name: str, shape: tuple[int, ...]) -> TypedArray:
+    dtype = case.dtypes[name]
+    values = DATA[case.data](name, random_values(case.seed, name, shape))
+    with np.errstate(over="ignore"):
+        array = from_bits(round_bits(values, dtype), dtype)
+    if case.data == "nan_payload" and name in ("x", "conv_states"):
+        _put_nans(array, case.seed, name)
+    return array
+
+
+def _integers(values: Any, dtype: str) -> TypedArray:
+    return TypedArray(dtype, np.array(values, dtype=np.int64).astype(dtype))
+
+
+def _overridden(array: TypedArray | None, change: Mapping[str, Any]) -> TypedArray | None:
+    """An argument that breaks the contract: other "values", "shape" or "dtype", or {"none": True}."""
+    if change.get("none"):
+        return None
+    dtype = change.get("dtype", array.dtype if array else "int32")
+    if "values" in change:
+        return _integers(change["values"], dtype)
+    return TypedArray(dtype, np.zeros(tuple(change.get("shape", array.shape if array else ())), storage_dtype(dtype)))
+
+
+def _put_nans(array: TypedArray, seed: int, name: str) -> None:
+    """Gives a fifth of the elements quiet NaNs with payloads of their own, infinities and negative zeros."""
+    fraction, emin, emax, storage = FORMATS[array.dtype]
+    infinity = (emax - emin + 2) << fraction
+    noise = hash_uint32(seed, name + ".nan", array.data.size).reshape(array.shape)
+    sign = ((noise >> 8) & 1).astype(np.uint64) << np.uint64(8 * np.dtype(storage).itemsize - 1)
+    payload = (noise >> np.uint32(12)) & np.uint32((1 << (fraction - 1)) - 1)
+    nan = (sign | np.uint64(infinity | 1 << (fraction - 1)) | payload).astype(storage)
+    kind = noise % 25
+    bits = np.where(kind < 3, nan, array.bits)
+    bits = np.where(kind == 3, storage(infinity), bits)
+    array.bits[...] = np.where(kind == 4, sign.astype(storage), bits)
+
+
+def _cancel(name: str, values: np.ndarray) -> np.ndarray:
+    """Two taps whose products cancel but for 2**-14, which survives only in an exact product."""
+    if name == "weight":
+        return np.broadcast_to(np.array([1.0078125, -1.015625]), values.shape)
+    if name == "x":
+        return np.broadcast_to(np.where(np.arange(len(values)) % 2, 1.0, 1.0078125)[:, None], values.shape)
+    return np.zeros(values.shape)
+
+
+def _one_hot(name: str, values: np.ndarray) -> np.ndarray:
+    """Channel d has a single tap, d modulo width, of weight 1."""
+    if name == "weight":
+        dim, width = values.shape
+        return (np.arange(width) == np.arange(dim)[:, None] % width).astype(np.float64)
+    return np.zeros(values.shape) if name == "bias" else values
+
+
+def _ladder(name: str, values: np.ndarray) -> np.ndarray:
+    """One newest tap of weight 1 and inputs from -104 to 104, dense around 0: both ends of SiLU."""
+    if name == "weight":
+        return np.broadcast_to(np.arange(values.shape[1]) == values.shape[1] - 1, values.shape).astype(np.float64)
+    if name == "x":
+        steps = np.linspace(-1.0, 1.0, values.size).reshape(values.shape)
+        return 104.0 * np.sign(steps) * np.abs(steps) ** 1.5
+    return np.zeros(values.shape)
+
+
+def _zero_weight(name: str, values: np.ndarray) -> np.ndarray:
+    return np.zeros(values.shape) if name == "weight" else values
+
+
+def _positions(name: str, values: np.ndarray) -> np.ndarray:
+    """Small whole numbers that tell row, column and channel apart; all sums are exact."""
+    if name == "weight":
+        return np.arange(values.size).reshape(values.shape) % 7 - 3.0
+    return np.arange(values.size).reshape(values.shape) % 251 - 125.0
+
+
+DATA = {
+    "random": lambda name, values: values,
+    "nan_payload": lambda name, values: values,
+    "cancel": _cancel,
+    "one_hot": _one_hot,
+    "ladder": _ladder,
+    "zero_weight": _zero_weight,
+    "positions": _positions,
+    "tiny": lambda name, values: values * (1.0 if name == "weight" else 2.0**-130),
+    "beyond_float16": lambda name, values: values * (1.0 if name == "weight" else 2.0**20),
+    "small_sums": lambda name, values: values * (2.0**-6 if name in ("weight", "bias") else 1.0),
+}

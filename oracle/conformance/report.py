@@ -1,0 +1,135 @@
+"""The report: JSON Lines of one header, a record for every case, and a footer.
+
+A file without a footer comes from a run that did not end, and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+STATUSES = (
+    "passed", "wrong_shape", "wrong_dtype", "wrong_value", "wrong_state", "wrong_memory", "wrong_error", "crashed",
+    "timed_out", "unsupported", "xfailed", "xpassed",
+)  # fmt: skip
+GOOD = ("passed", "unsupported", "xfailed")
+FIELDS = {
+    "header": ("format", "contract", "suite", "impl", "name", "version", "device", "environment", "cases"),
+    "case": ("id", "op", "group", "tier", "flags", "status", "detail", "seconds", "worst", "bit_exact", "ulps", "command"),
+    "footer": ("cases", "counts", "seconds", "findings"),
+}
+
+
+class ReportError(ValueError):
+    """A report file that cannot be trusted; the text names file, line and field."""
+
+
+@dataclass
+class Report:
+    """One run of one implementation."""
+
+    header: dict[str, Any]
+    cases: list[dict[str, Any]]
+    footer: dict[str, Any]
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """The records of cases that did not go as they should."""
+        return [case for case in self.cases if case["status"] not in GOOD]
+
+    @property
+    def good(self) -> bool:
+        """At least one case, none of them wrong, and capabilities that are true."""
+        return bool(self.cases) and not self.failures and not self.footer["findings"]
+
+
+def close(header: dict[str, Any], cases: list[dict[str, Any]], seconds: float, findings: Iterable[str]) -> Report:
+    """Builds a report from its parts."""
+    counts = dict(Counter(case["status"] for case in cases))
+    footer = {"kind": "footer", "cases": len(cases), "counts": counts, "seconds": round(seconds, 2),
+              "findings": list(findings)}  # fmt: skip
+    return Report(header, cases, footer)
+
+
+def write(report: Report, path: str | Path) -> None:
+    """Writes a report as JSON Lines."""
+    lines = [report.header, *report.cases, report.footer]
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read(path: str | Path) -> Report:
+    """Reads a report.
+
+    Raises:
+      ReportError: damaged, incomplete, or of another format version.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            kind = record["kind"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ReportError(f"{path}:{number}: expected a JSON object with kind, got {line[:60]!r}") from error
+        expected = "header" if number == 1 else None
+        if kind not in FIELDS or (kind == "header") != (number == 1) or (records and records[-1]["kind"] == "footer"):
+            raise ReportError(f"{path}:{number}: kind: expected {expected or 'case or the footer'}, got {kind!r}")
+        for field in FIELDS[kind]:
+            if field not in record:
+                raise ReportError(f"{path}:{number}: {field}: missing from the {kind}")
+        if kind == "case" and record["status"] not in STATUSES:
+            raise ReportError(f"{path}:{number}: status: expected one of {STATUSES}, got {record['status']!r}")
+        records.append(record)
+    if not records or records[0]["format"] != FORMAT_VERSION:
+        got = records[0]["format"] if records else "an empty file"
+        raise ReportError(f"{path}: format: expected {FORMAT_VERSION}, got {got}")
+    if records[-1]["kind"] != "footer":
+        raise ReportError(f"{path}: footer: missing, so the run did not end")
+    report = Report(records[0], records[1:-1], records[-1])
+    if report.footer["cases"] != len(report.cases):
+        raise ReportError(f"{path}: cases: the footer counts {report.footer['cases']}, the file has {len(report.cases)}")
+    return report
+
+
+def summary(report: Report) -> str:
+    """A few lines for a terminal: a table by group, then every failure with the command that repeats it."""
+    lines = [f"{report.header['name']} {report.header['version']} on {report.header['device']}"]
+    lines += table([report])
+    for case in report.failures:
+        lines += [f"{case['status'].upper()} {case['id']}", f"    {case['detail']}", f"    {case['command']}"]
+    lines += [f"CAPABILITIES {finding}" for finding in report.footer["findings"]]
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(report.footer["counts"].items()))
+    lines.append(f"{report.footer['cases']} cases in {report.footer['seconds']} s: {counts or 'none ran'}")
+    return "\n".join(lines)
+
+
+def table(reports: Iterable[Report]) -> list[str]:
+    """Lines of implementation x case group."""
+    heads = ("implementation", "cases of", "passed", "worst/bound", "bit-exact", "silu ulps", "states", "memory")
+    rows = [heads]
+    for report in reports:
+        for group in dict.fromkeys(case["group"] for case in report.cases):
+            cases = [c for c in report.cases if c["group"] == group]
+            ran = [c for c in cases if c["status"] not in ("unsupported", "xfailed")]
+            worst = max((c["worst"]["fraction"] for c in ran if c["worst"]), default=None)
+            exact = [c["bit_exact"] for c in ran if c["bit_exact"] is not None]
+            ulps = [c["ulps"] for c in ran if c["ulps"] is not None]
+            bad = {c["status"] for c in ran} - {"passed"}
+            text = " ".join(c["detail"] for c in ran)
+            judged = bool(worst is not None or "hostile" in group)
+            states = "-" if not judged else "WRONG" if "wrong_state" in bad or "conv_states" in text else "exact"
+            memory = "-" if not judged else "TOUCHED" if "wrong_memory" in bad or "buffer" in text else "untouched"
+            rows.append((
+                report.header["name"], group,
+                f"{sum(c['status'] == 'passed' for c in ran)}/{len(cases)}",
+                "-" if worst is None else f"{worst:.3f}" if worst < 1e6 else "inf",
+                "-" if not exact else "yes" if all(exact) else f"{sum(exact)}/{len(exact)}",
+                "-" if not ulps else str(max(ulps)), states, memory,
+            ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

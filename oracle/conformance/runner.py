@@ -1,0 +1,202 @@
+"""Runs cases on one implementation in a process of its own: a crash or a hang is a result, not the end."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from oracle import contract
+from oracle.conformance import report as reports
+from oracle.conformance.cases import Case
+from oracle.conformance.report import Report
+
+SUITE_VERSION = "1.0"
+START_LIMIT = 300.0  # seconds for loading an implementation: frameworks import slowly
+
+
+class ImplementationError(RuntimeError):
+    """The implementation could not be loaded."""
+
+
+class _Worker:
+    """One worker process and its line protocol."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "oracle.conformance.worker", *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+            start_new_session=True,
+        )  # fmt: skip
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.hello = self._answer(START_LIMIT)
+        if self.hello is None or "hello" not in self.hello:
+            self.stop()
+            reason = (self.hello or {}).get("failed", f"no answer; exit status {self.process.poll()}")
+            raise ImplementationError(f"impl: could not be loaded: {reason}")
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def _answer(self, limit: float) -> dict[str, Any] | None:
+        line = self.lines.get(timeout=limit)
+        return None if line is None else json.loads(line)
+
+    def ask(self, case_id: str, limit: float) -> dict[str, Any]:
+        """The worker's record of a case, or one that says how it died."""
+        start = time.perf_counter()
+        try:
+            self.process.stdin.write(json.dumps(case_id) + "\n")
+            self.process.stdin.flush()
+            answer = self._answer(limit)
+        except queue.Empty:
+            self.stop()
+            return _dead("timed_out", f"no answer within {limit:g} s", time.perf_counter() - start)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            code = self.process.wait()
+            name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            return _dead("crashed", f"the process ended with {name}", time.perf_counter() - start)
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def finish(self) -> None:
+        """Lets the worker end by itself."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.stop()
+
+    def stop(self) -> None:
+        """Kills the worker and what it started."""
+        if self.alive:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _dead(status: str, detail: str, seconds: float) -> dict[str, Any]:
+    return {"status": status, "detail": detail, "seconds": round(seconds, 3), "worst": None, "bit_exact": None,
+            "ulps": None}  # fmt: skip
+
+
+def run(
+    impl: str,
+    cases: Iterable[Case],
+    *,
+    device: str | None = None,
+    time_limit: float = 120.0,
+    environment: dict[str, str] | None = None,
+    outputs: str | None = None,
+    probe: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Runs cases on an implementation and returns the report.
+
+    Args:
+      impl: "package.module:object" or "process:command".
+      cases: in the order in which they run.
+      device: handed to the adapter.
+      time_limit: seconds a case may take; then its process is killed and the next case gets a new one.
+      environment: extra environment variables of the process.
+      outputs: an .npz file to write the output bits of every case to, for comparing implementations.
+      probe: run cases that the implementation denies, to see whether the denial is true.
+      progress: called with (done, all, case id).
+
+    Raises:
+      ImplementationError: the implementation cannot be loaded.
+    """
+    cases = list(cases)
+    start = time.perf_counter()
+    arguments = ["--impl", impl] + (["--device", device] if device else []) + (["--outputs", outputs] if outputs else [])
+    worker = _Worker(arguments, environment or {})
+    hello = worker.hello["hello"]
+    denied_patterns = dict(hello["capabilities"].get("unsupported", {}))
+    records = []
+    try:
+        for number, case in enumerate(cases):
+            if progress:
+                progress(number, len(cases), case.id)
+            reasons = [f"{p}: {why}" for p, why in denied_patterns.items() if fnmatch.filter(case.features, p)]
+            if reasons and not probe:
+                record = _dead("unsupported", "; ".join(reasons), 0.0)
+            else:
+                if not worker.alive:
+                    worker = _Worker(arguments, environment or {})
+                record = worker.ask(case.id, time_limit)
+                if reasons:
+                    record |= {"probe": record["status"], "status": "unsupported", "detail": "; ".join(reasons)}
+                elif record["status"] == "unsupported":
+                    record["status"] = "wrong_error"
+                    record["detail"] = f"Unsupported, though capabilities() claims this: {record['detail']}"
+            records.append({
+                "kind": "case", "id": case.id, "op": case.op, "group": case.group, "tier": case.tier,
+                "flags": list(case.flags), "expect": case.expect, **record, "command": _command(impl, device, case),
+            })  # fmt: skip
+        if progress:
+            progress(len(cases), len(cases), "")
+    finally:
+        if worker.alive:
+            worker.finish()
+        worker.stop()
+    header = {
+        "kind": "header", "format": reports.FORMAT_VERSION, "contract": contract.CONTRACT_VERSION,
+        "suite": SUITE_VERSION, "impl": impl, "name": hello["name"], "version": hello["version"],
+        "device": hello["capabilities"].get("device", device or "cpu"), "capabilities": hello["capabilities"],
+        "environment": worker.hello["environment"], "cases": len(cases),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - (time.perf_counter() - start))),
+    }  # fmt: skip
+    findings = list(_denials(denied_patterns, cases, records))
+    return reports.close(header, records, time.perf_counter() - start, findings)
+
+
+def _denials(patterns: dict[str, str], cases: list[Case], records: list[dict[str, Any]]) -> Iterable[str]:
+    """Capabilities that are denied although every case that needs them, and nothing else denied, passes."""
+    for pattern in patterns:
+        alone = [
+            record["probe"]
+            for case, record in zip(cases, records, strict=True)
+            if "probe" in record
+            and case.expect == "value"
+            and [p for p in patterns if fnmatch.filter(case.features, p)] == [pattern]
+        ]
+        if alone and all(status == "passed" for status in alone):
+            yield f"{pattern}: denied, but all {len(alone)} cases that need it pass"
+
+
+def _command(impl: str, device: str | None, case: Case) -> str:
+    extra = f" --device {device}" if device else ""
+    return f"python -m oracle run --impl {shlex.quote(impl)}{extra} --cases {shlex.quote(case.id)}"
+
+
+class Progress:
+    """A progress bar on a terminal's stderr; elsewhere, a line for every tenth of the run."""
+
+    def __init__(self, label: str):
+        self.label, self.tenth, self.terminal = label, -1, sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, case_id: str) -> None:
+        if self.terminal:
+            filled = 24 * done // max(total, 1)
+            end = "\n" if done == total else ""
+            sys.stderr.write(f"\r{self.label:<12} [{'#' * filled:<24}] {done}/{total} {case_id[:48]:<48}{end}")
+        elif (tenth := 10 * done // max(total, 1)) > self.tenth:
+            self.tenth = tenth
+            sys.stderr.write(f"{self.label}: {done}/{total}\n")
+        sys.stderr.flush()
