@@ -1,0 +1,10 @@
+"""Causal depthwise conv1d for serving engines: Pallas Mosaic GPU kernels for JAX.
+
+`causal_conv1d_fn` runs packed prefills, `causal_conv1d_update` decode steps; both keep the conv states
+of all sequences in a pool addressed by slot. The contract is in `oracle.contract`.
+"""
+
+from oracle.contract import ConvOutput, Unsupported
+from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
+
+__all__ = ["ConvOutput", "Unsupported", "causal_conv1d_fn", "causal_conv1d_update"]

@@ -1,0 +1,299 @@
+"""Prefill on Mosaic GPU: one warpgroup a program, one block of tokens of one row, a few tiles of channels.
+
+A tile of x travels through TMA into shared memory, is convolved in place, row by row, and leaves through
+TMA. TMA clips at the ends of `x`, `out` and the pool, so no dimension needs to divide by a block. The
+program of a row's first block reads the old window and writes the new one, after all its reads; the other
+blocks take the width-1 tokens before them from x.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_impl.config import cdiv
+from pallas_impl.taps import convolve, find_row, load_taps
+
+COMPILER_PARAMS = plgpu.CompilerParams(
+    # Every thread rereads only what it wrote itself, in one layout.
+    unsafe_no_auto_barriers=True,
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+)
+GROUP = 8  # rows of a tile convolved between two turns of the loop
+
+
+def launch(
+    x, weight, bias, conv_states, starts, slots, has_state, *, silu, pad_slot_id, config, interpret, always_state=False
+):
+    """Runs the kernel.
+
+    Args:
+      x, weight, bias: as in `causal_conv1d_fn`; rows of x and of the pool are multiples of 16 bytes and
+        at least 128 channels long.
+      conv_states: the pool, or None. It is written in place where XLA owns it, else XLA copies it first.
+      starts: [batch+1] int32.
+      slots: [batch] int32, or None for the identity.
+      has_state: [batch] bool, or None: no row has a state (every row, with `always_state`).
+      config: a `PrefillConfig`.
+      interpret: False, or the parameters of Pallas' GPU interpreter.
+
+    Returns:
+      (out, conv_states)
+    """
+    tokens, dim = x.shape
+    width = weight.shape[1]
+    batch = starts.shape[0] - 1
+    pooled = conv_states is not None and width > 1 and batch > 0
+    columns = cdiv(dim, config.lanes * config.tiles)
+    blocks = tokens // config.block_t + batch + 1
+    if not config.flat:
+        blocks = batch * config.row_blocks + config.tail_blocks
+    pool_dtype = conv_states.dtype if pooled else x.dtype
+    tile = functools.partial(_tile_shape, config)
+    scratch = dict(
+        tile=plgpu.SMEM(tile(config.block_t), x.dtype),
+        edge=plgpu.SMEM(tile(max(width - 1, 1)), x.dtype),
+        window=plgpu.SMEM(tile(max(width - 1, 1)), pool_dtype),
+        tile_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
+        edge_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
+        window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
+    )
+    names = ["x", "weight", "starts"]
+    operands = [x, weight, starts]
+    for name, operand in (("bias", bias), ("slots", slots), ("has_state", has_state)):
+        if operand is not None:
+            names.append(name)
+            operands.append(operand)
+    if pooled:
+        names.append("pool")
+        operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
+
+    body = functools.partial(
+        _kernel, columns=columns, num_slots=None if conv_states is None else conv_states.shape[0],
+        config=config, silu=silu, pad_slot_id=pad_slot_id, interpret=bool(interpret), always_state=always_state,
+    )  # fmt: skip
+
+    def kernel(*refs):
+        *inputs, out = refs
+        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), out), **scratch)
+
+    (out,) = pl.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
+        mesh=plgpu.Mesh(grid=(blocks * columns,), grid_names=("program",)),
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        name="causal_conv1d_prefill",
+    )(*operands)
+    return out, jax.freeze(operands[-1]) if pooled else conv_states
+
+
+def _tile_shape(config, rows):
+    return (config.tiles, rows, config.lanes)
+
+
+def _kernel(
+    refs, out, *, tile, edge, window, tile_ready, edge_ready, window_ready,
+    columns, num_slots, config, silu, pad_slot_id, interpret, always_state,
+):  # fmt: skip
+    x, weight, starts, pool = refs["x"], refs["weight"], refs["starts"], refs.get("pool")
+    tokens, dim = x.shape
+    history = weight.shape[1] - 1
+    batch = starts.shape[0] - 1
+    lanes, block_t = config.lanes, config.block_t
+
+    program = lax.axis_index("program")
+    block, column = lax.div(program, columns), lax.rem(program, columns)
+    if config.flat:
+        row = find_row(starts, block, block_t, batch, tokens)
+    else:
+        row = jnp.minimum(lax.div(block, config.row_blocks), batch)
+    start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
+    end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
+    row_length = end - start
+    slot, live = row_slot(refs, row, batch, num_slots, pad_slot_id)
+    stateful = _stateful(refs, row, batch, always_state)
+
+    def run_block(index):
+        begin = start + index * block_t
+        length = jnp.minimum(end - begin, block_t)
+        first = index == 0
+        for i, channels in tiles():
+
+            @pl.when(live)
+            def _(i=i, channels=channels):
+                _load(x, channels, tile.at[i], tile_ready.at[i], begin, length)
+                if history:
+                    load_history(i, channels, begin, first)
+
+        for i, channels in tiles():
+
+            @pl.when(live)
+            def _(i=i, channels=channels):
+                convolve_tile(i, channels, length, first)
+
+            @pl.when(jnp.logical_not(live))
+            def _(i=i):
+                _each_row(length, lambda row: _store_zeros(tile, i, row))
+
+            plgpu.commit_smem()
+            _store(tile.at[i], out, channels, begin, length)
+            if pool is not None:
+
+                @pl.when(live & first)
+                def _(i=i, channels=channels):
+                    plgpu.copy_smem_to_gmem(window.at[i], pool.at[slot, pl.ds(0, history), channels])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def tiles():
+        for i in range(config.tiles):
+            yield i, pl.ds((column * config.tiles + i) * lanes, lanes)
+
+    def load_history(i, channels, begin, first):
+        """Before a row's first block its window; before another the tokens there. Also the row's last tokens."""
+        if pool is not None:
+
+            @pl.when(first & stateful)
+            def _():
+                plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(0, history), channels], window.at[i], window_ready.at[i])
+
+        if tokens > block_t:
+            far = jnp.where(first, end, begin) - history
+
+            @pl.when(jnp.logical_not(first) | (row_length > block_t))
+            def _():
+                plgpu.copy_gmem_to_smem(x.at[pl.ds(far, history), channels], edge.at[i], edge_ready.at[i])
+
+    def convolve_tile(i, channels, length, first):
+        taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
+        past = ()
+        if history:
+            if pool is not None:
+
+                @pl.when(first & stateful)
+                def _():
+                    plgpu.barrier_wait(window_ready.at[i])
+
+            @pl.when(first & jnp.logical_not(stateful))
+            def _():
+                for j in range(history):
+                    _store_zeros(window, i, j)
+
+            if tokens > block_t:
+
+                @pl.when(jnp.logical_not(first) | (row_length > block_t))
+                def _():
+                    plgpu.barrier_wait(edge_ready.at[i])
+
+            past = lax.cond(first, lambda: _widen_rows(window, i, history), lambda: _widen_rows(edge, i, history))
+        plgpu.barrier_wait(tile_ready.at[i])
+        if pool is not None:
+
+            @pl.when(first)
+            def _():
+                for j in range(history):
+                    window[i, j] = new_state(i, j)
+
+        def group(g, past):
+            for r in range(GROUP):
+                past = (*past, tile[i, g * GROUP + r].astype(jnp.float32))
+                y = convolve(past, taps, bias, silu=silu, interpret=interpret)
+                tile[i, g * GROUP + r] = y.astype(tile.dtype)
+                past = past[1:]
+            return past
+
+        lax.fori_loop(0, lax.div(length + GROUP - 1, GROUP), group, past)
+
+    def new_state(i, j):
+        """Entry row_length + j of window ++ x, in the pool's dtype."""
+        token = row_length + j - history
+        short = lambda: lax.cond(  # noqa: E731
+            token >= 0,
+            lambda: tile[i, jnp.clip(token, 0, block_t - 1)].astype(window.dtype),
+            lambda: window[i, jnp.minimum(row_length + j, history - 1)],
+        )
+        if tokens <= block_t:
+            return short()
+        return lax.cond(row_length > block_t, lambda: edge[i, j].astype(window.dtype), short)
+
+    if config.flat:
+        index = block - lax.div(start, block_t) - row
+
+        @pl.when((index >= 0) & (index * block_t < row_length))
+        def _():
+            run_block(index)
+
+        return
+
+    # A row longer than max_seqlen promised: its programs walk on.
+    first = block - row * config.row_blocks
+    stride = jnp.where(row == batch, config.tail_blocks, config.row_blocks)
+    blocks = lax.div(row_length + block_t - 1, block_t)
+    turns = lax.div(jnp.maximum(blocks - first + stride - 1, 0), stride)
+    lax.fori_loop(0, turns, lambda turn, _: run_block(first + turn * stride), None)
+
+
+def _offset(starts, row, tokens):
+    return jnp.clip(starts[row], 0, tokens)
+
+
+def row_slot(refs, row, batch, num_slots, pad_slot_id):
+    """The slot of a row, and whether the row is computed at all; row `batch` is the tail."""
+    live = row < batch
+    if num_slots is None:
+        return row, live
+    slot = refs["slots"][jnp.minimum(row, batch - 1)] if "slots" in refs else row
+    live = live & (slot >= 0) & (slot < num_slots)
+    if 0 <= pad_slot_id < num_slots:
+        live = live & (slot != pad_slot_id)
+    return slot, live
+
+
+def _stateful(refs, row, batch, always_state):
+    if "pool" in refs and "has_state" in refs:
+        return refs["has_state"][jnp.minimum(row, batch - 1)]
+    return jnp.bool_("pool" in refs and always_state)
+
+
+def _load(x, channels, tile, ready, begin, length):
+    """Starts the copy of `length` tokens, or a few more, into the first rows of the tile."""
+    smaller = 0
+    sizes = sorted({min(n, x.shape[0]) for n in (1, GROUP, tile.shape[0])})
+    for size in sizes:
+
+        @pl.when((length > smaller) & (length <= size))
+        def _(size=size):
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(begin, size), channels], tile.at[pl.ds(0, size)], ready)
+
+        smaller = size
+
+
+def _store(tile, out, channels, begin, length):
+    """Starts the copy of exactly `length` rows: one box if the tile is full, else one for each bit of `length`."""
+    size = tile.shape[0]
+    while size:
+        if size <= out.shape[0]:
+
+            @pl.when((length & size) != 0)
+            def _(size=size):
+                done = length & ~(2 * size - 1)
+                rows = pl.ds(begin + done, size)
+                plgpu.copy_smem_to_gmem(tile.at[pl.ds(done, size)], out.at[rows, channels])
+
+        size //= 2
+
+
+def _each_row(length, body):
+    lax.fori_loop(0, length, lambda row, _: body(row), None)
+
+
+def _store_zeros(ref, i, row):
+    ref[i, row] = jnp.zeros((ref.shape[-1],), ref.dtype)
+
+
+def _widen_rows(ref, i, rows):
+    return tuple(ref[i, j].astype(jnp.float32) for j in range(rows))

@@ -1,0 +1,147 @@
+"""Device code that both kernels share: the taps of a block of channels, one output row, the row search.
+
+A warpgroup holds one row of `lanes` channels (128 or 256) as a vector, one or two neighbouring channels
+a thread. One formula in one order everywhere is what makes prefill, decode, both schedules and all block
+sizes agree bit for bit. The interpreter cannot run inline Mosaic GPU code, so each function has a plain
+form as well; there SiLU uses exact exp2 and division.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, math, memref, vector
+from jaxlib.mlir.dialects import llvm  # not in jax.extend.mlir
+
+WARPGROUP = 128
+LOG2E = 1.4426950408889634
+SCALE = 2.0**-14
+
+
+def layout(lanes):
+    """How a row of `lanes` channels lies in a warpgroup's registers: neighbouring channels a thread."""
+    return plgpu.Layout.WG_STRIDED((lanes,), vec_size=lanes // WARPGROUP)
+
+
+def load_taps(weight_ref, bias_ref, channel, lanes, *, interpret):
+    """Loads the taps and the bias of channels `channel` to `channel + lanes - 1`, as float32 vectors.
+
+    Channels past the end repeat the last one, so nothing outside the arrays is read; what is computed for
+    them is never stored.
+
+    Returns:
+      (taps, start): `width` vectors, oldest tap first, and the bias or zeros.
+    """
+    dim, width = weight_ref.shape
+    if interpret:
+        columns = pl.ds(channel, lanes)
+        taps = tuple(weight_ref[columns, j].astype(jnp.float32) for j in range(width))
+        if bias_ref is None:
+            return taps, jnp.zeros((lanes,), jnp.float32)
+        return taps, bias_ref[columns].astype(jnp.float32)
+
+    row = plgpu.ShapeDtypeStruct((lanes,), jnp.float32, layout(lanes))
+    refs = (weight_ref,) if bias_ref is None else (weight_ref, bias_ref)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_SPLAT, *(plgpu.RefType() for _ in refs)), return_type=(row,) * (width + len(refs) - 1)
+    )
+    def load(_, first, weight, *bias):
+        columns = [lambda c, j=mgpu.c(j, ir.IndexType.get()): memref.load(weight, [c, j]) for j in range(width)]
+        columns += [lambda c, b=b: memref.load(b, [c]) for b in bias]
+        return tuple(_gather(column, first, dim, lanes) for column in columns)
+
+    loaded = load(channel, *refs)
+    start = loaded[width] if bias_ref is not None else plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), layout(lanes))
+    return loaded[:width], start
+
+
+def convolve(window, taps, start, *, silu, interpret):
+    """act(start + sum of taps[j] * window[j]), oldest first, one fused multiply-add a tap; float32 vectors."""
+    if interpret:
+        total = start
+        for tap, value in zip(taps, window, strict=True):
+            total = total + tap * value
+        return activate(total) if silu else total
+
+    lanes = start.shape[0]
+    width = len(taps)
+    kind = layout(lanes)
+
+    @plgpu.inline_mgpu(
+        arg_types=(kind,) * (2 * width + 1), return_type=plgpu.ShapeDtypeStruct((lanes,), jnp.float32, kind)
+    )
+    def run(_, total, *operands):
+        for tap, value in zip(operands[:width], operands[width:], strict=True):
+            total = _map(math.fma, tap, value, total)
+        return _map(_silu, total) if silu else total
+
+    return run(start, *taps, *window)
+
+
+def activate(z):
+    """SiLU of float32 values: z * sigmoid(z), scaled by 2**14 so that nothing over- or underflows early."""
+    return (z * SCALE) * (1.0 / (jnp.exp2(z * -LOG2E - 14.0) + SCALE))
+
+
+def find_row(starts_ref, block, block_t, batch, tokens):
+    """The last row whose first block is at most `block`; blocks are numbered start // block_t + row.
+
+    Row `batch` is the tail after the last row. With offsets that increase, as they must, the first blocks
+    increase strictly, so a descent over powers of two finds the row; with others it finds some row.
+    """
+    row = jnp.int32(0)
+    for step in (1 << i for i in reversed(range(batch.bit_length()))):
+        probe = row + step
+        start = jnp.clip(starts_ref[jnp.minimum(probe, batch)], 0, tokens)
+        row = lax.select((probe <= batch) & (lax.div(start, block_t) + probe <= block), probe, row)
+    return row
+
+
+def _gather(load, first, dim, lanes):
+    """A float32 FragmentedArray of `load(c)` for c from `first` on, clamped to the last channel."""
+    index = ir.IndexType.get()
+    float32 = ir.F32Type.get()
+    kind = mgpu.WGStridedFragLayout((lanes,), lanes // WARPGROUP)
+    registers = np.empty(kind.registers_shape((lanes,)), dtype=object)
+    base = arith.index_cast(index, first.registers.item() if isinstance(first, mgpu.FragmentedArray) else first)
+    for i, lane in enumerate(kind.linear_thread_idxs()):
+        values = []
+        for k in range(kind.vec_size):
+            channel = arith.addi(arith.addi(base, lane), mgpu.c(k, index))
+            value = load(arith.minui(channel, mgpu.c(dim - 1, index)))
+            values.append(value if value.type == float32 else arith.extf(float32, value))
+        registers[i] = vector.from_elements(ir.VectorType.get((kind.vec_size,), float32), values)
+    return mgpu.FragmentedArray(_registers=registers, _layout=kind, _is_signed=None)
+
+
+def _map(op, *arrays):
+    registers = np.empty_like(arrays[0].registers)
+    for i, parts in enumerate(zip(*(a.registers.flat for a in arrays), strict=True)):
+        registers.flat[i] = op(*parts)
+    return mgpu.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=None)
+
+
+def _silu(z):
+    """`activate` of a register, in the instructions of the Triton twin."""
+    kind = z.type
+    exponent = math.fma(z, _constant(kind, -LOG2E), _constant(kind, -14.0))
+    power = arith.addf(_ptx("ex2.approx.ftz.f32", exponent), _constant(kind, SCALE))
+    return arith.mulf(arith.mulf(z, _constant(kind, SCALE)), _ptx("rcp.approx.ftz.f32", power))
+
+
+def _constant(kind, value):
+    element = ir.FloatAttr.get(kind.element_type, value)
+    return arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, element))
+
+
+def _ptx(instruction, register):
+    kind = ir.VectorType(register.type)
+    parts = []
+    for i in range(kind.shape[0]):
+        part = vector.extract(register, dynamic_position=[], static_position=[i])
+        parts.append(llvm.inline_asm(kind.element_type, [part], f"{instruction} $0, $1;", "=f,f"))
+    return vector.from_elements(kind, parts)

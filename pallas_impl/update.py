@@ -1,0 +1,123 @@
+"""Decode on Mosaic GPU: one warpgroup a program, a few rows, one tile of channels.
+
+The window of a row and its token meet in shared memory as one run of `width` entries, so the new window is
+that run without its first entry: one TMA box in, one TMA box out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_impl.config import cdiv
+from pallas_impl.prefill import COMPILER_PARAMS, row_slot
+from pallas_impl.taps import convolve, load_taps
+
+
+def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, interpret):
+    """Runs the kernel on one token a row.
+
+    Args:
+      x: [batch, dim]; rows of x and of the pool are multiples of 16 bytes and at least 128 channels long.
+      weight, bias, conv_states: as in `causal_conv1d_update`. The pool is written in place where XLA owns
+        it, else XLA copies it first.
+      slots: [batch] int32, or None for the identity.
+      config: an `UpdateConfig`.
+      interpret: False, or the parameters of Pallas' GPU interpreter.
+
+    Returns:
+      (out, conv_states)
+    """
+    batch, dim = x.shape
+    width = weight.shape[1]
+    columns = cdiv(dim, config.lanes)
+    names, operands = ["x", "weight"], [x, weight]
+    for name, operand in (("bias", bias), ("slots", slots)):
+        if operand is not None:
+            names.append(name)
+            operands.append(operand)
+    if width > 1:
+        names.append("pool")
+        operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
+    scratch = dict(
+        tile=plgpu.SMEM((config.rows, config.lanes), x.dtype),
+        entries=plgpu.SMEM((config.rows, width, config.lanes), conv_states.dtype),
+        tile_ready=plgpu.Barrier(num_arrivals=1),
+        window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.rows),
+    )
+    body = functools.partial(
+        _kernel, columns=columns, num_slots=conv_states.shape[0], config=config, silu=silu, pad_slot_id=pad_slot_id,
+        interpret=bool(interpret),
+    )  # fmt: skip
+
+    def kernel(*refs):
+        *inputs, out = refs
+        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), out), **scratch)
+
+    (out,) = pl.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
+        mesh=plgpu.Mesh(grid=(cdiv(batch, config.rows) * columns,), grid_names=("program",)),
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        name="causal_conv1d_update",
+    )(*operands)
+    return out, jax.freeze(operands[-1]) if width > 1 else conv_states
+
+
+def _kernel(
+    refs, out, *, tile, entries, tile_ready, window_ready, columns, num_slots, config, silu, pad_slot_id, interpret
+):
+    x, weight, pool = refs["x"], refs["weight"], refs.get("pool")
+    batch = x.shape[0]
+    history = weight.shape[1] - 1
+    program = lax.axis_index("program")
+    group, column = lax.div(program, columns), lax.rem(program, columns)
+    channels = pl.ds(column * config.lanes, config.lanes)
+    rows = pl.ds(group * config.rows, config.rows)
+    slots, live = zip(
+        *(row_slot(refs, group * config.rows + r, batch, num_slots, pad_slot_id) for r in range(config.rows)), strict=True
+    )
+
+    plgpu.copy_gmem_to_smem(x.at[rows, channels], tile, tile_ready)
+    if history:
+        for r in range(config.rows):
+
+            @pl.when(live[r])
+            def _(r=r):
+                window = pool.at[slots[r], pl.ds(0, history), channels]
+                plgpu.copy_gmem_to_smem(window, entries.at[r, pl.ds(0, history)], window_ready.at[r])
+
+    taps, bias = load_taps(weight, refs.get("bias"), channels.start, config.lanes, interpret=interpret)
+    plgpu.barrier_wait(tile_ready)
+    for r in range(config.rows):
+
+        @pl.when(live[r])
+        def _(r=r):
+            token = tile[r]
+            past = ()
+            if history:
+                plgpu.barrier_wait(window_ready.at[r])
+                past = tuple(entries[r, j].astype(jnp.float32) for j in range(history))
+                entries[r, history] = token.astype(entries.dtype)
+            y = convolve((*past, token.astype(jnp.float32)), taps, bias, silu=silu, interpret=interpret)
+            tile[r] = y.astype(tile.dtype)
+
+        @pl.when(jnp.logical_not(live[r]))
+        def _(r=r):
+            tile[r] = jnp.zeros((config.lanes,), tile.dtype)
+
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, out.at[rows, channels])
+    if history:
+        for r in range(config.rows):
+
+            @pl.when(live[r])
+            def _(r=r):
+                window = pool.at[slots[r], pl.ds(0, history), channels]
+                plgpu.copy_smem_to_gmem(entries.at[r, pl.ds(1, history)], window)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,0 +1,104 @@
+"""Both operations in plain jax.numpy, for CPUs and TPUs, and the gathers and scatters of windows that go with them.
+
+Vectorised over the packed tokens: the work is O(tokens * dim * width + batch * dim * width).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_impl.taps import activate
+
+
+def prefill(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *,
+    silu, pad_slot_id, always_state=False,
+):  # fmt: skip
+    """A packed prefill; arguments as in `causal_conv1d_fn`. Returns (out, conv_states)."""
+    tokens = x.shape[0]
+    history = weight.shape[1] - 1
+    batch = query_start_loc.shape[0] - 1
+    if tokens == 0 or batch == 0:
+        return jnp.zeros_like(x), conv_states
+    starts = offsets(query_start_loc, tokens)
+    slots = None
+    live = jnp.ones((batch,), bool)
+    windows = jnp.zeros((batch, history, x.shape[1]), x.dtype)
+    if conv_states is not None:
+        slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
+        live = slots >= 0
+        stateful = live & always_state if has_initial_state is None else live & has_initial_state
+        windows = read_windows(conv_states, slots, stateful, history)
+
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    row = jnp.searchsorted(starts[1:], token, side="right", method="sort").astype(jnp.int32)
+    owner = jnp.minimum(row, batch - 1)
+    position = token - starts[owner]
+    total = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    for j in range(history + 1):
+        back = history - j
+        value = jnp.pad(x, ((back, 0), (0, 0)))[:tokens].astype(jnp.float32)
+        if back:
+            entry = jnp.clip(position + j, 0, history - 1)
+            value = jnp.where((position < back)[:, None], windows[owner, entry].astype(jnp.float32), value)
+        total = total + weight[:, j].astype(jnp.float32) * value
+    computed = (row < batch) & live[owner]
+    out = jnp.where(computed[:, None], activate(total) if silu else total, 0.0).astype(x.dtype)
+    if slots is None or history == 0:
+        return out, conv_states
+
+    # Entry lengths + i of window ++ x, for i in 0 .. history-1.
+    lengths = starts[1:] - starts[:-1]
+    entry = lengths[:, None] + jnp.arange(history, dtype=jnp.int32)
+    kept = jnp.take_along_axis(windows, jnp.clip(entry, 0, history - 1)[:, :, None], axis=1)
+    arrived = x[jnp.clip(starts[:-1, None] + entry - history, 0, tokens - 1)].astype(conv_states.dtype)
+    windows = jnp.where((entry < history)[:, :, None], kept, arrived)
+    return out, write_windows(conv_states, jnp.where(lengths > 0, slots, -1), windows)
+
+
+def update(x, weight, bias, conv_states, cache_indices, *, silu, pad_slot_id):
+    """A decode step; arguments as in `causal_conv1d_update`. Returns (out, conv_states)."""
+    dim, history = x.shape[-1], weight.shape[1] - 1
+    batch, seqlen = x.shape[0], x.size // max(x.shape[0] * dim, 1)
+    if x.size == 0:
+        return jnp.zeros_like(x), conv_states
+    slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
+    windows = read_windows(conv_states, slots, slots >= 0, history)
+    row = x.reshape(batch, seqlen, dim)
+    entries = jnp.concatenate([windows.astype(jnp.float32), row.astype(jnp.float32)], axis=1)
+    total = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    for j in range(history + 1):
+        total = total + weight[:, j].astype(jnp.float32) * entries[:, j : j + seqlen]
+    out = jnp.where((slots >= 0)[:, None, None], activate(total) if silu else total, 0.0)
+    out = out.astype(x.dtype).reshape(x.shape)
+    if history == 0:
+        return out, conv_states
+    windows = jnp.concatenate([windows, row.astype(conv_states.dtype)], axis=1)[:, -history:]
+    return out, write_windows(conv_states, slots, windows)
+
+
+def offsets(query_start_loc, tokens):
+    """The offsets as int32, clamped to [0, tokens], the first one 0."""
+    return jnp.clip(query_start_loc, 0, tokens).astype(jnp.int32).at[0].set(0)
+
+
+def live_slots(cache_indices, batch, num_slots, pad_slot_id):
+    """The slot of each row as int32, -1 for padding rows. Compares in the indices' own dtype."""
+    slots = jnp.arange(batch, dtype=jnp.int32) if cache_indices is None else cache_indices
+    live = slots >= 0
+    if num_slots <= np.iinfo(slots.dtype).max:
+        live &= slots < num_slots
+    if 0 <= pad_slot_id <= np.iinfo(slots.dtype).max:
+        live &= slots != pad_slot_id
+    return jnp.where(live, slots, 0).astype(jnp.int32) - jnp.where(live, 0, 1).astype(jnp.int32)
+
+
+def read_windows(conv_states, slots, stateful, history):
+    """[batch, history, dim]: the windows of the stateful rows; zeros, selected and not multiplied, for the others."""
+    windows = conv_states.at[slots, :history].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return jnp.where(stateful[:, None, None], windows, 0)
+
+
+def write_windows(conv_states, slots, windows):
+    """The pool with the windows of rows with a slot >= 0 stored; in place where XLA owns the pool."""
+    target = jnp.where(slots < 0, conv_states.shape[0], slots)
+    return conv_states.at[target, : windows.shape[1]].set(windows, mode="drop")
