@@ -5,7 +5,8 @@ implementation that follows the contract makes these errors:
 
   sum        2 * width * u * M. A tap costs one rounding as a fused multiply-add and two as a product and a
              sum; each is at most u times a partial sum that M bounds.
-  SiLU       slope * the error so far; the largest slope of SiLU is 1.0999.
+  SiLU       the error e so far times the slope of SiLU, which within e of z is at most 1.0999 and at most
+             sigmoid(z + e) * (1 + |z| + e), the small one for negative z.
   argument   exp(-z) is taken of a float32 product z * log2(e): the product and the constant are rounded, each
              moving the result by |z| * u * (1 - sigmoid(z)) relative to it.
   exp        EXP_ULPS float32 ulps of the result for exp2, the reciprocal, the division and the products.
@@ -40,7 +41,7 @@ def error_bound(
         out = pre
         if activation:
             out = silu(pre)
-            error = SILU_MAX_SLOPE * error
+            error = error * np.minimum(SILU_MAX_SLOPE, _sigmoid(pre + error) * (1 + np.abs(pre) + error))
             error += np.abs(out) * 2 * np.abs(pre) * UNIT_ROUNDOFF_FLOAT32 * _sigmoid(-pre)
             error += EXP_ULPS * 2 * UNIT_ROUNDOFF_FLOAT32 * np.abs(out)
         error += SMALLEST_NORMAL_FLOAT32

@@ -1,0 +1,81 @@
+"""The JAX twin as the oracle's runner sees it: NumPy arrays in, one jitted call, NumPy arrays out.
+
+    python -m oracle run --impl pallas_impl.adapter:adapter --device cpu --tier core     (GPU interpreter)
+    python -m oracle run --impl pallas_impl.adapter:adapter --device gpu
+    python -m oracle run --impl pallas_impl.adapter:xla
+
+JAX arrays have no strides, so layouts reach the operations as contiguous arrays.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_impl
+from oracle.contract import Unsupported
+from oracle.numerics import TypedArray
+
+WIDE = ("int64", "uint64")
+
+
+class JaxAdapter:
+    """Runs one backend of `pallas_impl`, under jit unless the call reads its data on the host."""
+
+    def __init__(self, backend, device):
+        self.name = f"pallas_impl-{backend}"
+        self.version = f"jax-{jax.__version__}"
+        self.backend = backend
+        self.device = device
+
+    def capabilities(self):
+        reason = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
+        unsupported = {f"{name}:{dtype}": reason for name in ("cache_indices", "query_start_loc") for dtype in WIDE}
+        unsupported["tier:large"] = "strides and pitches are not visible to JAX"
+        return {"device": self.device.device_kind, "unsupported": {} if jax.config.jax_enable_x64 else unsupported}
+
+    def run(self, op, arrays, options):
+        for name, array in arrays.items():
+            if array is not None and array.dtype in WIDE and not jax.config.jax_enable_x64:
+                raise Unsupported(f"{name}: {array.dtype} arrays need jax_enable_x64")
+        options = {"backend": self.backend, **options}
+        function = functools.partial(getattr(pallas_impl, op), **options)
+        if not options.get("validate"):
+            function = _jitted(op, tuple(options.items()))
+        with jax.default_device(self.device):
+            result = function(**{name: None if a is None else _to_jax(a) for name, a in arrays.items()})
+            return {"out": _typed(result.out), "conv_states": _typed(result.conv_states)}
+
+
+@functools.cache
+def _jitted(op, options):
+    return jax.jit(functools.partial(getattr(pallas_impl, op), **dict(options)))
+
+
+def adapter(device=None):
+    """The kernels: compiled on a GPU, in Pallas' GPU interpreter on a CPU."""
+    gpus = [d for d in jax.devices() if d.platform in ("gpu", "cuda")]
+    if device in (None, "gpu", "cuda") and gpus:
+        return JaxAdapter("mosaic_gpu", gpus[0])
+    if device in ("gpu", "cuda"):
+        raise ValueError(f"device: expected a GPU that JAX can see, got {jax.devices()}")
+    return JaxAdapter("mosaic_gpu_interpret", jax.devices("cpu")[0])
+
+
+def xla(device=None):
+    """The plain jnp path."""
+    return JaxAdapter("xla", jax.devices({"cuda": "gpu"}.get(device, device or "cpu"))[0])
+
+
+def _to_jax(array):
+    data = np.ascontiguousarray(array.data)
+    return jnp.asarray(data.view(jnp.bfloat16) if array.dtype == "bfloat16" else data)
+
+
+def _typed(array):
+    if array is None:
+        return None
+    data = np.asarray(array)
+    name = data.dtype.name
+    return TypedArray(name, data.view(np.uint16) if name == "bfloat16" else data)

@@ -1,0 +1,79 @@
+"""The Torch twin as the oracle's runner sees it: NumPy memory in, device tensors with the same strides, memory out.
+
+    TRITON_INTERPRET=1 python -m oracle run --impl triton_impl.adapter:adapter --device cpu --tier core
+    python -m oracle run --impl triton_impl.adapter:adapter --device cuda
+    python -m oracle run --impl triton_impl.adapter:eager
+"""
+
+import numpy as np
+import torch
+
+import triton_impl
+from oracle.numerics import TypedArray
+
+
+class TorchAdapter:
+    """Runs one backend of `triton_impl` on one device; the pool is updated in place on the device."""
+
+    def __init__(self, backend, device):
+        self.name = f"triton_impl-{backend}"
+        self.version = f"torch-{torch.__version__}"
+        self.backend = backend
+        self.device = torch.device(device)
+        # torch.empty then fills with NaN, so that an output nobody writes is seen.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def capabilities(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {"device": name}
+
+    def run(self, op, arrays, options):
+        bases = {name: None if a is None else self._base(a) for name, a in arrays.items()}
+        views = {
+            name: None if a is None else bases[name].as_strided(a.shape, a.strides, a.offset)
+            for name, a in arrays.items()
+        }
+        result = getattr(triton_impl, op)(**views, **{"backend": self.backend, **options})
+        if result.conv_states is not views["conv_states"]:
+            raise RuntimeError("conv_states: expected the very tensor that was passed in")
+        memory = {name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse}
+        return {"out": _typed(result.out), "conv_states": _typed(result.conv_states), "memory": memory}
+
+    def _base(self, array):
+        """The whole buffer on the device; of a huge, mostly empty one only the view is copied."""
+        if not array.sparse:
+            return _to_torch(array.dtype, array.base).to(self.device)
+        data = _to_torch(array.dtype, np.ascontiguousarray(array.data))
+        base = torch.zeros(array.base.shape, dtype=data.dtype, device=self.device)
+        base.as_strided(array.shape, array.strides, array.offset).copy_(data)
+        return base
+
+
+def adapter(device=None):
+    """The kernels, on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter."""
+    return TorchAdapter("triton", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def eager(device=None):
+    """The plain torch path."""
+    return TorchAdapter("eager", device or "cpu")
+
+
+def _to_torch(dtype, storage):
+    if dtype == "bfloat16":
+        return torch.from_numpy(storage.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(storage.copy())
+
+
+def _to_numpy(tensor):
+    tensor = tensor.detach().contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+def _typed(tensor):
+    if tensor is None:
+        return None
+    return TypedArray(str(tensor.dtype).removeprefix("torch."), _to_numpy(tensor))
