@@ -34,11 +34,11 @@ env: .venv/.installed env312 ## make or update the environments
 
 # Never fails for want of an interpreter: the newer JAX is an addition.
 env312: .venv/.installed
-	@if .venv312/bin/python -c '' 2>/dev/null; then $(MAKE) --no-print-directory .venv312/.installed; exit; fi; \
+	@if .venv312/bin/python -c '' 2>/dev/null; then $(MAKE) --no-print-directory --silent .venv312/.installed; exit; fi; \
 	python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
 	if [ -z "$$python" ]; then echo "no Python 3.12 found: the Pallas tests run under one JAX only"; exit; fi; \
 	echo "making .venv312 with $$("$$python" --version)"; "$$python" -m venv .venv312; \
-	$(MAKE) --no-print-directory .venv312/.installed
+	$(MAKE) --no-print-directory --silent .venv312/.installed
 
 .venv312/.installed: pyproject.toml requirements/cpu-jax-0.11.txt
 	@echo "installing into .venv312 (requirements/cpu-jax-0.11.txt)"
