@@ -1,22 +1,9 @@
-"""The public operations of the Torch twin: check, choose, launch."""
+"""The public operations of the Torch twin. A plain call goes straight to the kernel, a traced one through an operator."""
 
 import torch
-import triton
 
-from oracle.contract import (
-    ConvOutput,
-    Unsupported,
-    check_backend,
-    check_causal_conv1d_fn,
-    check_causal_conv1d_update,
-    check_fn_values,
-    check_update_values,
-)
-from triton_impl import eager, prefill, update
-from triton_impl.config import prefill_config, update_config
-
-BACKENDS = ("triton", "eager")
-
+from oracle.contract import ConvOutput, Unsupported
+from triton_impl import ops, run
 
 def causal_conv1d_fn(
     x,
@@ -63,42 +50,13 @@ def causal_conv1d_fn(
     Raises:
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; tensors on different devices;
         with `validate`, bad offsets, slots or max_seqlen.
-      Unsupported: the backend asked for cannot run on these tensors.
+      Unsupported: the backend asked for cannot run on these tensors; a backward pass; `validate` in a traced call.
     """
-    sizes = check_causal_conv1d_fn(
+    args = (
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
-        backend=backend, validate=validate,
+        activation, pad_slot_id, max_seqlen, schedule, backend,
     )  # fmt: skip
-    _check_devices(
-        x, weight=weight, bias=bias, conv_states=conv_states, query_start_loc=query_start_loc,
-        cache_indices=cache_indices, has_initial_state=has_initial_state,
-    )  # fmt: skip
-    if validate:
-        check_fn_values(
-            query_start_loc.tolist(),
-            None if cache_indices is None else cache_indices.tolist(),
-            sizes.tokens,
-            None if conv_states is None else sizes.num_slots,
-            pad_slot_id,
-            max_seqlen,
-        )
-    if _resolve(backend, x) == "eager":
-        out = eager.prefill(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            silu=activation is not None, pad_slot_id=pad_slot_id,
-        )  # fmt: skip
-        return ConvOutput(out, conv_states)
-    config = prefill_config(
-        sizes.tokens, sizes.dim, sizes.batch, x.element_size(), x.stride(1) == 1 or x.stride(0) != 1,
-        max_seqlen, schedule,
-    )  # fmt: skip
-    with torch.cuda.device_of(x):
-        out = prefill.launch(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            silu=activation is not None, pad_slot_id=pad_slot_id, config=config,
-        )  # fmt: skip
-    return ConvOutput(out, conv_states)
+    return ConvOutput(_call(run.fn, ops.causal_conv1d_fn, args, validate), conv_states)
 
 
 def causal_conv1d_update(
@@ -127,46 +85,22 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
-    sizes = check_causal_conv1d_update(
-        x, weight, bias, conv_states, cache_indices,
-        activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate,
-    )  # fmt: skip
-    _check_devices(x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices)
-    if validate:
-        check_update_values(
-            None if cache_indices is None else cache_indices.tolist(),
-            sizes.batch,
-            sizes.seqlen,
-            sizes.num_slots,
-            pad_slot_id,
-        )
-    if _resolve(backend, x) == "eager":
-        out = eager.update(
-            x, weight, bias, conv_states, cache_indices, silu=activation is not None, pad_slot_id=pad_slot_id
-        )
-        return ConvOutput(out, conv_states)
-    config = update_config(sizes.batch, sizes.dim, x.element_size())
-    with torch.cuda.device_of(x):
-        out = update.launch(
-            x, weight, bias, conv_states, cache_indices,
-            silu=activation is not None, pad_slot_id=pad_slot_id, config=config,
-        )  # fmt: skip
-    return ConvOutput(out, conv_states)
+    args = x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend
+    return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
 
 
-def _check_devices(x, **others):
-    device = x.device
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on x's device {device}, got {tensor.device}")
+def _call(direct, operator, args, validate):
+    """Runs `direct`, which is quicker than an operator, wherever no tracer needs to see the call."""
+    x, weight, bias = args[:3]
+    traced = torch.compiler.is_compiling() or (type(x) is not torch.Tensor and isinstance(x, torch.Tensor))
+    if traced and validate:
+        raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
+    if torch.is_grad_enabled() and _asks_for_gradient(x, weight, bias):
+        with torch.no_grad():
+            out = operator(*args) if traced else direct(*args, validate)
+        return ops.NoGradient.apply(out, x, weight, bias)
+    return operator(*args) if traced else direct(*args, validate)
 
 
-def _resolve(backend, x):
-    check_backend(backend, BACKENDS)
-    if backend == "auto":
-        return "triton" if x.is_cuda else "eager"
-    if backend == "triton" and not x.is_cuda and not triton.knobs.runtime.interpret:
-        raise Unsupported(
-            f"backend: 'triton' runs on CUDA or ROCm tensors, or on CPU tensors with TRITON_INTERPRET=1; got {x.device}"
-        )
-    return backend
+def _asks_for_gradient(*tensors):
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)

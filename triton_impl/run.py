@@ -1,0 +1,128 @@
+"""One call on real tensors: check, choose a backend, launch.
+
+`triton_impl.api` comes here directly, `triton_impl.ops` through PyTorch's dispatcher. Parameters are those of
+the public operations; `out` alone is returned, `conv_states` is updated in place.
+"""
+
+import torch
+import triton
+
+from oracle.contract import (
+    Unsupported,
+    check_backend,
+    check_causal_conv1d_fn,
+    check_causal_conv1d_update,
+    check_fn_values,
+    check_update_values,
+)
+from triton_impl import eager, prefill, update
+from triton_impl.config import prefill_config, update_config
+
+BACKENDS = ("triton", "eager")
+
+
+def check_fn(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+    activation, pad_slot_id, max_seqlen, schedule, backend, validate,
+):  # fmt: skip
+    """Everything that can be checked without reading data; returns the sizes of the call."""
+    sizes = check_causal_conv1d_fn(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
+        backend=backend, validate=validate,
+    )  # fmt: skip
+    check_backend(backend, BACKENDS)
+    _check_devices(
+        x, weight=weight, bias=bias, conv_states=conv_states, query_start_loc=query_start_loc,
+        cache_indices=cache_indices, has_initial_state=has_initial_state,
+    )  # fmt: skip
+    return sizes
+
+
+def fn(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+    activation, pad_slot_id, max_seqlen, schedule, backend, validate=False,
+):  # fmt: skip
+    sizes = check_fn(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+        activation, pad_slot_id, max_seqlen, schedule, backend, validate,
+    )  # fmt: skip
+    if validate:
+        check_fn_values(
+            query_start_loc.tolist(),
+            None if cache_indices is None else cache_indices.tolist(),
+            sizes.tokens,
+            None if conv_states is None else sizes.num_slots,
+            pad_slot_id,
+            max_seqlen,
+        )
+    if _resolve(backend, x) == "eager":
+        return eager.prefill(
+            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+            silu=activation is not None, pad_slot_id=pad_slot_id,
+        )  # fmt: skip
+    config = prefill_config(
+        sizes.tokens, sizes.dim, sizes.batch, x.element_size(), x.stride(1) == 1 or x.stride(0) != 1,
+        max_seqlen, schedule,
+    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        return prefill.launch(
+            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+            silu=activation is not None, pad_slot_id=pad_slot_id, config=config,
+        )  # fmt: skip
+
+
+def check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate):
+    """Everything that can be checked without reading data; returns the sizes of the call."""
+    sizes = check_causal_conv1d_update(
+        x, weight, bias, conv_states, cache_indices,
+        activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate,
+    )  # fmt: skip
+    check_backend(backend, BACKENDS)
+    _check_devices(x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices)
+    return sizes
+
+
+def step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate=False):
+    sizes = check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate)
+    if validate:
+        check_update_values(
+            None if cache_indices is None else cache_indices.tolist(),
+            sizes.batch,
+            sizes.seqlen,
+            sizes.num_slots,
+            pad_slot_id,
+        )
+    if _resolve(backend, x) == "eager":
+        return eager.update(
+            x, weight, bias, conv_states, cache_indices, silu=activation is not None, pad_slot_id=pad_slot_id
+        )
+    config = update_config(sizes.batch, sizes.dim, x.element_size())
+    with torch.cuda.device_of(x):
+        return update.launch(
+            x, weight, bias, conv_states, cache_indices,
+            silu=activation is not None, pad_slot_id=pad_slot_id, config=config,
+        )  # fmt: skip
+
+
+def _check_devices(x, **others):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    device = x.device
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on x's device {device}, got {tensor.device}")
+
+
+def _resolve(backend, x):
+    if backend == "auto":
+        return "triton" if x.is_cuda else "eager"
+    if backend == "triton" and not x.is_cuda and not triton.knobs.runtime.interpret:
+        raise Unsupported(
+            f"backend: 'triton' runs on CUDA or ROCm tensors, or on CPU tensors with TRITON_INTERPRET=1; got {x.device}"
+        )
+    return backend
