@@ -12,7 +12,6 @@ import importlib.util
 import os
 import random
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,16 +37,18 @@ def pytest_configure(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def pytest_pycollect_makemodule(module_path: Path, parent):
-    """Sets Triton's mode before the file is imported, since Triton reads it in `@triton.jit`."""
-    name = module_path.name
-    if name.startswith(TORCH_FILES) and not parent.config.getoption("--gpu"):
-        wanted = "0" if "compile" in name else "1"
-        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != wanted:
-            raise pytest.UsageError(
-                f"{name} needs TRITON_INTERPRET={wanted} from the start: run it in its own process"
-            )
-        os.environ["TRITON_INTERPRET"] = wanted
+def pytest_collectstart(collector):
+    """Sets Triton's mode before a file is imported, since Triton reads it in `@triton.jit`."""
+    if not isinstance(collector, pytest.Module) or not collector.path.name.startswith(TORCH_FILES):
+        return
+    if collector.config.getoption("--gpu"):
+        return
+    wanted = "0" if "compile" in collector.path.name else "1"
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != wanted:
+        raise pytest.UsageError(
+            f"{collector.path.name} needs TRITON_INTERPRET={wanted} from the start: run it in its own process"
+        )
+    os.environ["TRITON_INTERPRET"] = wanted
 
 
 def pytest_collection_modifyitems(config, items):

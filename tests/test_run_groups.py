@@ -1,6 +1,7 @@
 """The test runner and conftest.py themselves: nothing that went wrong, or did not run, may look like success."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,3 +150,12 @@ def test_tritons_mode_is_set_before_the_file_is_imported(project, capfd, name, i
     text = f"import os\n\nMODE = os.environ['TRITON_INTERPRET']\n\ndef test_mode():\n    assert MODE == '{interpret}'\n"
     code, out = run(project(**{name: text}), capfd, "triton")
     assert code == 0, out
+
+
+def test_two_modes_of_triton_in_one_process_are_refused(project):
+    root = project(test_triton_a="import triton\n" + PASS, test_triton_compile=PASS, triton="")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest"], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 4
+    assert "test_triton_compile.py needs TRITON_INTERPRET=0 from the start" in done.stderr
