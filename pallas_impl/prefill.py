@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
-from pallas_impl.taps import convolve, find_row, load_taps
+from pallas_impl.taps import convolve, find_row, layout, load_taps
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -123,7 +123,7 @@ def _kernel(
         first = index == 0
         for i, channels in tiles():
 
-            @pl.when(live)
+            @pl.when(live & (channels.start < dim))
             def _(i=i, channels=channels):
                 _load(x, channels, tile.at[i], tile_ready.at[i], begin, length)
                 if history:
@@ -131,21 +131,24 @@ def _kernel(
 
         for i, channels in tiles():
 
-            @pl.when(live)
+            @pl.when(channels.start < dim)
             def _(i=i, channels=channels):
-                convolve_tile(i, channels, length, first)
+                @pl.when(live)
+                def _():
+                    convolve_tile(i, channels, length, first)
 
-            @pl.when(jnp.logical_not(live))
-            def _(i=i):
-                _each_row(length, lambda row: _store_zeros(tile, i, row))
+                @pl.when(jnp.logical_not(live))
+                def _():
+                    lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
-            plgpu.commit_smem()
-            _store(tile.at[i], out, channels, begin, length)
-            if pool is not None:
+                plgpu.commit_smem()
+                _store(tile.at[i], out, channels, begin, length)
+                if pool is not None:
 
-                @pl.when(live & first)
-                def _(i=i, channels=channels):
-                    plgpu.copy_smem_to_gmem(window.at[i], pool.at[slot, pl.ds(0, history), channels])
+                    @pl.when(live & first)
+                    def _():
+                        slots = lambda channels: pool.at[slot, pl.ds(0, history), channels]  # noqa: E731
+                        copy_out(window.at[i], slots, channels, dim)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -181,7 +184,7 @@ def _kernel(
             @pl.when(first & jnp.logical_not(stateful))
             def _():
                 for j in range(history):
-                    _store_zeros(window, i, j)
+                    store_zeros(window.at[i], j, interpret)
 
             if tokens > block_t:
 
@@ -282,17 +285,35 @@ def _store(tile, out, channels, begin, length):
             def _(size=size):
                 done = length & ~(2 * size - 1)
                 rows = pl.ds(begin + done, size)
-                plgpu.copy_smem_to_gmem(tile.at[pl.ds(done, size)], out.at[rows, channels])
+                copy_out(tile.at[pl.ds(done, size)], lambda channels: out.at[rows, channels], channels, out.shape[1])
 
         size //= 2
 
 
-def _each_row(length, body):
-    lax.fori_loop(0, length, lambda row, _: body(row), None)
+def copy_out(rows, target, channels, dim):
+    """Starts a copy from shared memory, [rows, lanes], to `target(channels)`, clipped at the last channel.
+
+    Mosaic GPU makes a box of one row a plain run of bytes, which does not clip, so that one is cut to size.
+    """
+    rest = dim % channels.size
+    if rows.shape[0] > 1 or not rest:
+        plgpu.copy_smem_to_gmem(rows, target(channels))
+        return
+
+    @pl.when(channels.start + channels.size <= dim)
+    def _():
+        plgpu.copy_smem_to_gmem(rows, target(channels))
+
+    @pl.when(channels.start + channels.size > dim)
+    def _():
+        plgpu.copy_smem_to_gmem(rows.at[:, pl.ds(0, rest)], target(pl.ds(channels.start, rest)))
 
 
-def _store_zeros(ref, i, row):
-    ref[i, row] = jnp.zeros((ref.shape[-1],), ref.dtype)
+def store_zeros(ref, row, interpret):
+    """Zeroes a row of shared memory, each thread the channels that it convolves."""
+    lanes = ref.shape[-1]
+    zeros = jnp.zeros((lanes,), ref.dtype)
+    ref[row] = zeros if interpret else plgpu.layout_cast(zeros, layout(lanes))
 
 
 def _widen_rows(ref, i, rows):

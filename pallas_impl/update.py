@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, row_slot
+from pallas_impl.prefill import COMPILER_PARAMS, copy_out, row_slot, store_zeros
 from pallas_impl.taps import convolve, load_taps
 
 
@@ -108,16 +108,16 @@ def _kernel(
 
         @pl.when(jnp.logical_not(live[r]))
         def _(r=r):
-            tile[r] = jnp.zeros((config.lanes,), tile.dtype)
+            store_zeros(tile, r, interpret)
 
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, out.at[rows, channels])
+    copy_out(tile, lambda channels: out.at[rows, channels], channels, x.shape[1])
     if history:
         for r in range(config.rows):
 
             @pl.when(live[r])
             def _(r=r):
-                window = pool.at[slots[r], pl.ds(0, history), channels]
-                plgpu.copy_smem_to_gmem(entries.at[r, pl.ds(1, history)], window)
+                window = lambda channels: pool.at[slots[r], pl.ds(0, history), channels]  # noqa: E731
+                copy_out(entries.at[r, pl.ds(1, history)], window, channels, x.shape[1])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
