@@ -1,0 +1,1 @@
+"""Benchmarks: named workloads, contenders, one timing policy, typed records. See README.md."""
