@@ -5,6 +5,7 @@ import torch
 from oracle.contract import ConvOutput, Unsupported
 from triton_impl import ops, run
 
+
 def causal_conv1d_fn(
     x,
     weight,

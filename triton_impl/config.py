@@ -17,6 +17,8 @@ class PrefillConfig(NamedTuple):
       row_blocks: per_sequence: programs along a row.
       search: row starts compared at a time when a flat program finds its row.
       num_warps: warps a program.
+      stages: groups in flight; above 1 they go through shared memory asynchronously.
+      maxnreg: registers a thread may use, or None for no limit.
     """
 
     flat: bool
@@ -27,6 +29,8 @@ class PrefillConfig(NamedTuple):
     row_blocks: int
     search: int
     num_warps: int
+    stages: int = 1
+    maxnreg: int | None = None
 
 
 class UpdateConfig(NamedTuple):
@@ -41,37 +45,69 @@ def _next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def walks(stride_t: int, stride_d: int) -> bool:
+    """Whether to walk tokens one channel vector at a time: unless only the token axis has unit stride."""
+    return stride_d == 1 or stride_t != 1
+
+
 def prefill_config(
-    tokens: int, dim: int, batch: int, itemsize: int, walk: bool, max_seqlen: int | None, schedule: str
+    tokens: int,
+    dim: int,
+    batch: int,
+    width: int,
+    itemsize: int,
+    walk: bool,
+    max_seqlen: int | None = None,
+    schedule: str = "auto",
+    warp_size: int = 32,
 ) -> PrefillConfig:
     """Chooses blocks and schedule from sizes alone.
 
     Args:
-      tokens, dim, batch: sizes of the call.
+      tokens, dim, batch, width: sizes of the call.
       itemsize: bytes of an element of x.
-      walk: whether x has unit channel stride.
+      walk: whether to walk tokens one channel vector at a time.
       max_seqlen: host bound of the longest row, or None.
       schedule: "auto", "per_sequence" or "flat".
+      warp_size: threads of a warp of the device.
     """
     if walk:
         vector = 16 // itemsize  # channels a thread
-        block_d = min(max(_next_power_of_2(dim), 32), 64 * vector)
-        work = tokens * -(-dim // block_d)
-        block_t = 8 if work <= 8 * 132 else 16 if work <= 16 * 1056 else 32 if work <= 32 * 1056 else 64
-        num_warps = max(block_d // (32 * vector), 1)
-        group = 8
+        block_d = min(max(_next_power_of_2(dim), warp_size), 64 * vector)
+        num_warps = max(block_d // (warp_size * vector), 1)
+        # large blocks reload less of the row before them; small ones keep every multiprocessor busy
+        programs = 1056  # 8 on each of 132 multiprocessors
+        block_t = 64
+        while block_t > 8 and tokens * -(-dim // block_d) < block_t * programs:
+            block_t //= 2
+        maxnreg = 144 if width <= 4 else None  # as many programs on a multiprocessor as fit without spills
     else:
-        block_t, block_d, num_warps, group = 64, min(max(_next_power_of_2(dim), 1), 32), 4, 8
-    longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
-    row_blocks = -(-longest // block_t)
-    flat_blocks = tokens // block_t + batch + 1
-    flat = schedule == "flat" or (schedule == "auto" and (batch + 1) * row_blocks > flat_blocks + flat_blocks // 4)
-    return PrefillConfig(flat, walk, block_t, block_d, group, row_blocks, 32 if batch < 32 else 512, num_warps)
+        block_t, block_d, num_warps, maxnreg = 64, min(max(_next_power_of_2(dim), 1), 16), 4, None
+    row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
+    per_sequence_blocks, flat_blocks = (batch + 1) * row_blocks, tokens // block_t + batch + 1
+    flat = schedule == "flat" or (schedule == "auto" and 4 * per_sequence_blocks > 5 * flat_blocks)
+    return PrefillConfig(
+        flat=flat,
+        walk=walk,
+        block_t=block_t,
+        block_d=block_d,
+        group=8,
+        row_blocks=row_blocks,
+        search=32 if batch < 32 else 512,
+        num_warps=num_warps,
+        maxnreg=maxnreg,
+    )
 
 
-def update_config(batch: int, dim: int, itemsize: int) -> UpdateConfig:
-    """Chooses rows and channels a program for a decode step of `batch` rows."""
-    vector = 16 // itemsize
-    block_d = min(max(_next_power_of_2(dim), 32), 32 * vector)
+def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+    """Chooses rows and channels a program for a decode step of `batch` rows.
+
+    Args:
+      batch, dim: sizes of the call.
+      itemsize: bytes of an element of x.
+      warp_size: threads of a warp of the device.
+    """
+    block_d = min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize))
+    # several rows a program share the taps once there are rows enough to fill the device
     rows = 4 if batch * dim >= 1 << 20 else 1
     return UpdateConfig(rows, block_d, 1)

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 
 from triton_impl.config import MAX_GRID_YZ
-from triton_impl.taps import NATIVE_PTX, activate, convolve, load_bias, load_taps, narrow, recast, widen, word_bits
+from triton_impl.launch import Launch, known_pad, stride
+from triton_impl.taps import (
+    NATIVE_PTX,
+    activate,
+    convolve,
+    load_bias,
+    load_taps,
+    narrow,
+    recast,
+    widen,
+    word_bits,
+)
 
 
 @triton.jit
@@ -48,7 +59,7 @@ def _walk_block(
     x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
     stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, last) of a row, one vector of channels a token, GROUP loads issued before the first use."""
     # window: the width-1 inputs before `first`
@@ -63,16 +74,19 @@ def _walk_block(
             past = tl.where(in_row, past, widen(kept))
         window = window + (past,)
 
-    for t in range(first, last, GROUP):
+    # taps, store; addresses are carried along, which needs fewer registers than a product a row
+    source = x + first * stride_x_t + ch * stride_x_d
+    target = out + first * stride_o_t + ch * stride_o_d
+    for t in tl.range(first, last, GROUP, num_stages=STAGES):
         rows = ()
         for i in tl.static_range(GROUP):
-            here = in_dim & (t + i < last)
-            rows = rows + (tl.load(x + (t + i) * stride_x_t + ch * stride_x_d, mask=here, other=0.0),)
+            rows = rows + (tl.load(source, mask=in_dim & (t + i < last), other=0.0),)
+            source += stride_x_t
         for i in tl.static_range(GROUP):
-            here = in_dim & (t + i < last)
             window = window + (widen(rows[i]),)
             value = activate(convolve(window, taps, start_value, WIDTH), SILU, PTX)
-            tl.store(out + (t + i) * stride_o_t + ch * stride_o_d, narrow(value, out.dtype.element_ty), mask=here)
+            tl.store(target, narrow(value, out.dtype.element_ty), mask=in_dim & (t + i < last))
+            target += stride_o_t
             window = window[1:]
 
 
@@ -127,8 +141,17 @@ def _prefill_kernel(
     stride_c, stride_h, stride_o_t, stride_o_d,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, SEARCH: tl.constexpr,
+    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    SEARCH: tl.constexpr,
 ):  # fmt: skip
+    # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
+    stride_x_t = tl.cast(stride_x_t, tl.int64)
+    stride_x_d = tl.cast(stride_x_d, tl.int64)
+    stride_s_l = tl.cast(stride_s_l, tl.int64)
+    stride_s_d = tl.cast(stride_s_d, tl.int64)
+    stride_o_t = tl.cast(stride_o_t, tl.int64)
+    stride_o_d = tl.cast(stride_o_d, tl.int64)
+
     # mapping of programs
     if FLAT:
         channel_blocks = tl.cdiv(dim, BLOCK_D)
@@ -171,64 +194,60 @@ def _prefill_kernel(
             start_value = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
             if WALK:
                 _walk_block(
-                    x, out, pool, taps, start_value, row_start, first, last, ch.to(tl.int64), in_dim, has_state,
+                    x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
                     stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
-                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_D, GROUP,
+                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, GROUP, STAGES,
                 )  # fmt: skip
             else:
                 _tile_block(
-                    x, out, pool, taps, start_value, row_start, first, last, ch.to(tl.int64), in_dim, has_state,
+                    x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
                     stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
                     WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, BLOCK_D,
                 )  # fmt: skip
             if HAS_POOL and WIDTH > 1:
                 if first == row_start:
                     _store_window(
-                        x, pool, row_start, row_end, ch.to(tl.int64), in_dim, has_state,
+                        x, pool, row_start, row_end, ch, in_dim, has_state,
                         stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
                     )  # fmt: skip
         else:
             zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
             for t in range(first, last):
-                tl.store(out + t * stride_o_t + ch.to(tl.int64) * stride_o_d, zero, mask=in_dim)
+                tl.store(out + t * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
         first += next_block * BLOCK_T
 
 
-def launch(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *, silu, pad_slot_id, config
-):  # fmt: skip
-    """Runs the kernel on checked arguments; returns `out`, laid out as x is; `conv_states` is updated in place.
+def prepare(x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, silu, pad_slot_id, config):
+    """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
 
     Args:
       silu: whether to apply SiLU.
       pad_slot_id: as in the contract.
       config: a PrefillConfig.
+
+    Returns:
+      A Launch of (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, out).
     """
-    out = torch.empty_like(x)
     tokens, dim = x.shape
     batch = query_start_loc.shape[0] - 1
-    width = weight.shape[1]
-    if tokens == 0:
-        return out
     channel_blocks = triton.cdiv(dim, config.block_d)
     if config.flat:
-        grid = ((tokens // config.block_t + batch + 1) * channel_blocks,)
+        grid = ((tokens // config.block_t + batch + 1) * channel_blocks, 1, 1)
     else:
         grid = (batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ), channel_blocks)
-    pooled = conv_states is not None
-    num_slots = conv_states.shape[0] if pooled else 0
-    _prefill_kernel[grid](
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, out,
-        tokens, dim, batch, num_slots, pad_slot_id if 0 <= pad_slot_id < num_slots else -1,
-        *x.stride(), *weight.stride(), bias.stride(0) if bias is not None else 0,
-        *(conv_states.stride() if pooled else (0, 0, 0)),
-        cache_indices.stride(0) if cache_indices is not None else 0,
-        has_initial_state.stride(0) if has_initial_state is not None else 0,
-        *out.stride(),
-        WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=pooled,
+    num_slots = 0 if conv_states is None else conv_states.shape[0]
+    strides = (
+        *x.stride(), *weight.stride(), stride(bias, 0),
+        stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
+        stride(cache_indices, 0), stride(has_initial_state, 0), *torch.empty_like(x, device="meta").stride(),
+    )  # fmt: skip
+    constants = dict(
+        WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=conv_states is not None,
         HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
         FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
-        BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, SEARCH=config.search,
-        num_warps=config.num_warps,
+        BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages, SEARCH=config.search,
     )  # fmt: skip
-    return out
+    return Launch(
+        _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
+        num_warps=config.num_warps, maxnreg=config.maxnreg,
+    )  # fmt: skip

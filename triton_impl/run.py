@@ -16,9 +16,10 @@ from oracle.contract import (
     check_update_values,
 )
 from triton_impl import eager, prefill, update
-from triton_impl.config import prefill_config, update_config
+from triton_impl.config import prefill_config, update_config, walks
 
 BACKENDS = ("triton", "eager")
+WARP_SIZE = 64 if torch.version.hip else 32
 
 
 def check_fn(
@@ -43,33 +44,32 @@ def fn(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
     activation, pad_slot_id, max_seqlen, schedule, backend, validate=False,
 ):  # fmt: skip
-    sizes = check_fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation, pad_slot_id, max_seqlen, schedule, backend, validate,
-    )  # fmt: skip
-    if validate:
-        check_fn_values(
-            query_start_loc.tolist(),
-            None if cache_indices is None else cache_indices.tolist(),
-            sizes.tokens,
-            None if conv_states is None else sizes.num_slots,
-            pad_slot_id,
-            max_seqlen,
-        )
-    if _resolve(backend, x) == "eager":
-        return eager.prefill(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            silu=activation is not None, pad_slot_id=pad_slot_id,
+    tensors = x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state
+    options = activation, pad_slot_id, max_seqlen, schedule, backend
+    key, call = (None, None) if validate else _recall("fn", tensors, options)
+    if call is None:
+        sizes = check_fn(*tensors, *options, validate)
+        if validate:
+            check_fn_values(
+                query_start_loc.tolist(),
+                None if cache_indices is None else cache_indices.tolist(),
+                sizes.tokens,
+                None if conv_states is None else sizes.num_slots,
+                pad_slot_id,
+                max_seqlen,
+            )
+        if _resolve(backend, x) == "eager":
+            return eager.prefill(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+        config = prefill_config(
+            sizes.tokens, sizes.dim, sizes.batch, sizes.width, x.element_size(), walks(*x.stride()),
+            max_seqlen, schedule, WARP_SIZE,
         )  # fmt: skip
-    config = prefill_config(
-        sizes.tokens, sizes.dim, sizes.batch, x.element_size(), x.stride(1) == 1 or x.stride(0) != 1,
-        max_seqlen, schedule,
-    )  # fmt: skip
-    with torch.cuda.device_of(x):
-        return prefill.launch(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            silu=activation is not None, pad_slot_id=pad_slot_id, config=config,
-        )  # fmt: skip
+        call = prefill.prepare(*tensors, activation is not None, pad_slot_id, config)
+        _remember(key, call)
+    out = torch.empty_like(x)
+    if out.numel():
+        _launch(call, x, *tensors, out)
+    return out
 
 
 def check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate):
@@ -84,25 +84,64 @@ def check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot
 
 
 def step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate=False):
-    sizes = check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate)
-    if validate:
-        check_update_values(
-            None if cache_indices is None else cache_indices.tolist(),
-            sizes.batch,
-            sizes.seqlen,
-            sizes.num_slots,
-            pad_slot_id,
+    tensors = x, weight, bias, conv_states, cache_indices
+    key, call = (None, None) if validate else _recall("step", tensors, (activation, pad_slot_id, backend))
+    if call is None:
+        sizes = check_step(*tensors, activation, pad_slot_id, backend, validate)
+        if validate:
+            check_update_values(
+                None if cache_indices is None else cache_indices.tolist(),
+                sizes.batch,
+                sizes.seqlen,
+                sizes.num_slots,
+                pad_slot_id,
+            )
+        if _resolve(backend, x) == "eager":
+            return eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+        config = update_config(sizes.batch, sizes.dim, x.element_size(), WARP_SIZE)
+        call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
+        _remember(key, call)
+    out = torch.empty_like(x)
+    if out.numel():
+        _launch(call, x, *tensors, out)
+    return out
+
+
+# Launches prepared for calls already checked. What a check or a launch depends on is in the key.
+_calls = {}
+_CALLS_KEPT = 4096
+
+
+def _recall(name, tensors, options):
+    """The key of a call and the launch prepared for it, or None; no key if an argument is odd (a check says how)."""
+    try:
+        whole_words = tensors[1].data_ptr() % 16 == 0  # `taps.word_bits` depends on it
+        key = (
+            name,
+            options,
+            whole_words,
+            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
         )
-    if _resolve(backend, x) == "eager":
-        return eager.update(
-            x, weight, bias, conv_states, cache_indices, silu=activation is not None, pad_slot_id=pad_slot_id
-        )
-    config = update_config(sizes.batch, sizes.dim, x.element_size())
-    with torch.cuda.device_of(x):
-        return update.launch(
-            x, weight, bias, conv_states, cache_indices,
-            silu=activation is not None, pad_slot_id=pad_slot_id, config=config,
-        )  # fmt: skip
+        return key, _calls.get(key)
+    except (AttributeError, TypeError):
+        return None, None
+
+
+def _remember(key, call):
+    if key is None:
+        return
+    if len(_calls) >= _CALLS_KEPT:
+        _calls.clear()
+    _calls[key] = call
+
+
+def _launch(call, x, *tensors):
+    """Launches on x's device, which need not be the current one."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            call(*tensors)
+    else:
+        call(*tensors)
 
 
 def _check_devices(x, **others):

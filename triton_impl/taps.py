@@ -67,7 +67,7 @@ def load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH: tl.constexpr, W
     taps = ()
     if WORD_BITS == 0:
         for j in tl.static_range(WIDTH):
-            tap = tl.load(weight + ch.to(tl.int64) * stride_w_d + j * stride_w_j, mask=in_dim, other=0.0)
+            tap = tl.load(weight + ch * tl.cast(stride_w_d, tl.int64) + j * tl.cast(stride_w_j, tl.int64), mask=in_dim, other=0.0)
             taps = taps + (widen(tap),)
     else:
         bits: tl.constexpr = WORD_BITS // WIDTH
@@ -87,7 +87,7 @@ def load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH: tl.constexpr, W
 @triton.jit
 def load_bias(bias, ch, in_dim, stride_b, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        start = widen(tl.load(bias + ch.to(tl.int64) * stride_b, mask=in_dim, other=0.0))
+        start = widen(tl.load(bias + ch * tl.cast(stride_b, tl.int64), mask=in_dim, other=0.0))
     else:
         start = tl.zeros_like(ch).to(tl.float32)
     return start

@@ -1,0 +1,171 @@
+"""The interface of causal-conv1d 1.6, which transformers and mamba_ssm import too; channel-first axes.
+
+    from triton_impl.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+
+or, for programs that import `causal_conv1d` themselves, `triton_impl.compat.install("causal_conv1d")`.
+
+Beyond the peer: any strides and any `dim`, initial and final states in either memory layout, widths 1 to 8, every
+mix of float dtypes, slots past the pool are padding rather than a fault. Less than the peer: no gradient, and no
+circular buffer (`cache_seqlens`); both are refused, not ignored.
+"""
+
+import torch
+
+from oracle.contract import Unsupported
+from triton_impl.api import causal_conv1d_fn as packed_fn
+from triton_impl.compat.layout import (
+    dense_rows,
+    expect,
+    expect_states,
+    folded_channels,
+    folds_into_channels,
+    refuse,
+    token_axes,
+    update_at_back,
+)
+
+__all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
+__version__ = "1.6.1"  # of the interface
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
+    """Dense prefill. Nothing given is written but `final_states_out`.
+
+    Args:
+      x: [batch, dim, seqlen], any strides. A view serves both channel-first and channel-last memory; a channel
+        slice of a channel-first tensor with batch > 1 is copied once.
+      weight: [dim, width].
+      bias: [dim] or None.
+      seq_idx: [batch, seqlen] int32 or int64 or None: each run of equal ids is a sequence of its own, and outputs
+        where the id is negative are zero. An id that comes back after another one starts afresh (the peer,
+        which compares ids token by token, lets it see through a gap shorter than width-1).
+      initial_states: [batch, dim, width-1] or None; not together with `seq_idx`.
+      return_final_states: also return the last width-1 inputs; not together with `seq_idx`.
+      final_states_out: [batch, dim, width-1] to write them to; needs `return_final_states`.
+      activation: None, "silu" or "swish".
+
+    Returns:
+      out [batch, dim, seqlen] in x's dtype, or (out, final_states [batch, dim, width-1] in x's dtype).
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`.
+      Unsupported: `seq_idx` with states; a backward pass.
+    """
+    batch, dim, _ = expect("x", x, ("batch", "dim", "seqlen"))
+    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    axes, sizes = ("batch", "dim", "width-1"), {"batch": batch, "dim": dim, "width-1": width - 1}
+    if initial_states is not None:
+        expect("initial_states", initial_states, axes, **sizes)
+    if final_states_out is not None:
+        expect("final_states_out", final_states_out, axes, **sizes)
+        if not return_final_states:
+            raise ValueError("final_states_out: expected None, since return_final_states is False")
+    if seq_idx is not None:
+        if return_final_states:
+            raise Unsupported("return_final_states: expected False together with seq_idx, got True")
+        refuse(
+            "together with seq_idx there is no one row that it would belong to", initial_states=initial_states
+        )
+        return _packed_by_ids(x, weight, bias, seq_idx, activation)
+
+    folded = folds_into_channels(x)
+    states = None
+    if initial_states is not None or return_final_states:
+        shape = (batch, dim, width - 1) if folded else (batch, width - 1, dim)
+        states = x.new_zeros(shape) if initial_states is None else x.new_empty(shape)
+        by_channel = states if folded else states.transpose(1, 2)
+        if initial_states is not None:
+            by_channel.copy_(initial_states)
+    if folded:
+        out = folded_channels(x, weight, bias, states, initial_states is not None, activation=activation)
+    else:
+        has_state = None if initial_states is None else x.new_ones(batch, dtype=torch.bool)
+        out = dense_rows(x.transpose(1, 2), weight, bias, states, None, has_state, activation=activation)
+        out = out.transpose(1, 2)
+    if not return_final_states:
+        return out
+    return out, by_channel if final_states_out is None else final_states_out.copy_(by_channel)
+
+
+def causal_conv1d_update(
+    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+):
+    """Decode step; `conv_state` is updated in place, x is not written.
+
+    Args:
+      x: [batch, dim] or [batch, dim, seqlen].
+      conv_state: [batch or num_slots, dim, state_len], state_len >= width-1, any strides. The window is the last
+        width-1 columns and the slot shifts as a whole, as the peer does it; the columns before the window
+        cost a copy, so state_len = width-1 is the fast one.
+      weight: [dim, width].
+      bias: [dim] or None.
+      activation: None, "silu" or "swish".
+      cache_seqlens: None; a circular buffer is refused.
+      conv_state_indices: [batch] integer slots, or None: row i uses slot i. Negative slots, and slots past the
+        pool, are padding: their output is zero and no slot is touched.
+
+    Returns:
+      out, with x's shape and dtype.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_update`.
+      Unsupported: `cache_seqlens`; a backward pass.
+    """
+    refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
+    dim = token_axes(x)
+    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    expect_states("conv_state", conv_state, dim, width)
+    if x.dim() == 2:
+        return update_at_back(x, weight, bias, conv_state, conv_state_indices, activation=activation)
+    tokens = x.transpose(1, 2)
+    out = update_at_back(tokens, weight, bias, conv_state, conv_state_indices, activation=activation)
+    return out.transpose(1, 2)
+
+
+def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
+    """The last `state_len` tokens of each packed sequence, zeros in front of short ones; plain torch.
+
+    Args:
+      x: [tokens, dim].
+      cu_seqlens: [batch+1] int32 or int64.
+      state_len: columns wanted.
+
+    Returns:
+      [batch, dim, state_len] in x's dtype.
+    """
+    tokens, dim = expect("x", x, ("tokens", "dim"))
+    expect("cu_seqlens", cu_seqlens, ("batch+1",))
+    starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    if tokens == 0:
+        return x.new_zeros(starts.shape[0], state_len, dim).transpose(1, 2)
+    source = ends + torch.arange(-state_len, 0, device=x.device)
+    states = x[source.clamp(0, tokens - 1)]
+    return torch.where((source >= starts)[:, :, None], states, 0).transpose(1, 2)
+
+
+def _packed_by_ids(x, weight, bias, seq_idx, activation):
+    """Each run of equal ids as a packed row; how many runs there are stays on the device."""
+    batch, dim, seqlen = x.shape
+    expect("seq_idx", seq_idx, ("batch", "seqlen"), batch=batch, seqlen=seqlen)
+    if seq_idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"seq_idx: expected dtype int32 or int64, got {seq_idx.dtype}")
+    tokens = batch * seqlen
+    begins = torch.ones_like(seq_idx, dtype=torch.bool)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    position = torch.arange(tokens + 1, dtype=torch.int32, device=x.device)
+    starts = torch.where(begins.reshape(tokens), position[:-1], tokens).sort().values
+    out = packed_fn(
+        x.transpose(1, 2).reshape(tokens, dim), weight, bias, None, torch.cat([starts, position[-1:]]),
+        activation=activation, schedule="flat",
+    ).out  # fmt: skip
+    out.masked_fill_(seq_idx.reshape(tokens, 1) < 0, 0)
+    return out.view(batch, seqlen, dim).transpose(1, 2)

@@ -1,0 +1,158 @@
+"""What the adapters share: checks in the peer's own axes, and the peers' layouts as views of ours."""
+
+import operator
+
+import torch
+
+from oracle.contract import Unsupported
+from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
+
+MAX_COLUMNS = 7  # a window of width 8, the widest
+
+
+def expect(name, value, axes, **sizes):
+    """Returns the shape of tensor `value`; raises in terms of the peer's `axes` unless it has them."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    shape = value.shape
+    if len(shape) != len(axes) or any(
+        axis in sizes and size != sizes[axis] for axis, size in zip(axes, shape, strict=True)
+    ):
+        text = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+        raise ValueError(f"{name}: expected shape [{text}], got {list(shape)}")
+    return shape
+
+
+def token_axes(x):
+    """Checks x [batch, dim] or [batch, dim, seqlen]; returns dim."""
+    if isinstance(x, torch.Tensor) and x.dim() not in (2, 3):
+        raise ValueError(f"x: expected shape [batch, dim] or [batch, dim, seqlen], got {list(x.shape)}")
+    return expect("x", x, ("batch", "dim", "seqlen")[: x.dim() if isinstance(x, torch.Tensor) else 3])[1]
+
+
+def expect_states(name, states, dim, width):
+    """Checks a pool [num_slots, dim, state_len]; returns state_len."""
+    state_len = expect(name, states, ("num_slots", "dim", "state_len"), dim=dim)[2]
+    if state_len < width - 1:
+        raise ValueError(f"{name}: expected state_len >= width-1 = {width - 1} on axis 2, got {state_len}")
+    return state_len
+
+
+def refuse(reason, **arguments):
+    """Raises Unsupported for the first argument that is not None."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise Unsupported(f"{name}: expected None, got {type(value).__name__} ({reason})")
+
+
+def refuse_unknown(function, kwargs):
+    for name in kwargs:
+        raise TypeError(f"{name}: {function} takes no such argument (expected none that would go unused)")
+
+
+def activation_name(activation):
+    """The Triton peers take True for "silu" and False for None."""
+    if isinstance(activation, bool):
+        return "silu" if activation else None
+    return activation
+
+
+def longest(name, lengths):
+    """The largest of some host lengths, or None; refuses what would have to be read from a device."""
+    if lengths is None:
+        return None
+    if isinstance(lengths, torch.Tensor):
+        if lengths.device.type != "cpu":
+            raise ValueError(f"{name}: expected lengths on the host, got a tensor on {lengths.device}")
+        lengths = lengths.tolist()
+    try:
+        return max((operator.index(length) for length in lengths), default=0)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of integers or a CPU tensor, got {lengths!r}") from None
+
+
+def dense_rows(
+    x, weight, bias, states=None, slots=None, has_state=None, *, activation, pad_slot_id=-1, validate=False
+):
+    """Convolves every row of x [batch, seqlen, dim] behind its slot of `states` [num_slots, state_len, dim].
+
+    The rows are packed rows of equal length. Packing is a view unless rows are neither evenly spaced nor alone,
+    as in a channel slice of a channel-first tensor: then x is copied once.
+    """
+    batch, seqlen, dim = x.shape
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen
+    out = causal_conv1d_fn(
+        x.reshape(batch * seqlen, dim), weight, bias, states, starts, slots, has_state,
+        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=seqlen, validate=bool(validate),
+    ).out  # fmt: skip
+    return out.view(batch, seqlen, dim)
+
+
+def folds_into_channels(x):
+    """Whether x [batch, dim, seqlen] is a view [batch*dim, seqlen] but not a view [batch*seqlen, dim]."""
+    batch, dim, seqlen = x.shape
+    packs = batch == 1 or seqlen == 1 or x.stride(0) == seqlen * x.stride(2)
+    return not packs and x.stride(0) == dim * x.stride(1)
+
+
+def folded_channels(x, weight, bias, states=None, has_state=False, *, activation):
+    """Convolves a channel-first batch x [batch, dim, seqlen] as ONE row of batch*dim channels, a view of x.
+
+    The taps are repeated for each row (batch*dim*width values). `states` is [batch, dim, width-1], contiguous.
+    """
+    batch, dim, seqlen = x.shape
+    starts = torch.arange(2, dtype=torch.int32, device=x.device) * seqlen
+    out = causal_conv1d_fn(
+        x.view(batch * dim, seqlen).t(), weight.repeat(batch, 1), None if bias is None else bias.repeat(batch),
+        None if states is None else states.view(batch * dim, weight.shape[1] - 1).t()[None], starts, None,
+        torch.ones(1, dtype=torch.bool, device=x.device) if has_state else None,
+        activation=activation, max_seqlen=seqlen,
+    ).out  # fmt: skip
+    return out.t().view(batch, dim, seqlen)
+
+
+def update_at_back(x, weight, bias, states, slots, *, activation, pad_slot_id=-1):
+    """A decode step on slots whose window is their LAST width-1 columns, and which shift as a whole.
+
+    The window is a narrow view. Columns before it are history that no output needs; they are moved along by
+    a copy (slots None) or by one more small launch for every 7 columns.
+
+    Args:
+      x: [batch, dim] or [batch, seqlen, dim].
+      states: [num_slots, dim, state_len], state_len >= width-1.
+    """
+    older = states.shape[2] - (weight.shape[1] - 1)
+    if older and x.numel():
+        _shift_history(x if x.dim() == 3 else x[:, None], states, slots, older, pad_slot_id)
+    window = states[:, :, older:].transpose(1, 2)
+    return causal_conv1d_update(
+        x, weight, bias, window, slots, activation=activation, pad_slot_id=pad_slot_id
+    ).out  # fmt: skip
+
+
+def _shift_history(x, states, slots, older, pad_slot_id):
+    """Moves columns [seqlen, seqlen+older) of slot ++ x into columns [0, older) of the slots of live rows."""
+    batch, seqlen, dim = x.shape
+    num_slots, _, state_len = states.shape
+    if slots is None:
+        rows = states[:batch]
+    elif num_slots:
+        rows = states.index_select(0, slots.long().clamp(0, num_slots - 1))
+    else:
+        return
+    if seqlen + older > state_len:
+        new = torch.cat([rows, x.transpose(1, 2).to(states.dtype)], dim=2)[:, :, seqlen : seqlen + older]
+    else:
+        new = rows[:, :, seqlen : seqlen + older]
+        if slots is None and seqlen < older:
+            new = new.clone()
+    if slots is None:
+        rows[:, :, :older].copy_(new)
+        return
+    # Only live rows may be written, and which those are is known on the device: a decode step of the columns as
+    # tokens writes them and nothing else.
+    for first in range(0, older, MAX_COLUMNS):
+        part = new[:, :, first : first + MAX_COLUMNS].transpose(1, 2)
+        columns = states[:, :, first : first + part.shape[1]].transpose(1, 2)
+        taps = x.new_zeros(()).expand(dim, part.shape[1] + 1)
+        causal_conv1d_update(part, taps, None, columns, slots, pad_slot_id=pad_slot_id)

@@ -1,0 +1,253 @@
+"""SGLang 0.5.23's four entry points: the dispatcher's pair and the Triton pair, told apart by `_triton`.
+
+    from triton_impl.compat.sglang import causal_conv1d_fn, causal_conv1d_update                  # the dispatcher's
+    from triton_impl.compat.sglang import causal_conv1d_fn_triton, causal_conv1d_update_triton    # the Triton pair
+
+SGLang has two orders of arguments under one name: its dispatcher (and TensorRT-LLM) passes `query_start_loc`
+fourth, its Triton module `conv_states` fourth and `seq_lens_cpu` sixth. Host lengths only choose the grid: nothing
+synchronises with or without them, and lengths that are too small skip no token.
+
+Padding rows (slot == pad_slot_id, or outside the pool) and tokens past `query_start_loc[-1]` come back as zeros;
+SGLang leaves them uninitialised or keeps x. A `pad_slot_id` is compared with slots only, so 0 does not skip row 0.
+"""
+
+from triton_impl.api import causal_conv1d_fn as packed_fn
+from triton_impl.api import causal_conv1d_update as packed_update
+from triton_impl.compat.layout import (
+    activation_name,
+    dense_rows,
+    expect,
+    expect_states,
+    longest,
+    refuse,
+    refuse_unknown,
+    token_axes,
+    update_at_back,
+)
+
+__all__ = [
+    "PAD_SLOT_ID",
+    "causal_conv1d_fn",
+    "causal_conv1d_fn_triton",
+    "causal_conv1d_update",
+    "causal_conv1d_update_triton",
+]
+
+PAD_SLOT_ID = -1
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias=None,
+    query_start_loc=None,
+    cache_indices=None,
+    has_initial_state=None,
+    conv_states=None,
+    activation="silu",
+    pad_slot_id=PAD_SLOT_ID,
+    **kwargs,
+):
+    """Prefill in the dispatcher's order of arguments.
+
+    Args:
+      x: [dim, tokens] with `query_start_loc`, or [batch, dim, seqlen] without; any strides.
+      weight: [dim, width].
+      bias: [dim] or None.
+      query_start_loc: [batch+1] int32 or int64, or None for a dense x.
+      cache_indices: [batch] integer slots, or None: row i uses slot i.
+      has_initial_state: [batch] bool, or None: no row has a state.
+      conv_states: [num_slots, dim, state_len], any strides, window in front, updated in place; or None.
+      activation: None, "silu", "swish", True or False.
+      pad_slot_id: slot number of padding rows.
+      seq_lens_cpu: (keyword) host lengths of the rows, a list or a CPU tensor.
+      block_table, validate_data: (keyword) as in `causal_conv1d_fn_triton`.
+
+    Returns:
+      x itself, overwritten, where tokens have unit stride (SGLang's CUDA kernel works in place, this costs a
+      copy); otherwise, as with every token-major projection, a fresh tensor laid out as x.
+
+    Raises:
+      ValueError, TypeError: bad shapes, dtypes or values; an unknown keyword.
+      Unsupported: a backward pass.
+    """
+    seq_lens_cpu = kwargs.pop("seq_lens_cpu", None)
+    block_table = kwargs.pop("block_table", None)
+    validate = kwargs.pop("validate_data", False)
+    refuse_unknown("causal_conv1d_fn", kwargs)
+    if query_start_loc is None:
+        if seq_lens_cpu is not None or block_table is not None:
+            raise ValueError(
+                "query_start_loc: expected shape [batch+1] beside seq_lens_cpu or block_table, got None"
+            )
+        dim = expect("x", x, ("batch", "dim", "seqlen"))[1]
+        _expect_common(weight, conv_states, dim)
+        out = dense_rows(
+            x.transpose(1, 2), weight, bias, _token_major(conv_states), cache_indices, has_initial_state,
+            activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=validate,
+        ).transpose(1, 2)  # fmt: skip
+    else:
+        out = causal_conv1d_fn_triton(
+            x, weight, bias, conv_states, query_start_loc, seq_lens_cpu, cache_indices, has_initial_state,
+            activation, pad_slot_id, validate, block_table,
+        )  # fmt: skip
+    return x.copy_(out) if x.stride(-1) == 1 else out
+
+
+def causal_conv1d_update(
+    x,
+    conv_state,
+    weight,
+    bias=None,
+    activation=None,
+    cache_seqlens=None,
+    conv_state_indices=None,
+    pad_slot_id=PAD_SLOT_ID,
+):
+    """Decode step of the dispatcher (SGLang's CUDA kernel): in place on x, window at the back of wide slots.
+
+    Args:
+      x: [batch, dim] or [batch, dim, seqlen]; overwritten with the result.
+      conv_state: [num_slots, dim, state_len]; the window is the last width-1 columns and the slot shifts as a
+        whole, so state_len = width-1 is the fast one. (SGLang's prefill leaves the window in front: with wider
+        slots its two halves do not fit together, and neither do these.)
+      weight, bias: [dim, width]; [dim] or None.
+      activation: None, "silu", "swish", True or False.
+      cache_seqlens: None; a circular buffer is refused.
+      conv_state_indices: [batch] integer slots, or None: row i uses slot i.
+      pad_slot_id: slot number of padding rows; their output is zero (SGLang keeps x).
+
+    Returns:
+      x.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
+    """
+    refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
+    dim = token_axes(x)
+    _expect_common(weight, conv_state, dim, "conv_state")
+    tokens = x if x.dim() == 2 else x.transpose(1, 2)
+    out = update_at_back(
+        tokens, weight, bias, conv_state, conv_state_indices,
+        activation=activation_name(activation), pad_slot_id=pad_slot_id,
+    )  # fmt: skip
+    tokens.copy_(out)
+    return x
+
+
+def causal_conv1d_fn_triton(
+    x,
+    weight,
+    bias,
+    conv_states,
+    query_start_loc,
+    seq_lens_cpu,
+    cache_indices=None,
+    has_initial_state=None,
+    activation="silu",
+    pad_slot_id=PAD_SLOT_ID,
+    validate_data=False,
+    block_table=None,
+    **kwargs,
+):
+    """Prefill in the Triton module's order of arguments.
+
+    Args:
+      x: [dim, tokens], any strides; not written.
+      weight, bias: [dim, width]; [dim] or None.
+      conv_states: [num_slots, dim, state_len], any strides, window in front, updated in place; or None.
+      query_start_loc: [batch+1] int32 or int64.
+      seq_lens_cpu: host lengths of the rows, a list or a CPU tensor, or None.
+      cache_indices: [batch] integer slots, or None: row i uses slot i.
+      has_initial_state: [batch] bool, or None: no row has a state.
+      activation: None, "silu", "swish", True or False.
+      pad_slot_id: slot number of padding rows.
+      validate_data: read the index data, which synchronises, and raise ValueError on bad values.
+      block_table: [blocks, 2] or None. It spares SGLang the host lengths; here it selects the flat schedule, which
+        finds the blocks on the device, and its entries are not read.
+
+    Returns:
+      A fresh [dim, tokens] tensor laid out as x.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
+    """
+    refuse_unknown("causal_conv1d_fn", kwargs)
+    dim = expect("x", x, ("dim", "tokens"))[0]
+    _expect_common(weight, conv_states, dim)
+    if block_table is not None:
+        expect("block_table", block_table, ("blocks", "2"), **{"2": 2})
+    return packed_fn(
+        x.t(), weight, bias, _token_major(conv_states), query_start_loc, cache_indices, has_initial_state,
+        activation=activation_name(activation), pad_slot_id=pad_slot_id,
+        max_seqlen=longest("seq_lens_cpu", seq_lens_cpu),
+        schedule="auto" if block_table is None else "flat", validate=bool(validate_data),
+    ).out.t()  # fmt: skip
+
+
+def causal_conv1d_update_triton(
+    x,
+    conv_state,
+    weight,
+    bias=None,
+    activation=None,
+    cache_seqlens=None,
+    conv_state_indices=None,
+    num_accept_tokens=None,
+    intermediate_conv_window=None,
+    intermediate_state_indices=None,
+    retrieve_next_token=None,
+    retrieve_next_sibling=None,
+    retrieve_parent_token=None,
+    pad_slot_id=PAD_SLOT_ID,
+    metadata=None,
+    validate_data=False,
+):
+    """Decode step of the Triton module: window in front of wide slots, columns behind it never touched.
+
+    Args:
+      x: [batch, dim] or [batch, dim, seqlen], any strides; not written. All tokens are committed.
+      conv_state: [num_slots, dim, state_len], any strides, updated in place.
+      weight, bias: [dim, width]; [dim] or None.
+      activation: None, "silu", "swish", True or False.
+      cache_seqlens: None. SGLang ignores it, which gives wrong values; it is refused here.
+      conv_state_indices: [batch] integer slots, or None: row i uses slot i.
+      num_accept_tokens, intermediate_conv_window, intermediate_state_indices, retrieve_next_token,
+        retrieve_next_sibling, retrieve_parent_token: None; speculative steps are refused.
+      pad_slot_id: slot number of padding rows.
+      metadata: unused, as in SGLang.
+      validate_data: read the slots, which synchronises, and raise ValueError on bad ones.
+
+    Returns:
+      A fresh tensor with x's shape and dtype.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
+    """
+    refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
+    refuse(
+        "speculative decoding is not part of causal_conv1d_update",
+        num_accept_tokens=num_accept_tokens,
+        intermediate_conv_window=intermediate_conv_window,
+        intermediate_state_indices=intermediate_state_indices,
+        retrieve_next_token=retrieve_next_token,
+        retrieve_next_sibling=retrieve_next_sibling,
+        retrieve_parent_token=retrieve_parent_token,
+    )
+    dim = token_axes(x)
+    _expect_common(weight, conv_state, dim, "conv_state")
+    out = packed_update(
+        x if x.dim() == 2 else x.transpose(1, 2), weight, bias, _token_major(conv_state), conv_state_indices,
+        activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=bool(validate_data),
+    ).out  # fmt: skip
+    return out if x.dim() == 2 else out.transpose(1, 2)
+
+
+def _expect_common(weight, states, dim, name="conv_states"):
+    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    if states is not None:
+        expect_states(name, states, dim, width)
+
+
+def _token_major(states):
+    return None if states is None else states.transpose(1, 2)
