@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from oracle.numerics import FORMATS, TypedArray, storage_dtype
 
 GUARD = 64  # elements before and after; a multiple of 16 bytes for every dtype, so data stay aligned
-POISON_BITS = {"float32": 0x7FC0BEEF, "float16": 0x7EEF, "bfloat16": 0x7FEF}  # quiet NaNs that are easy to spot
+POISON_BITS = {"float32": 0x7FC00000, "float16": 0x7E00, "bfloat16": 0x7FC0}  # the canonical quiet NaN
+MARK_BITS = {"float32": 0x47000000, "float16": 0x7800, "bfloat16": 0x4700}  # 32768: shows up if a NaN lands on it
 
 
 @dataclass
@@ -51,6 +51,15 @@ class Array:
 
     def copy(self) -> Array:
         return Array(self.dtype, self.base.copy(), self.offset, self.shape, self.strides)
+
+
+def poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Bits that must be neither read nor written: NaN and a large number in turn.
+
+    A NaN shows that it was read; over the number, a NaN shows that it was written.
+    """
+    turn = np.indices(shape).sum(axis=0) % 2 if shape else np.zeros(shape, int)
+    return np.where(turn == 0, POISON_BITS[dtype], MARK_BITS[dtype]).astype(FORMATS[dtype].bits)
 
 
 def plain(array: TypedArray | np.ndarray, poison: int | None = None) -> Array:
@@ -106,19 +115,16 @@ def place(array: TypedArray, layout: str, poison: int | None = None) -> Array:
     sparse = layout.startswith("huge_pitch_")
     count = offset + extent + GUARD
     dtype = storage_dtype(array.dtype)
-    base = np.zeros(count, dtype) if sparse else np.full(count, _poison(array.dtype, poison), dtype)
+    base = np.zeros(count, dtype) if sparse else _surroundings(array.dtype, count, poison)
     placed = Array(array.dtype, base, offset, tuple(shape), tuple(strides), sparse)
     placed.data[...] = array.data
     return placed
 
 
-def _poison(dtype: str, poison: int | None) -> Any:
+def _surroundings(dtype: str, count: int, poison: int | None) -> np.ndarray:
     if dtype in FORMATS:
-        bits = np.array(POISON_BITS[dtype], dtype=FORMATS[dtype].bits)
-        return bits.view(storage_dtype(dtype))[()]
-    if dtype == "bool":
-        return True
-    return 1 if poison is None else poison
+        return poisoned((count,), dtype).view(storage_dtype(dtype))
+    return np.full(count, True if dtype == "bool" else 1 if poison is None else poison, storage_dtype(dtype))
 
 
 def unchanged_outside(before: Array, after_base: np.ndarray, changed: np.ndarray | None) -> np.ndarray:

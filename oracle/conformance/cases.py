@@ -58,7 +58,8 @@ class Case:
     @property
     def features(self) -> frozenset[str]:
         """What an implementation must support to run this case; matched against its `unsupported` patterns."""
-        axes, found = self.axes, {f"op:{self.op}", f"width:{axes['width']}", f"tier:{self.tier}"}
+        axes = self.axes
+        found = {f"op:{self.op}", f"width:{axes['width']}", f"tier:{self.tier}"}
         used = {k: v for k, v in self.dtypes.items() if v is not None}
         if axes["num_slots"] is None:
             used.pop("conv_states", None)

@@ -1,8 +1,8 @@
 """From a case to its arguments. Values come from a fixed integer hash, so every language can repeat them.
 
-Whatever a correct implementation must not read is NaN, and for indices a wrong but tempting slot: slots that no
-row reads, spare columns, slots of rows without a state, tokens of padding rows and of the tail, and the
-memory around every argument.
+Whatever a correct implementation must not read holds NaN, and for indices a wrong but tempting slot: slots that
+no row reads, spare columns, slots of rows without a state, tokens of padding rows and of the tail, and the
+memory around every argument. Where nothing may be written either, every second element is a number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.conformance.arrays import POISON_BITS, Array, place
+from oracle.conformance.arrays import POISON_BITS, Array, place, poisoned
 from oracle.conformance.cases import Case
 from oracle.numerics import FORMATS, TypedArray, from_bits, round_bits, storage_dtype
 
@@ -93,7 +93,7 @@ def build(case: Case) -> Problem:
         for row in range(batch):
             if live[row] and has[row] and lengths[row] > 0:
                 readable[named[row], : width - 1] = True
-        states.bits[...] = np.where(readable, states.bits, POISON_BITS[states.dtype])
+        states.bits[...] = np.where(readable, states.bits, poisoned(states.shape, states.dtype))
         arrays["conv_states"] = states
     if fn:
         arrays["query_start_loc"] = _integers(offsets, dtypes["query_start_loc"])
