@@ -59,7 +59,7 @@ def causal_conv1d(
     if backend != "triton":
         raise Unsupported(f"backend: expected 'triton', got {backend!r}")
     batch, seqlen, dim = expect("x", x, ("batch", "seqlen", "dim"))
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    width = _width(weight, dim)
     if residual is not None:
         expect("residual", residual, ("batch", "seqlen", "dim"), batch=batch, seqlen=seqlen, dim=dim)
     rows = batch
@@ -122,12 +122,20 @@ def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activa
                 f"x: expected one token a row, [rows, 1, dim] or [1, rows, dim], got {list(x.shape)}"
             )
         rows = batch * seqlen
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    width = _width(weight, dim)
     expect("cache", cache, ("rows", "dim", "width"), rows=rows, dim=dim, width=width)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
     y = update_at_back(x.reshape(rows, dim), weight, bias, cache, None, activation=activation).view(x.shape)
     return (y if residual is None else y.add_(residual)), cache
+
+
+def _width(weight, dim):
+    if weight is None:
+        raise ValueError(
+            f"weight: expected shape [dim={dim}, width], got None (without taps there is no convolution)"
+        )
+    return expect("weight", weight, ("dim", "width"), dim=dim)[1]
 
 
 def _oldest(tokens, initial_state, ends, lengths, width):

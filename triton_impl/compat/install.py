@@ -1,42 +1,43 @@
 """Puts adapters where programs look for the peers, and takes them away again."""
 
+import functools
 import importlib
 import importlib.machinery
 import sys
 import types
 import warnings
 
-# peer -> adapter module, and {name of the peer's function: name of ours} for each module of the peer
+# peer: for each pair of functions, the modules of the peer that may hold it (the first one found counts, releases
+# differ), and {name of the peer's function: name of ours}
 _REPLACED = {
-    "sglang": (
-        "sglang",
-        {
-            "sglang.srt.layers.attention.mamba.causal_conv1d": {
-                "causal_conv1d_fn": "causal_conv1d_fn",
-                "causal_conv1d_update": "causal_conv1d_update",
-            },
-            "sglang.kernels.ops.mamba.causal_conv1d_triton": {
+    "sglang": [
+        (
+            ["sglang.srt.layers.attention.mamba.causal_conv1d"],
+            {"causal_conv1d_fn": "causal_conv1d_fn", "causal_conv1d_update": "causal_conv1d_update"},
+        ),
+        (
+            [
+                "sglang.kernels.ops.mamba.causal_conv1d_triton",
+                "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
+            ],
+            {
                 "causal_conv1d_fn": "causal_conv1d_fn_triton",
                 "causal_conv1d_update": "causal_conv1d_update_triton",
             },
-        },
-    ),
-    "vllm": (
-        "vllm",
-        {
-            "vllm.model_executor.layers.mamba.ops.causal_conv1d": {
-                "causal_conv1d_fn": "causal_conv1d_fn",
-                "causal_conv1d_update": "causal_conv1d_update",
-            },
-        },
-    ),
-    "fla": (
-        "fla",
-        {
-            "fla.modules.conv.causal_conv1d": {"causal_conv1d": "causal_conv1d"},
-            "fla.modules.conv.triton.ops": {"causal_conv1d_update": "causal_conv1d_update"},
-        },
-    ),
+        ),
+    ],
+    "vllm": [
+        (
+            ["vllm.model_executor.layers.mamba.ops.causal_conv1d"],
+            {"causal_conv1d_fn": "causal_conv1d_fn", "causal_conv1d_update": "causal_conv1d_update"},
+        ),
+    ],
+    "fla": [
+        (
+            ["fla.modules.causal_conv1d", "fla.modules.conv"],
+            {"causal_conv1d": "causal_conv1d", "causal_conv1d_update": "causal_conv1d_update"},
+        ),
+    ],
 }
 PEERS = ("causal_conv1d", *_REPLACED)
 
@@ -60,7 +61,7 @@ def install(peer):
     """
     _check(peer)
     if peer not in _undo:
-        _undo[peer] = _register() if peer == "causal_conv1d" else _replace(*_REPLACED[peer])
+        _undo[peer] = _register() if peer == "causal_conv1d" else _replace(peer)
 
 
 def uninstall(peer):
@@ -131,23 +132,31 @@ def _register():
     return [restore]
 
 
-def _replace(adapter, targets):
-    adapter = importlib.import_module(f"triton_impl.compat.{adapter}")
+def _replace(peer):
+    adapter = importlib.import_module(f"triton_impl.compat.{peer}")
     pairs = []
-    for path, names in targets.items():
-        module = importlib.import_module(path)
+    for paths, names in _REPLACED[peer]:
+        module = _first(paths)
         for theirs, ours in names.items():
             if not hasattr(module, theirs):
-                raise ImportError(f"{path}: expected a function {theirs} to replace, found none")
+                raise ImportError(f"{module.__name__}: expected a function {theirs} to replace, found none")
             pairs.append((getattr(module, theirs), getattr(adapter, ours)))
-    top = next(iter(targets)).partition(".")[0]
     restores = []
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != top:
+        if name.partition(".")[0] != peer:
             continue
         for attribute, value in list(vars(module).items()):
             for theirs, ours in pairs:
                 if value is theirs:
                     setattr(module, attribute, ours)
-                    restores.append(lambda m=module, a=attribute, v=theirs: setattr(m, a, v))
+                    restores.append(functools.partial(setattr, module, attribute, theirs))
     return restores
+
+
+def _first(paths):
+    for path in paths:
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            missing = error
+    raise ImportError(f"expected {' or '.join(paths)} to be installed, found neither") from missing
