@@ -76,6 +76,7 @@ PROVIDERS = {
     )
 }
 COPY = {"torch": "torch_copy", "jax": "jax_copy"}
+TWIN = {"torch": "triton", "jax": "pallas"}
 FRAMEWORKS = ("torch", "jax")
 
 

@@ -203,3 +203,27 @@ def read(path: Path) -> Run:
         else:
             raise ValueError(f"{path}:{number}: expected a result or a counter, got {line.get('kind')!r}")
     return run
+
+
+def join(runs: list[Run]) -> Run:
+    """One run of several on one device and commit; what a later run measured anew replaces the earlier.
+
+    A workload is replaced for a whole framework at a time, since ratios need the copy of the same run.
+
+    Raises:
+      ValueError: unlike devices, clocks or commits.
+    """
+    for key in ("device", "clock", "commit"):
+        found = {str(run.header[key]) for run in runs}
+        if len(found) > 1:
+            raise ValueError(f"{key}: expected the same in all files, got {sorted(found)}")
+    joined = Run({**runs[-1].header, "notes": [note for run in runs for note in run.header["notes"]]})
+    for run in runs:
+        renewed = {(r.workload, r.framework) for r in run.results}
+        joined.results = [r for r in joined.results if (r.workload, r.framework) not in renewed] + run.results
+        counted = {(c.name, c.provider, c.method) for c in run.counters}
+        joined.counters = [
+            c for c in joined.counters if (c.name, c.provider, c.method) not in counted
+        ] + run.counters
+        joined.header["frameworks"] = {**joined.header["frameworks"], **run.header["frameworks"]}
+    return joined

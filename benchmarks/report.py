@@ -1,15 +1,15 @@
-"""Tables of one results file: `python -m benchmarks.report FILE`."""
+"""Tables of results files of one commit and device: `python -m benchmarks.report FILE [FILE ...]`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from benchmarks.providers import COPY, PROVIDERS
-from benchmarks.record import Result, Run, read
+from benchmarks.providers import COPY, PROVIDERS, TWIN
+from benchmarks.record import Result, Run, join, read
 from benchmarks.workloads import WORKLOADS, Target
 
-TWINS = ("triton", "pallas")
+TWINS = tuple(TWIN.values())
 AUTO_SLACK = 1.03  # schedule auto against the better of the two
 HOST_SLACK = 1.5  # a call's host time against an empty Triton kernel's
 
@@ -149,6 +149,6 @@ def text(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.report FILE")
-    print(text(read(Path(sys.argv[1]))))
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m benchmarks.report FILE [FILE ...]")
+    print(text(join([read(Path(file)) for file in sys.argv[1:]])))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import os
 import subprocess
 import sys
@@ -20,14 +21,25 @@ from pathlib import Path
 
 from benchmarks import environment, report
 from benchmarks.gate import Gate, make_inputs
-from benchmarks.providers import COPY, FRAMEWORKS, PROVIDERS, Missing, Prepared, Unsupported, open_backend
-from benchmarks.record import Result, Run, read, write
-from benchmarks.timing import host_time, take_turns
+from benchmarks.providers import (
+    COPY,
+    FRAMEWORKS,
+    PROVIDERS,
+    TWIN,
+    Missing,
+    Prepared,
+    Unsupported,
+    open_backend,
+)
+from benchmarks.record import Counter, Result, Run, read, write
+from benchmarks.timing import CuptiTimer, CuptiUnavailable, host_time, take_turns
 from benchmarks.workloads import UPDATE, Workload, select
+from oracle.contract import CONTRACT_VERSION
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_WORKLOADS = ("main", "decode", "verify")
 SEED = "main/seed-d8192"  # small enough to show what a call costs the host
+WAIT_CALLS = 20
 DECODE_BYTES = 4 << 20  # below this a graph holds more calls, so that its own launch does not show
 
 
@@ -56,6 +68,7 @@ class Session:
         self.host = host
         self.log = log
         self.results: list[Result] = []
+        self.counters: list[Counter] = []
         self._kept: dict[str, tuple[dict[str, Result], dict[str, Prepared]]] = {}
         self._absent: dict[str, str] = {}
 
@@ -128,12 +141,29 @@ class Session:
         taken = take_turns(calls, timer.cold, timer.cold_method, samples=self.samples, warmup=2)
         self._add(results, clock, *taken)
         if timer.gpu and small:
+            self._count_waits(workload, calls, timer)
             taken = take_turns(calls, timer.warm, timer.warm_method, samples=self.samples, warmup=1)
             self._add(results, "warm", *taken)
             if self.backend.framework == "jax" and workload.target and workload.target.clock == "graph":
                 self._graphs(workload, results, contenders)
         self.results += results.values()
         return list(results.values())
+
+    def _count_waits(self, workload, calls, timer) -> None:
+        """What the twin's calls make the driver wait for or copy, once for each operation."""
+        twin = TWIN[self.backend.framework]
+        known = any(workload.op in counter.method for counter in self.counters)
+        if known or twin not in calls or not isinstance(timer, CuptiTimer):
+            return
+        method = f"CUPTI, {WAIT_CALLS} calls of {workload.op} ({workload.name})"
+        try:
+            waits, copies = timer.waits(calls[twin], WAIT_CALLS)
+        except CuptiUnavailable as error:
+            waits, copies, reason = None, None, str(error)
+        else:
+            reason = ""
+        for name, value in (("driver synchronisations", waits), ("host-device copies", copies)):
+            self.counters.append(Counter(name, twin, self.backend.framework, value, method, reason))
 
     def _graphs(self, workload, results, ready) -> None:
         calls = 200 if workload.least_bytes < DECODE_BYTES else 50
@@ -165,7 +195,7 @@ def run_framework(framework: str, workloads: list[Workload], options, path: Path
     )
     header = {"device": backend.device_name, "clock": "gpu" if backend.is_gpu else "wall"}
     header |= {"versions": backend.versions(), "notes": []}
-    run = Run(header, session.results)
+    run = Run(header, session.results, session.counters)
     log(f"{backend.device_name}, {header['versions']}")
     if not options.no_counters:
         run.counters += backend.count()
@@ -210,6 +240,7 @@ def merge(parts: dict[str, Run], ended: dict[str, str], command: str) -> Run:
         "device": first["device"],
         "clock": first["clock"],
         "command": command,
+        "contract_version": CONTRACT_VERSION,
     }
     header["frameworks"] = {
         name: {key: part.header.get(key) for key in ("versions", "timer", "seconds")}
@@ -225,7 +256,7 @@ def merge(parts: dict[str, Run], ended: dict[str, str], command: str) -> Run:
 
 
 def destination(run: Run, out: Path | None) -> Path:
-    """Where a run's file goes: <out>/<device>/<date>-<commit>.jsonl.
+    """Where a run's file goes: <out>/<device>/<date>-<commit>.jsonl, or -2, -3, ... if there is one already.
 
     Raises:
       ValueError: a dry run without --out; results/ holds GPU results only.
@@ -234,8 +265,13 @@ def destination(run: Run, out: Path | None) -> Path:
         if run.header["clock"] != "gpu":
             raise ValueError("out: expected --out for a run without a GPU; results/ holds GPU results only")
         out = RESULTS
-    date = run.header["date"][:10]
-    return out / environment.slug(run.header["device"]) / f"{date}-{run.header['commit']}.jsonl"
+    stem = f"{run.header['date'][:10]}-{run.header['commit']}"
+    folder = out / environment.slug(run.header["device"])
+    paths = (
+        folder / f"{stem}{suffix}.jsonl"
+        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    )
+    return next(path for path in paths if not path.exists())
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

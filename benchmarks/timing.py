@@ -268,6 +268,27 @@ class CuptiTimer:
             raise CuptiUnavailable("no activity record")
         return (max(r.end for r in records) - records[0].start) / 1e3 / calls, len(records) // calls
 
+    def waits(self, call: Callable[[], Any], calls: int) -> tuple[int, int]:
+        """How many synchronisations and host-device copies `calls` calls ask of the driver.
+
+        Raises:
+          CuptiUnavailable: this reader records no synchronisations.
+        """
+        if not isinstance(self._cupti, Cupti):
+            raise CuptiUnavailable("jaxlib's reader records kernels only")
+        self._device.synchronize()
+        self._cupti.collect()
+        self._cupti.enable(("synchronization",))
+        try:
+            for _ in range(calls):
+                call()
+        finally:
+            self._cupti.disable(("synchronization",))
+        self._device.synchronize()
+        records = self._cupti.collect(at_least=calls)
+        waits = sum(r.kind == "synchronization" for r in records)
+        return waits, sum(r.name in ("memcpy host to device", "memcpy device to host") for r in records)
+
     @staticmethod
     def _sum(records: list[Activity]) -> tuple[float, int]:
         if not records:

@@ -1,0 +1,197 @@
+"""Pictures of results files of one commit and device, as SVG: `python -m benchmarks.plots FILE [FILE ...] [--out FOLDER]`.
+
+ratio.svg   time over the time of a copy, by workload, with what is required and what peers reached
+tokens.svg  time against tokens, both axes logarithmic, with the line of the copy's bandwidth
+skew.svg    time over the copy against the longest row, for both schedules
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks import report
+from benchmarks.record import Run, join, read
+from benchmarks.workloads import WORKLOADS
+
+COLORS = {"triton": "#0072b2", "pallas": "#d55e00", "torch_copy": "#555555", "jax_copy": "#999999"}
+LABELS = {"triton": "Triton", "pallas": "Pallas", "torch_copy": "copy (torch)", "jax_copy": "copy (JAX)"}
+PEERS = {
+    "sglang": ("^", "SGLang"),
+    "vllm": ("v", "vLLM"),
+    "causal_conv1d": ("s", "causal-conv1d"),
+    "fla": ("D", "FLA"),
+}
+MOST_RATIO = 2.5  # beyond this a peer is named at the edge instead of stretching the axis
+
+
+def group(run: Run, prefix: str) -> list[str]:
+    """Workload names of a group that the run timed, in the run's order."""
+    return list(dict.fromkeys(r.workload for r in run.results if r.workload.startswith(prefix + "/")))
+
+
+def cold(run: Run, workload: str, provider: str) -> float | None:
+    result = run.find(workload, provider)
+    return result.timings["cold"].median if result and "cold" in result.timings else None
+
+
+def ratio_to_copy(run: Run, workload: str, provider: str) -> float | None:
+    result = run.find(workload, provider)
+    return report.ratio(run, result, "cold") if result else None
+
+
+def draw_ratio(run: Run, axes: Axes) -> bool:
+    names = [
+        name for name in group(run, "main")
+        if WORKLOADS[name].target is not None and WORKLOADS[name].target.unit == "ratio"
+    ]  # fmt: skip
+    names = [n for n in names if any(ratio_to_copy(run, n, twin) for twin in report.TWINS)]
+    if not names:
+        return False
+    seen = set()
+    for place, name in enumerate(names):
+        target = WORKLOADS[name].target
+        for shift, twin in ((-0.2, "triton"), (0.2, "pallas")):
+            value = ratio_to_copy(run, name, twin)
+            if value is not None:
+                label = LABELS[twin] if twin not in seen else None
+                seen.add(twin)
+                axes.bar(place + shift, value, 0.36, color=COLORS[twin], label=label)
+                axes.text(place + shift, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
+        first = place == 0
+        axes.hlines(target.required, place - 0.45, place + 0.45, colors="black", linestyles="dashed", linewidth=1,
+                    label="required" if first else None)  # fmt: skip
+        beyond = []
+        for peer, (marker, label) in PEERS.items():
+            value = target.peers.get(peer)
+            if value is None:
+                continue
+            if value > MOST_RATIO:
+                beyond.append(f"{label} {value:g}")
+                continue
+            axes.plot(place, value, marker, color="#333333", markersize=5, linestyle="none", fillstyle="none",
+                      label=label if label not in seen else None)  # fmt: skip
+            seen.add(label)
+        axes.text(place, MOST_RATIO, "\n".join(beyond), ha="center", va="top", fontsize=6)
+    axes.axhline(1.0, color=COLORS["torch_copy"], linewidth=1)
+    axes.set_xticks(range(len(names)), [n.partition("/")[2] for n in names], fontsize=8)
+    axes.set_ylim(0, MOST_RATIO + 0.05)
+    axes.set_ylabel("time / time of copying x to out")
+    axes.set_title("Prefill: time over a copy (bars: this run; marks: peers, measured before)", fontsize=10)
+    axes.legend(fontsize=7, ncols=4, loc="lower center")
+    return True
+
+
+def draw_tokens(run: Run, axes: Axes) -> bool:
+    names = sorted(group(run, "tokens"), key=lambda n: WORKLOADS[n].tokens)
+    lines = {}
+    for provider in ("triton", "pallas", "torch_copy", "jax_copy"):
+        points = [(WORKLOADS[n].tokens, cold(run, n, provider)) for n in names]
+        points = [(tokens, time) for tokens, time in points if time is not None]
+        if points:
+            lines[provider] = points
+    if not lines:
+        return False
+    for provider, points in lines.items():
+        style = "--" if provider.endswith("copy") else "-"
+        axes.plot(
+            *zip(*points, strict=True),
+            style,
+            marker="o",
+            markersize=3,
+            color=COLORS[provider],
+            label=LABELS[provider],
+        )
+    rates = [
+        WORKLOADS[n].copy_bytes / time
+        for n in names for provider in ("torch_copy", "jax_copy")
+        if (time := cold(run, n, provider)) is not None
+    ]  # fmt: skip
+    if rates:
+        best = max(rates)  # bytes a microsecond
+        tokens = [WORKLOADS[n].tokens for n in names]
+        axes.plot(tokens, [WORKLOADS[n].least_bytes / best for n in names], ":", color="black", linewidth=1,
+                  label=f"least bytes at {best / 1e3:.0f} GB/s, the best copy")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens (one row, dim 2048)")
+    axes.set_ylabel("GPU time, us")
+    axes.set_title("Prefill: time against tokens", fontsize=10)
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(fontsize=7)
+    return True
+
+
+def draw_skew(run: Run, axes: Axes) -> bool:
+    names = sorted(group(run, "skew"), key=lambda n: max(WORKLOADS[n].lengths))
+    drawn = False
+    for twin in report.TWINS:
+        for suffix, style, word in (
+            ("_per_sequence", ":", "per_sequence"),
+            ("_flat", "--", "flat"),
+            ("", "-", "auto"),
+        ):
+            points = [(max(WORKLOADS[n].lengths), ratio_to_copy(run, n, twin + suffix)) for n in names]
+            points = [(longest, value) for longest, value in points if value is not None]
+            if points:
+                drawn = True
+                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=COLORS[twin],
+                          label=f"{LABELS[twin]}, {word}")  # fmt: skip
+    if not drawn:
+        return False
+    axes.axhline(1.0, color=COLORS["torch_copy"], linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("longest row, tokens (256 rows, 16640 tokens in all, dim 2048)")
+    axes.set_ylabel("time / time of copying x to out")
+    axes.set_title("Prefill: cost of skew, by schedule", fontsize=10)
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(fontsize=7)
+    return True
+
+
+PICTURES = {"ratio": draw_ratio, "tokens": draw_tokens, "skew": draw_skew}
+
+
+def draw(run: Run, folder: Path) -> list[Path]:
+    """Writes the pictures that the run has results for; the same file gives the same bytes."""
+    plt.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "none", "font.size": 9})
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, picture in PICTURES.items():
+        figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        if picture(run, axes):
+            stamp = f"{run.header['device']}, {run.header['date'][:10]}, commit {run.header['commit']}"
+            figure.supxlabel(stamp, fontsize=6, x=0.99, ha="right")
+            path = folder / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None})
+            written.append(path)
+        plt.close(figure)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plots", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--out", type=Path, help="folder of the pictures (default: that of the first file)")
+    options = parser.parse_args(argv)
+    run = join([read(file) for file in options.files])
+    if run.header["clock"] != "gpu":
+        print("clock: expected a GPU run, got a dry run; nothing drawn", file=sys.stderr)
+        return 2
+    for path in draw(run, options.out or options.files[0].parent):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
