@@ -1,7 +1,14 @@
 """The operations in plain torch, for CPUs: the kernels' order of float32 operations, vectorised over tokens."""
 
 import torch
-import torch.nn.functional as F
+
+
+def _silu(z):
+    """z * sigmoid(z), by functions of torch whose bits do not depend on an element's place in the tensor.
+
+    (`silu`, `sigmoid` and `exp2` round the last few elements differently on a CPU.)
+    """
+    return torch.where(z < -80, z * torch.exp(z), z / (1 + torch.exp(-z)))  # exp(-z) overflows from -89 on
 
 
 def _convolve(columns, weight, bias, silu, dtype):
@@ -10,14 +17,16 @@ def _convolve(columns, weight, bias, silu, dtype):
     acc = bias.float().expand_as(columns[0]).clone() if bias is not None else torch.zeros_like(columns[0])
     for j, column in enumerate(columns):
         acc += column * taps[:, j]
-    return (F.silu(acc) if silu else acc).to(dtype)
+    return (_silu(acc) if silu else acc).to(dtype)
 
 
 def _live(slots, num_slots, pad_slot_id):
     return (slots != pad_slot_id) & (slots >= 0) & (slots < num_slots)
 
 
-def prefill(x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *, silu, pad_slot_id):
+def prefill(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *, silu, pad_slot_id
+):
     """`causal_conv1d_fn` on checked arguments; returns `out` and updates `conv_states` in place."""
     tokens, width = x.shape[0], weight.shape[1]
     batch, device = query_start_loc.shape[0] - 1, x.device
@@ -31,7 +40,9 @@ def prefill(x, weight, bias, conv_states, query_start_loc, cache_indices, has_in
     fresh = torch.ones_like(live) if has_initial_state is None else ~has_initial_state
 
     # the last width-1 inputs before each row; zeros for rows without a state
-    window = x.new_zeros((batch, width - 1, x.shape[1]), dtype=torch.float32 if conv_states is None else conv_states.dtype)
+    window = x.new_zeros(
+        (batch, width - 1, x.shape[1]), dtype=torch.float32 if conv_states is None else conv_states.dtype
+    )
     if conv_states is not None:
         kept = live & ~fresh
         window[kept] = conv_states[slot[kept], : width - 1]
@@ -56,7 +67,9 @@ def prefill(x, weight, bias, conv_states, query_start_loc, cache_indices, has_in
         column = (source - start[live, None] + width - 1).clamp(max=width - 2)
         old = window[live[:, None], column]
         new = x[source.clamp(min=0)].to(conv_states.dtype)
-        conv_states[slot[live], : width - 1] = torch.where((source >= start[live, None])[:, :, None], new, old)
+        conv_states[slot[live], : width - 1] = torch.where(
+            (source >= start[live, None])[:, :, None], new, old
+        )
     return out
 
 

@@ -70,7 +70,11 @@ def _walk_block(
         past = widen(tl.load(x + before * stride_x_t + ch * stride_x_d, mask=in_dim & in_row, other=0.0))
         if HAS_POOL:
             column = before - row_start + (WIDTH - 1)
-            kept = tl.load(pool + column * stride_s_l + ch * stride_s_d, mask=in_dim & has_state & (before < row_start), other=0.0)
+            kept = tl.load(
+                pool + column * stride_s_l + ch * stride_s_d,
+                mask=in_dim & has_state & (before < row_start),
+                other=0.0,
+            )
             past = tl.where(in_row, past, widen(kept))
         window = window + (past,)
 
@@ -108,10 +112,18 @@ def _tile_block(
         value = widen(tl.load(x + source * stride_x_t + ch * stride_x_d, mask=here & in_row, other=0.0))
         if HAS_POOL and j < WIDTH - 1:
             column = source - row_start + (WIDTH - 1)
-            kept = tl.load(pool + column * stride_s_l + ch * stride_s_d, mask=here & has_state & (source < row_start), other=0.0)
+            kept = tl.load(
+                pool + column * stride_s_l + ch * stride_s_d,
+                mask=here & has_state & (source < row_start),
+                other=0.0,
+            )
             value = tl.where(in_row, value, widen(kept))
         acc = tl.fma(value, taps[j][None, :], acc)
-    tl.store(out + t * stride_o_t + ch * stride_o_d, narrow(activate(acc, SILU, PTX), out.dtype.element_ty), mask=here)
+    tl.store(
+        out + t * stride_o_t + ch * stride_o_d,
+        narrow(activate(acc, SILU, PTX), out.dtype.element_ty),
+        mask=here,
+    )
 
 
 @triton.jit
@@ -126,7 +138,11 @@ def _store_window(
         in_row = source >= row_start
         new = tl.load(x + source * stride_x_t + ch * stride_x_d, mask=in_dim & in_row, other=0.0)
         column = row_end - row_start + c
-        kept = tl.load(pool + column * stride_s_l + ch * stride_s_d, mask=in_dim & has_state & (source < row_start), other=0.0)
+        kept = tl.load(
+            pool + column * stride_s_l + ch * stride_s_d,
+            mask=in_dim & has_state & (source < row_start),
+            other=0.0,
+        )
         entries = entries + (tl.where(in_row, recast(new, pool.dtype.element_ty), kept),)
     tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
     for c in tl.static_range(WIDTH - 1):
@@ -217,7 +233,9 @@ def _prefill_kernel(
         first += next_block * BLOCK_T
 
 
-def prepare(x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, silu, pad_slot_id, config):
+def prepare(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, silu, pad_slot_id, config
+):
     """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
 
     Args:

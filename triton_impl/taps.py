@@ -67,7 +67,11 @@ def load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH: tl.constexpr, W
     taps = ()
     if WORD_BITS == 0:
         for j in tl.static_range(WIDTH):
-            tap = tl.load(weight + ch * tl.cast(stride_w_d, tl.int64) + j * tl.cast(stride_w_j, tl.int64), mask=in_dim, other=0.0)
+            tap = tl.load(
+                weight + ch * tl.cast(stride_w_d, tl.int64) + j * tl.cast(stride_w_j, tl.int64),
+                mask=in_dim,
+                other=0.0,
+            )
             taps = taps + (widen(tap),)
     else:
         bits: tl.constexpr = WORD_BITS // WIDTH
@@ -99,7 +103,9 @@ def activate(z, SILU: tl.constexpr, PTX: tl.constexpr):
     if SILU:
         s = tl.fma(z, -1.4426950408889634, -14.0)
         if PTX:
-            s = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, is_pure=True, pack=1)
+            s = tl.inline_asm_elementwise(
+                "ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, is_pure=True, pack=1
+            )
             r = tl.inline_asm_elementwise(
                 "rcp.approx.ftz.f32 $0, $1;", "=f,f", [s + 0.00006103515625], tl.float32, is_pure=True, pack=1
             )

@@ -76,7 +76,9 @@ def _update_kernel(
         next_window = ()
         for r in tl.static_range(ROWS):
             e = window[r * (WIDTH - 1) : (r + 1) * (WIDTH - 1)] + (widen(arrived[r]),)
-            s = stored[r * (WIDTH - 1) : (r + 1) * (WIDTH - 1)] + (recast(arrived[r], conv_states.dtype.element_ty),)
+            s = stored[r * (WIDTH - 1) : (r + 1) * (WIDTH - 1)] + (
+                recast(arrived[r], conv_states.dtype.element_ty),
+            )
             value = activate(convolve(e, taps, start, WIDTH), SILU, PTX)
             value = narrow(tl.where(live[r], value, 0.0), out.dtype.element_ty)
             place = out + (first_row + r) * stride_o_b + t * stride_o_t + ch * stride_o_d

@@ -16,6 +16,7 @@ from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
     dense_rows,
     expect,
+    expect_slots,
     expect_states,
     folded_channels,
     folds_into_channels,
@@ -81,7 +82,9 @@ def causal_conv1d_fn(
     states = None
     if initial_states is not None or return_final_states:
         shape = (batch, dim, width - 1) if folded else (batch, width - 1, dim)
-        states = x.new_zeros(shape) if initial_states is None else x.new_empty(shape)
+        # float32 where x and the initial states differ, so that neither is rounded on the way
+        dtype = x.dtype if initial_states is None else torch.promote_types(x.dtype, initial_states.dtype)
+        states = torch.zeros(shape, dtype=dtype, device=x.device)
         by_channel = states if folded else states.transpose(1, 2)
         if initial_states is not None:
             by_channel.copy_(initial_states)
@@ -93,7 +96,7 @@ def causal_conv1d_fn(
         out = out.transpose(1, 2)
     if not return_final_states:
         return out
-    return out, by_channel if final_states_out is None else final_states_out.copy_(by_channel)
+    return out, by_channel.to(x.dtype) if final_states_out is None else final_states_out.copy_(by_channel)
 
 
 def causal_conv1d_update(
@@ -124,6 +127,7 @@ def causal_conv1d_update(
     dim = token_axes(x)
     width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
     expect_states("conv_state", conv_state, dim, width)
+    expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
     if x.dim() == 2:
         return update_at_back(x, weight, bias, conv_state, conv_state_indices, activation=activation)
     tokens = x.transpose(1, 2)

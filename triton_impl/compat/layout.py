@@ -4,7 +4,7 @@ import operator
 
 import torch
 
-from oracle.contract import Unsupported
+from oracle.contract import INDEX_DTYPES, Unsupported, dtype_name
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 
 MAX_COLUMNS = 7  # a window of width 8, the widest
@@ -36,6 +36,16 @@ def expect_states(name, states, dim, width):
     if state_len < width - 1:
         raise ValueError(f"{name}: expected state_len >= width-1 = {width - 1} on axis 2, got {state_len}")
     return state_len
+
+
+def expect_slots(name, slots, batch):
+    """Checks slots [batch] where the peer's name for them is not the contract's."""
+    if slots is not None:
+        expect(name, slots, ("batch",), batch=batch)
+        if dtype_name(slots.dtype) not in INDEX_DTYPES:
+            raise TypeError(
+                f"{name}: expected dtype {' or '.join(INDEX_DTYPES)}, got {dtype_name(slots.dtype)}"
+            )
 
 
 def refuse(reason, **arguments):

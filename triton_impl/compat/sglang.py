@@ -17,6 +17,7 @@ from triton_impl.compat.layout import (
     activation_name,
     dense_rows,
     expect,
+    expect_slots,
     expect_states,
     longest,
     refuse,
@@ -126,6 +127,7 @@ def causal_conv1d_update(
     refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
     dim = token_axes(x)
     _expect_common(weight, conv_state, dim, "conv_state")
+    expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
     tokens = x if x.dim() == 2 else x.transpose(1, 2)
     out = update_at_back(
         tokens, weight, bias, conv_state, conv_state_indices,
@@ -236,6 +238,7 @@ def causal_conv1d_update_triton(
     )
     dim = token_axes(x)
     _expect_common(weight, conv_state, dim, "conv_state")
+    expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
     out = packed_update(
         x if x.dim() == 2 else x.transpose(1, 2), weight, bias, _token_major(conv_state), conv_state_indices,
         activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=bool(validate_data),

@@ -13,7 +13,7 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.api import causal_conv1d_update as packed_update
-from triton_impl.compat.layout import activation_name, expect, expect_states, refuse, token_axes
+from triton_impl.compat.layout import activation_name, expect, expect_slots, expect_states, refuse, token_axes
 
 __all__ = ["NULL_BLOCK_ID", "PAD_SLOT_ID", "causal_conv1d_fn", "causal_conv1d_update"]
 
@@ -128,14 +128,19 @@ def causal_conv1d_update(
         if out.dtype != x.dtype:
             raise TypeError(f"out: expected x's dtype {x.dtype}, got {out.dtype}")
     slots = conv_state_indices
-    if slots is not None and slots.dim() == 2:
+    if isinstance(slots, torch.Tensor) and slots.dim() == 2:
         slots = slots[:, 0]
+    batch = (
+        x.shape[0]
+        if query_start_loc is None
+        else expect("query_start_loc", query_start_loc, ("batch+1",))[0] - 1
+    )
+    expect_slots("conv_state_indices", slots, batch)
     states = conv_state.transpose(1, 2)
     options = dict(
         activation=activation_name(activation), pad_slot_id=null_block_id, validate=bool(validate_data)
     )
     if query_start_loc is not None:
-        batch = expect("query_start_loc", query_start_loc, ("batch+1",))[0] - 1
         continues = torch.ones(max(batch, 0), dtype=torch.bool, device=x.device)
         bound = max_query_len if max_query_len >= 0 else None
         result = packed_fn(

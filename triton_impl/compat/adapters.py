@@ -1,0 +1,195 @@
+"""The adapters as the oracle's runner sees them: the conformance suite through each peer's own signature.
+
+    python -m oracle run --impl triton_impl.compat.adapters:vllm
+    python -m oracle run --impl triton_impl.compat.adapters:sglang --device cuda
+
+What a signature cannot express is declared unsupported. Errors are compared under the contract's names.
+"""
+
+import torch
+
+from oracle.contract import Unsupported
+from triton_impl import adapter as own
+from triton_impl.compat import causal_conv1d as dao
+from triton_impl.compat import sglang as sg
+from triton_impl.compat import vllm as vl
+
+_NO_CHOICE = {
+    "backend:*": "the peer's signature has no backend",
+    "schedule:*": "the peer's signature has no schedule",
+    "relation:schedules": "the peer's signature has no schedule",
+    "activation:True": "the peer takes True for silu",
+}
+
+
+class PeerAdapter(own.TorchAdapter):
+    """Runs a peer's two functions, given as functions of the contract's arguments, on the kernels or on a CPU."""
+
+    def __init__(self, name, fn, update, unsupported, device):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__("auto", device)
+        self.name = f"triton_impl-compat-{name}"
+        self.functions = {"causal_conv1d_fn": fn, "causal_conv1d_update": update}
+        self.unsupported = unsupported
+
+    def capabilities(self):
+        return {**super().capabilities(), "unsupported": self.unsupported}
+
+    def run(self, op, arrays, options):
+        given = {name: a for name, a in arrays.items() if a is not None}
+        bases = {name: self._base(a) for name, a in given.items()}
+        tensors = dict.fromkeys(arrays)
+        tensors |= {name: bases[name].as_strided(a.shape, a.strides, a.offset) for name, a in given.items()}
+        try:
+            out = self.functions[op](**tensors, **options)
+        except (ValueError, TypeError, Unsupported) as error:
+            raise type(error)(_contract_names(str(error))) from error
+        memory = {name: own._to_numpy(bases[name]) for name, a in given.items() if not a.sparse}
+        return {"out": own._typed(out), "conv_states": own._typed(tensors["conv_states"]), "memory": memory}
+
+
+def _contract_names(text):
+    theirs, colon, rest = text.partition(":")
+    ours = {
+        "conv_state": "conv_states",
+        "conv_state_indices": "cache_indices",
+        "seq_lens_cpu": "max_seqlen",
+        "null_block_id": "pad_slot_id",
+    }
+    return ours.get(theirs, theirs) + colon + rest
+
+
+def _channel_first(tensor):
+    """[.., tokens, dim] to [.., dim, tokens]; the same for a pool."""
+    return tensor if tensor is None or tensor.dim() < 2 else tensor.transpose(-1, -2)
+
+
+def _step(x):
+    """[batch, seqlen, dim] to [batch, dim, seqlen]; [batch, dim] as it is."""
+    return x.transpose(1, 2) if x.dim() == 3 else x
+
+
+def sglang(device=None):
+    """SGLang's Triton pair."""
+
+    def fn(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+        activation=None, pad_slot_id=-1, max_seqlen=None, validate=False,
+    ):  # fmt: skip
+        lengths = None if max_seqlen is None else [max_seqlen]
+        return sg.causal_conv1d_fn_triton(
+            _channel_first(x), weight, bias, _channel_first(conv_states), query_start_loc, lengths, cache_indices,
+            has_initial_state, activation, pad_slot_id, validate,
+        ).t()  # fmt: skip
+
+    def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1, validate=False):
+        return _step(
+            sg.causal_conv1d_update_triton(
+                _step(x),
+                _channel_first(conv_states),
+                weight,
+                bias,
+                activation,
+                conv_state_indices=cache_indices,
+                pad_slot_id=pad_slot_id,
+                validate_data=validate,
+            )  # fmt: skip
+        )
+
+    return PeerAdapter("sglang", fn, update, _NO_CHOICE, device)
+
+
+def sglang_dispatcher(device=None):
+    """SGLang's dispatcher pair, which overwrites x: it is given a copy."""
+
+    def fn(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+        activation=None, pad_slot_id=-1, max_seqlen=None, validate=False,
+    ):  # fmt: skip
+        lengths = {} if max_seqlen is None else {"seq_lens_cpu": [max_seqlen]}
+        return sg.causal_conv1d_fn(
+            _channel_first(x.clone()), weight, bias, query_start_loc, cache_indices, has_initial_state,
+            _channel_first(conv_states), activation, pad_slot_id, validate_data=validate, **lengths,
+        ).t()  # fmt: skip
+
+    def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1):
+        mine = _step(x.clone())
+        out = sg.causal_conv1d_update(
+            mine, _channel_first(conv_states), weight, bias, activation, None, cache_indices, pad_slot_id
+        )
+        if out is not mine:
+            raise RuntimeError("x: expected the very tensor that was passed in")
+        return _step(out)
+
+    unsupported = {
+        "validate:*": "the dispatcher's update has no validation",
+        "state_len:wider": "the dispatcher's update has its window at the back of a wide slot",
+    }
+    return PeerAdapter("sglang-dispatcher", fn, update, _NO_CHOICE | unsupported, device)
+
+
+def vllm(device=None):
+    """vLLM's pair, with the padding slot as its null block."""
+
+    def fn(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+        activation=None, pad_slot_id=-1, validate=False,
+    ):  # fmt: skip
+        return vl.causal_conv1d_fn(
+            _channel_first(x), weight, bias, _channel_first(conv_states), query_start_loc, cache_indices,
+            has_initial_state, activation, null_block_id=pad_slot_id, validate_data=validate,
+        ).t()  # fmt: skip
+
+    def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1, validate=False):
+        x = _step(x)
+        return _step(
+            vl.causal_conv1d_update(
+                x,
+                _channel_first(conv_states),
+                weight,
+                bias,
+                activation,
+                cache_indices,
+                null_block_id=pad_slot_id,
+                validate_data=validate,
+                out=torch.empty_like(x),
+            )  # fmt: skip
+        )
+
+    unsupported = {"max_seqlen:*": "the prefill takes no host lengths"}
+    return PeerAdapter("vllm", fn, update, _NO_CHOICE | unsupported, device)
+
+
+def causal_conv1d(device=None):
+    """causal-conv1d's pair. Its prefill is dense: each packed row is a batch of one, its state carried by hand."""
+
+    def fn(x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation=None):
+        out = torch.zeros_like(x)
+        starts = query_start_loc.tolist()
+        slots = range(len(starts) - 1) if cache_indices is None else cache_indices.tolist()
+        for row, (slot, start, end) in enumerate(zip(slots, starts[:-1], starts[1:], strict=True)):
+            state = None
+            if conv_states is not None:
+                if not 0 <= slot < conv_states.shape[0] or start == end:
+                    continue
+                state = conv_states[slot, : weight.shape[1] - 1].t()[None]
+            goes_on = has_initial_state is not None and bool(has_initial_state[row])
+            result = dao.causal_conv1d_fn(
+                x[start:end].t()[None], weight, bias, None, state if goes_on else None, state is not None, state,
+                activation,
+            )  # fmt: skip
+            out[start:end] = (result if state is None else result[0])[0].t()
+        return out
+
+    def update(x, weight, bias, conv_states, cache_indices, activation=None):
+        state = _channel_first(conv_states)
+        return _step(dao.causal_conv1d_update(_step(x), state, weight, bias, activation, None, cache_indices))
+
+    unsupported = {
+        "max_seqlen:*": "the prefill takes no host lengths",
+        "pad_slot_id:[0-9]*": "padding is a slot outside the pool",
+        "validate:*": "the peer's signature has no validation",
+        "state_len:wider": "the update has its window at the back of a wide slot",
+        "expect:*": "packed rows are carried by this adapter, which reads their data",
+    }
+    return PeerAdapter("causal-conv1d", fn, update, _NO_CHOICE | unsupported, device)
