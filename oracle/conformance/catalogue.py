@@ -609,12 +609,33 @@ def _wide() -> list[Case]:
     ]  # fmt: skip
 
 
+def _serving() -> list[Case]:
+    """Batches as an engine sends them; the demo shows these."""
+    cases = []
+    mixed = {"lengths": (17, 1, 1, 6, 1, 0, 1), "has": (False, True, True, True, True, True, True), "tail": 3}
+    for dtype in SHORT:
+        s = SHORT[dtype]
+        cases += [
+            fn(f"serving-mixed-{s}", "sequence-leak short-sequence-state-shift", **mixed, dim=24, dtype=dtype,
+               activation="silu", tier="core", group="serving"),
+            fn(f"serving-mixed-linear-{s}", "sequence-leak sum-order-changed", **mixed, dim=24, dtype=dtype,
+               tier="core" if dtype != "float32" else "full", group="serving"),
+        ]  # fmt: skip
+    cases += [
+        fn("serving-chunks", "history-dropped-on-continuation", lengths=(5, 2), has=(False, True), relation="split",
+           activation="silu", tier="core", group="serving"),
+        update("serving-decode", "pad-slot-not-skipped", batch=6, slots=(9, 0, -1, 4, 7, -1), num_slots=11, dim=64,
+               state_len=5, activation="silu", tier="core", group="serving"),
+    ]  # fmt: skip
+    return cases
+
+
 @functools.cache
 def catalogue() -> tuple[Case, ...]:
     """Every case, in a fixed order."""
     return tuple(
         _arithmetic() + _dtypes() + _boundaries() + _states() + _slots() + _layouts() + _relations() + _errors()
-        + _undefined() + _wide() + _large()
+        + _undefined() + _serving() + _wide() + _large()
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def summary(report: Report) -> str:
 
 def table(reports: Iterable[Report]) -> list[str]:
     """Lines of implementation x case group."""
-    heads = ("implementation", "cases of", "passed", "worst/bound", "bit-exact", "silu ulps", "states", "memory")
+    heads = ("implementation", "cases of", "passed", "error/bound", "bit-exact", "silu ulps", "states", "memory")
     rows = [heads]
     for report in reports:
         for group in dict.fromkeys(case["group"] for case in report.cases):

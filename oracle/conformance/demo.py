@@ -1,0 +1,126 @@
+"""The demo: the same serving batches through both twins' kernels and plain paths, against the oracle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from oracle.conformance import catalogue, runner
+from oracle.conformance.cases import Case
+from oracle.conformance.report import Report, table
+
+BATCHES = {
+    "prefill of 1, 9, 2, 17, 4 tokens": ("fn/seed", "fn/per_sequence-seed", "fn/flat-seed", "fn/tail-packed"),
+    "prefill and decode mixed, silu": ("fn/serving-mixed-bf16", "fn/serving-mixed-f16"),
+    "prefill and decode mixed, linear": ("fn/serving-mixed-linear-bf16", "fn/serving-mixed-linear-f16", "fn/sum-order-bf16"),
+    "padding, empty rows, tails": ("fn/padding-rows", "fn/empty-fresh", "fn/empty-rows-tail", "fn/graph-tail", "fn/null-block"),
+    "wide slots, NaN in recycled ones": ("fn/wide-slots", "update/wide-slots", "fn/all-lengths-fresh"),
+    "decode": ("update/serving-decode", "update/silu-f16", "update/linear-bf16", "update/multi-token"),
+    "float32": ("fn/serving-mixed-f32", "update/silu-float32"),
+    "chunks = one prefill = updates": ("fn/serving-chunks", "fn/path-chain-bf16", "update/path-tokens_one_by_one-bf16"),
+}  # fmt: skip
+EQUAL_SHARE = 0.9999  # of the twins' 16-bit outputs
+QUIET = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def demo(device: str | None = None) -> int:
+    """Runs the batches on four implementations and prints how they agree; returns the exit status."""
+    device = device or ("cuda" if _has_gpu() else "cpu")
+    cases = [replace(catalogue.find(i), group=group) for group, ids in BATCHES.items() for i in ids]
+    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    lanes = [
+        [("triton_impl.adapter:adapter", interpret), ("triton_impl.adapter:eager", {})],
+        [("pallas_impl.adapter:adapter", {}), ("pallas_impl.adapter:xla", {})],
+    ]
+    where = "compiled, on the GPU" if device == "cuda" else "on the CPU, kernels in their interpreters"
+    print(f"{len(cases)} serving batches, four implementations, {where}. Reference: NumPy, float64.", flush=True)
+    start = time.perf_counter()
+    progress = _SharedProgress(len(cases) * sum(len(lane) for lane in lanes))
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(lanes)) as pool:
+
+        def run_lane(number: int) -> list[Report | str]:
+            found: list[Report | str] = []
+            for position, (impl, environment) in enumerate(lanes[number]):
+                outputs = str(Path(folder) / f"{number}.npz") if position == 0 else None
+                try:
+                    found.append(runner.run(impl, cases, device=device, environment={**QUIET, **environment},
+                                            outputs=outputs, progress=progress.lane()))  # fmt: skip
+                except runner.ImplementationError as error:
+                    found.append(f"{impl}: {error}")
+            return found
+
+        triton, pallas = pool.map(run_lane, range(len(lanes)))
+        progress.close()
+        results = [r for pair in zip(triton, pallas, strict=True) for r in pair]
+        reports = [r for r in results if isinstance(r, Report)]
+        print("\n".join(table(reports)))
+        good = all(isinstance(r, Report) and not r.failures for r in results)
+        for result in results:
+            if isinstance(result, str):
+                print(f"NOT RUN {result}")
+                continue
+            for case in result.failures:
+                print(f"{case['status'].upper()} {result.header['name']} {case['id']}\n    {case['detail']}\n    {case['command']}")
+        equal, total = _compare(Path(folder) / "0.npz", Path(folder) / "1.npz", cases)
+    if total:
+        enough = equal >= EQUAL_SHARE * total
+        good &= enough
+        print(f"Triton and Pallas: {equal} of {total} 16-bit outputs equal in every bit ({100 * equal / total:.4f} %)"
+              + ("" if enough else f", expected {100 * EQUAL_SHARE} %"))  # fmt: skip
+    else:
+        good = False
+    print(f"{'All agree' if good else 'THEY DISAGREE'}, {time.perf_counter() - start:.0f} s")
+    return 0 if good else 1
+
+
+def _compare(first: Path, second: Path, cases: list[Case]) -> tuple[int, int]:
+    """Equal elements and all elements of the 16-bit outputs that two runs saved; NaN equals NaN."""
+    if not first.exists() or not second.exists():
+        return 0, 0
+    equal = total = 0
+    with np.load(first) as a, np.load(second) as b:
+        for name in set(a.files) & set(b.files):
+            if a[name].dtype == np.uint16 and any(c.id == name.replace("|", "/") for c in cases):
+                equal += int((a[name] == b[name]).sum())
+                total += a[name].size
+    return equal, total
+
+
+def _has_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or tool is None:
+        return False
+    return subprocess.run([tool, "-L"], capture_output=True, check=False).returncode == 0
+
+
+class _SharedProgress:
+    """One bar on stderr for runs that happen side by side; silent where stderr is no terminal."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.lock = total, 0, threading.Lock()
+
+    def lane(self):
+        def step(done: int, total: int, case_id: str) -> None:
+            with self.lock:
+                self.done += done > 0
+                if sys.stderr.isatty():
+                    filled = 30 * self.done // self.total
+                    sys.stderr.write(f"\r[{'#' * filled:<30}] {self.done}/{self.total} {case_id[:40]:<40}")
+                    sys.stderr.flush()
+
+        return step
+
+    def close(self) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write("\r" + " " * 90 + "\r")
