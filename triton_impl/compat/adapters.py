@@ -83,18 +83,11 @@ def sglang(device=None):
         ).t()  # fmt: skip
 
     def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1, validate=False):
-        return _step(
-            sg.causal_conv1d_update_triton(
-                _step(x),
-                _channel_first(conv_states),
-                weight,
-                bias,
-                activation,
-                conv_state_indices=cache_indices,
-                pad_slot_id=pad_slot_id,
-                validate_data=validate,
-            )  # fmt: skip
-        )
+        out = sg.causal_conv1d_update_triton(
+            _step(x), _channel_first(conv_states), weight, bias, activation,
+            conv_state_indices=cache_indices, pad_slot_id=pad_slot_id, validate_data=validate,
+        )  # fmt: skip
+        return _step(out)
 
     return PeerAdapter("sglang", fn, update, _NO_CHOICE, device)
 
@@ -141,20 +134,15 @@ def vllm(device=None):
         ).t()  # fmt: skip
 
     def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1, validate=False):
+        if cache_indices is not None and cache_indices.dim() != 1:
+            # Two axes are a block table to vLLM, and what the contract refuses could not be told from one.
+            raise ValueError(f"cache_indices: expected shape [batch], got {list(cache_indices.shape)}")
         x = _step(x)
-        return _step(
-            vl.causal_conv1d_update(
-                x,
-                _channel_first(conv_states),
-                weight,
-                bias,
-                activation,
-                cache_indices,
-                null_block_id=pad_slot_id,
-                validate_data=validate,
-                out=torch.empty_like(x),
-            )  # fmt: skip
-        )
+        out = vl.causal_conv1d_update(
+            x, _channel_first(conv_states), weight, bias, activation, cache_indices,
+            null_block_id=pad_slot_id, validate_data=validate, out=torch.empty_like(x),
+        )  # fmt: skip
+        return _step(out)
 
     unsupported = {"max_seqlen:*": "the prefill takes no host lengths"}
     return PeerAdapter("vllm", fn, update, _NO_CHOICE | unsupported, device)

@@ -18,6 +18,7 @@ from triton_impl.compat.layout import (
     expect,
     expect_slots,
     expect_states,
+    expect_weight,
     folded_channels,
     folds_into_channels,
     refuse,
@@ -62,7 +63,7 @@ def causal_conv1d_fn(
       Unsupported: `seq_idx` with states; a backward pass.
     """
     batch, dim, _ = expect("x", x, ("batch", "dim", "seqlen"))
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    width = expect_weight(weight, dim)
     axes, sizes = ("batch", "dim", "width-1"), {"batch": batch, "dim": dim, "width-1": width - 1}
     if initial_states is not None:
         expect("initial_states", initial_states, axes, **sizes)
@@ -125,7 +126,7 @@ def causal_conv1d_update(
     """
     refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
     dim = token_axes(x)
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    width = expect_weight(weight, dim)
     expect_states("conv_state", conv_state, dim, width)
     expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
     if x.dim() == 2:

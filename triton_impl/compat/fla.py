@@ -9,7 +9,15 @@ import torch
 
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
-from triton_impl.compat.layout import dense_rows, expect, longest, refuse, refuse_unknown, update_at_back
+from triton_impl.compat.layout import (
+    dense_rows,
+    expect,
+    expect_weight,
+    longest,
+    refuse,
+    refuse_unknown,
+    update_at_back,
+)
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
@@ -135,7 +143,7 @@ def _width(weight, dim):
         raise ValueError(
             f"weight: expected shape [dim={dim}, width], got None (without taps there is no convolution)"
         )
-    return expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    return expect_weight(weight, dim)
 
 
 def _oldest(tokens, initial_state, ends, lengths, width):

@@ -4,10 +4,10 @@ import operator
 
 import torch
 
-from oracle.contract import INDEX_DTYPES, Unsupported, dtype_name
+from oracle.contract import INDEX_DTYPES, WIDTH_MAX, WIDTH_MIN, Unsupported, dtype_name
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 
-MAX_COLUMNS = 7  # a window of width 8, the widest
+MAX_COLUMNS = WIDTH_MAX - 1  # the widest window
 
 
 def expect(name, value, axes, **sizes):
@@ -30,12 +30,21 @@ def token_axes(x):
     return expect("x", x, ("batch", "dim", "seqlen")[: x.dim() if isinstance(x, torch.Tensor) else 3])[1]
 
 
+def expect_weight(weight, dim):
+    """Checks weight [dim, width]; returns width."""
+    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    if not WIDTH_MIN <= width <= WIDTH_MAX:
+        raise ValueError(f"weight: expected width {WIDTH_MIN} to {WIDTH_MAX} on axis 1, got {width}")
+    return width
+
+
 def expect_states(name, states, dim, width):
-    """Checks a pool [num_slots, dim, state_len]; returns state_len."""
+    """Checks a pool [num_slots, dim, state_len]."""
+    if states is None:
+        raise ValueError(f"{name}: expected shape [num_slots, dim={dim}, state_len], got None")
     state_len = expect(name, states, ("num_slots", "dim", "state_len"), dim=dim)[2]
     if state_len < width - 1:
         raise ValueError(f"{name}: expected state_len >= width-1 = {width - 1} on axis 2, got {state_len}")
-    return state_len
 
 
 def expect_slots(name, slots, batch):

@@ -19,6 +19,7 @@ from triton_impl.compat.layout import (
     expect,
     expect_slots,
     expect_states,
+    expect_weight,
     longest,
     refuse,
     refuse_unknown,
@@ -82,7 +83,9 @@ def causal_conv1d_fn(
                 "query_start_loc: expected shape [batch+1] beside seq_lens_cpu or block_table, got None"
             )
         dim = expect("x", x, ("batch", "dim", "seqlen"))[1]
-        _expect_common(weight, conv_states, dim)
+        width = expect_weight(weight, dim)
+        if conv_states is not None:
+            expect_states("conv_states", conv_states, dim, width)
         out = dense_rows(
             x.transpose(1, 2), weight, bias, _token_major(conv_states), cache_indices, has_initial_state,
             activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=validate,
@@ -126,7 +129,7 @@ def causal_conv1d_update(
     """
     refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
     dim = token_axes(x)
-    _expect_common(weight, conv_state, dim, "conv_state")
+    expect_states("conv_state", conv_state, dim, expect_weight(weight, dim))
     expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
     tokens = x if x.dim() == 2 else x.transpose(1, 2)
     out = update_at_back(
@@ -176,7 +179,9 @@ def causal_conv1d_fn_triton(
     """
     refuse_unknown("causal_conv1d_fn", kwargs)
     dim = expect("x", x, ("dim", "tokens"))[0]
-    _expect_common(weight, conv_states, dim)
+    width = expect_weight(weight, dim)
+    if conv_states is not None:
+        expect_states("conv_states", conv_states, dim, width)
     if block_table is not None:
         expect("block_table", block_table, ("blocks", "2"), **{"2": 2})
     return packed_fn(
@@ -237,19 +242,13 @@ def causal_conv1d_update_triton(
         retrieve_parent_token=retrieve_parent_token,
     )
     dim = token_axes(x)
-    _expect_common(weight, conv_state, dim, "conv_state")
+    expect_states("conv_state", conv_state, dim, expect_weight(weight, dim))
     expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
     out = packed_update(
         x if x.dim() == 2 else x.transpose(1, 2), weight, bias, _token_major(conv_state), conv_state_indices,
         activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=bool(validate_data),
     ).out  # fmt: skip
     return out if x.dim() == 2 else out.transpose(1, 2)
-
-
-def _expect_common(weight, states, dim, name="conv_states"):
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
-    if states is not None:
-        expect_states(name, states, dim, width)
 
 
 def _token_major(states):

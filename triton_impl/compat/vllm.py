@@ -13,7 +13,15 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.api import causal_conv1d_update as packed_update
-from triton_impl.compat.layout import activation_name, expect, expect_slots, expect_states, refuse, token_axes
+from triton_impl.compat.layout import (
+    activation_name,
+    expect,
+    expect_slots,
+    expect_states,
+    expect_weight,
+    refuse,
+    token_axes,
+)
 
 __all__ = ["NULL_BLOCK_ID", "PAD_SLOT_ID", "causal_conv1d_fn", "causal_conv1d_update"]
 
@@ -58,7 +66,7 @@ def causal_conv1d_fn(
       Unsupported: two padding slots inside the pool; a backward pass.
     """
     dim = expect("x", x, ("dim", "tokens"))[0]
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    width = expect_weight(weight, dim)
     if conv_states is not None:
         expect_states("conv_states", conv_states, dim, width)
         if pad_slot_id != null_block_id and 0 <= pad_slot_id < conv_states.shape[0]:
@@ -116,7 +124,7 @@ def causal_conv1d_update(
         dim = token_axes(x)
     else:
         dim = expect("x", x, ("tokens", "dim"))[1]
-    width = expect("weight", weight, ("dim", "width"), dim=dim)[1]
+    width = expect_weight(weight, dim)
     expect_states("conv_state", conv_state, dim, width)
     if out is not None:
         expect(
