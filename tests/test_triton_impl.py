@@ -297,8 +297,8 @@ def test_validate_reads_the_values_before_anything_is_written():
         ValueError, match="cache_indices: expected distinct slots for live rows, got 3 in rows 0 and 1"
     ):
         triton_impl.causal_conv1d_fn(**bad | {"conv_states": pool}, backend="triton", validate=True)
+    slots = torch.tensor([3, 0, -1, 5, 2, 1])
     with pytest.raises(ValueError, match="max_seqlen: expected at least 17, the length of row 3, got 16"):
-        slots = torch.tensor([3, 0, -1, 5, 2, 1])
         triton_impl.causal_conv1d_fn(
             **bad | {"conv_states": pool, "cache_indices": slots},
             backend="eager",

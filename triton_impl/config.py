@@ -99,15 +99,15 @@ def prefill_config(
     )
 
 
-def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+def update_config(batch: int, dim: int, width: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows.
 
     Args:
-      batch, dim: sizes of the call.
+      batch, dim, width: sizes of the call.
       itemsize: bytes of an element of x.
       warp_size: threads of a warp of the device.
     """
     block_d = min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize))
-    # several rows a program share the taps once there are rows enough to fill the device
-    rows = 4 if batch * dim >= 1 << 20 else 1
+    # several rows a program share the taps, where there are rows enough to fill the device and registers to hold them
+    rows = 4 if batch * dim >= 1 << 20 and width <= 4 else 1
     return UpdateConfig(rows, block_d, 1)

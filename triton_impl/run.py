@@ -98,7 +98,7 @@ def step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, b
             )
         if _resolve(backend, x) == "eager":
             return eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
-        config = update_config(sizes.batch, sizes.dim, x.element_size(), WARP_SIZE)
+        config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
         call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
         _remember(key, call)
     out = torch.empty_like(x)
