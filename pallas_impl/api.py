@@ -21,7 +21,6 @@ from pallas_impl import prefill, update, xla
 from pallas_impl.config import prefill_config, tma_dim, update_config
 
 BACKENDS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
-_INT32_MAX = 2**31 - 1
 
 
 def causal_conv1d_fn(
@@ -71,8 +70,7 @@ def causal_conv1d_fn(
     Raises:
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; with `validate`, bad offsets, slots
         or max_seqlen.
-      Unsupported: the backend asked for cannot run here, `validate` in a trace, or sizes beyond the kernel's
-        32-bit token and channel coordinates.
+      Unsupported: the backend asked for cannot run here; `validate` in a trace; a grid of 2**31 programs.
     """
     sizes = check_causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
@@ -92,8 +90,7 @@ def causal_conv1d_fn(
     config = None
     if backend != "xla":
         config = prefill_config(
-            sizes.tokens, sizes.dim, sizes.batch, np.dtype(x.dtype).itemsize,
-            None if max_seqlen is None else operator.index(max_seqlen), schedule,
+            sizes.tokens, sizes.dim, sizes.batch, None if max_seqlen is None else operator.index(max_seqlen), schedule
         )  # fmt: skip
     out, pool = _prefill(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
@@ -141,10 +138,7 @@ def causal_conv1d_update(
     if backend != "xla":
         config = update_config(sizes.batch, sizes.dim)
         if sizes.seqlen > 1:
-            itemsize = np.dtype(x.dtype).itemsize
-            config = prefill_config(
-                sizes.batch * sizes.seqlen, sizes.dim, sizes.batch, itemsize, sizes.seqlen, "auto"
-            )
+            config = prefill_config(sizes.batch * sizes.seqlen, sizes.dim, sizes.batch, sizes.seqlen, "auto")
     out, pool = _update(
         x, weight, bias, conv_states, cache_indices,
         silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), config=config,

@@ -8,11 +8,11 @@ class PrefillConfig(NamedTuple):
 
     Attributes:
       flat: schedule "flat" rather than "per_sequence".
-      block_t: tokens a program, a power of two, at least 8.
+      block_t: tokens a program, a power of two, at least 8, so that a halo never leaves the row.
       lanes: channels of a tile, 128 or 256 (an axis of a TMA box has at most 256 elements).
       tiles: tiles a program; its channels are `tiles * lanes`.
-      row_blocks: per_sequence: programs along a row.
-      tail_blocks: per_sequence: programs that write the zeros after the last row.
+      row_blocks: per_sequence: programs along a row; 0 with flat.
+      tail_blocks: per_sequence: programs that write the zeros after the last row; 0 with flat.
     """
 
     flat: bool
@@ -23,8 +23,22 @@ class PrefillConfig(NamedTuple):
     tail_blocks: int
 
 
+class Grid(NamedTuple):
+    """The programs of a prefill: `blocks` of tokens times `columns` of channels.
+
+    Attributes:
+      blocks, columns: as said.
+      streams: flat: places of the batch that are worked on at a time, block numbers interleaved, so that
+        short rows, which mostly wait, run beside long ones, which fill the memory's bandwidth.
+    """
+
+    blocks: int
+    columns: int
+    streams: int
+
+
 class UpdateConfig(NamedTuple):
-    """How a decode step is launched: rows a program, channels a tile, tiles a program."""
+    """How a decode step is launched: rows and channels a program."""
 
     rows: int
     lanes: int
@@ -48,31 +62,40 @@ def choose_lanes(dim: int) -> int:
     return 128 if cdiv(dim, 128) % 2 and dim < 1024 else 256
 
 
-def prefill_config(
-    tokens: int, dim: int, batch: int, itemsize: int, max_seqlen: int | None, schedule: str
-) -> PrefillConfig:
+def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, schedule: str) -> PrefillConfig:
     """Chooses blocks and schedule from sizes alone.
 
     Args:
       tokens, dim, batch: sizes of the call.
-      itemsize: bytes of an element of x.
       max_seqlen: host bound of the longest row, or None.
       schedule: "auto", "per_sequence" or "flat".
     """
     lanes = choose_lanes(dim)
-    columns = cdiv(dim, lanes)
-    block_t = 32 if tokens * columns >= 32 * 1056 and tokens >= 16 * batch else 8
-    tiles = 1
+    average = tokens // max(batch, 1)
+    block_t = 8
+    if tokens * cdiv(dim, lanes) >= 32 * 1056:  # enough for every program an H100 holds at once
+        block_t = 32 if average >= 16 else 16 if average >= 8 else 8
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     row_blocks = max(cdiv(longest, block_t), 1)
-    tail_blocks = min(cdiv(tokens, block_t), 8)
     flat_blocks = tokens // block_t + batch + 1
-    flat = schedule == "flat" or (schedule == "auto" and batch * row_blocks > flat_blocks + flat_blocks // 8)
-    return PrefillConfig(flat, block_t, lanes, tiles, row_blocks, tail_blocks)
+    if schedule == "flat" or (schedule == "auto" and batch * row_blocks > flat_blocks + flat_blocks // 8):
+        return PrefillConfig(True, block_t, lanes, 1, 0, 0)
+    return PrefillConfig(False, block_t, lanes, 1, row_blocks, min(cdiv(tokens, block_t), 8))
+
+
+def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Grid:
+    """The grid of a prefill; with flat it depends on shapes alone."""
+    columns = cdiv(dim, config.lanes * config.tiles)
+    if not config.flat:
+        return Grid(batch * config.row_blocks + config.tail_blocks, columns, 1)
+    blocks = tokens // config.block_t + batch + 1
+    streams = 8 if blocks >= 64 else 1
+    return Grid(cdiv(blocks, streams) * streams, columns, streams)
 
 
 def update_config(batch: int, dim: int) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows."""
     lanes = choose_lanes(dim)
-    rows = 4 if batch * cdiv(dim, lanes) >= 4 * 1056 else 1
-    return UpdateConfig(min(rows, max(batch, 1)), lanes)
+    work = batch * cdiv(dim, lanes)
+    rows = 4 if work >= 16 * 1056 else 2 if work >= 4 * 1056 else 1
+    return UpdateConfig(rows, lanes)

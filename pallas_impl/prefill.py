@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_impl.config import cdiv
+from oracle.contract import Unsupported
+from pallas_impl.config import prefill_grid
 from pallas_impl.taps import convolve, find_row, layout, load_taps
 
 COMPILER_PARAMS = plgpu.CompilerParams(
@@ -26,8 +27,9 @@ GROUP = 8  # rows of a tile convolved between two turns of the loop
 
 
 def launch(
-    x, weight, bias, conv_states, starts, slots, has_state, *, silu, pad_slot_id, config, interpret, always_state=False
-):
+    x, weight, bias, conv_states, starts, slots, has_state, *,
+    silu, pad_slot_id, config, interpret, always_state=False,
+):  # fmt: skip
     """Runs the kernel.
 
     Args:
@@ -47,12 +49,10 @@ def launch(
     width = weight.shape[1]
     batch = starts.shape[0] - 1
     pooled = conv_states is not None and width > 1 and batch > 0
-    columns = cdiv(dim, config.lanes * config.tiles)
-    blocks = tokens // config.block_t + batch + 1
-    if not config.flat:
-        blocks = batch * config.row_blocks + config.tail_blocks
+    grid = prefill_grid(config, tokens, dim, batch)
+    programs = check_grid(grid.blocks * grid.columns, grid.blocks * config.block_t)
     pool_dtype = conv_states.dtype if pooled else x.dtype
-    tile = functools.partial(_tile_shape, config)
+    tile = lambda rows: (config.tiles, rows, config.lanes)  # noqa: E731
     scratch = dict(
         tile=plgpu.SMEM(tile(config.block_t), x.dtype),
         edge=plgpu.SMEM(tile(max(width - 1, 1)), x.dtype),
@@ -72,8 +72,8 @@ def launch(
         operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
 
     body = functools.partial(
-        _kernel, columns=columns, num_slots=None if conv_states is None else conv_states.shape[0],
-        config=config, silu=silu, pad_slot_id=pad_slot_id, interpret=bool(interpret), always_state=always_state,
+        _kernel, num_slots=None if conv_states is None else conv_states.shape[0], config=config, grid=grid,
+        silu=silu, pad_slot_id=pad_slot_id, interpret=bool(interpret), always_state=always_state,
     )  # fmt: skip
 
     def kernel(*refs):
@@ -83,7 +83,7 @@ def launch(
     (out,) = pl.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
-        mesh=plgpu.Mesh(grid=(blocks * columns,), grid_names=("program",)),
+        mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",)),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="causal_conv1d_prefill",
@@ -91,13 +91,19 @@ def launch(
     return out, jax.freeze(operands[-1]) if pooled else conv_states
 
 
-def _tile_shape(config, rows):
-    return (config.tiles, rows, config.lanes)
+def check_grid(programs, tokens=0):
+    """Returns the number of programs if the kernel's 32-bit counters can hold it, and the tokens they cover."""
+    if max(programs, tokens) >= 2**31:
+        raise Unsupported(
+            "backend: 'mosaic_gpu' needs fewer than 2**31 programs covering fewer than 2**31 tokens, "
+            f"these sizes take {programs} programs covering {tokens} tokens"
+        )
+    return programs
 
 
 def _kernel(
     refs, out, *, tile, edge, window, tile_ready, edge_ready, window_ready,
-    columns, num_slots, config, silu, pad_slot_id, interpret, always_state,
+    num_slots, config, grid, silu, pad_slot_id, interpret, always_state,
 ):  # fmt: skip
     x, weight, starts, pool = refs["x"], refs["weight"], refs["starts"], refs.get("pool")
     tokens, dim = x.shape
@@ -106,9 +112,10 @@ def _kernel(
     lanes, block_t = config.lanes, config.block_t
 
     program = lax.axis_index("program")
-    block, column = lax.div(program, columns), lax.rem(program, columns)
+    block, column = lax.div(program, grid.columns), lax.rem(program, grid.columns)
     if config.flat:
-        row = find_row(starts, block, block_t, batch, tokens)
+        block = lax.rem(block, grid.streams) * (grid.blocks // grid.streams) + lax.div(block, grid.streams)
+        row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = jnp.minimum(lax.div(block, config.row_blocks), batch)
     start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
@@ -162,7 +169,9 @@ def _kernel(
 
             @pl.when(first & stateful)
             def _():
-                plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(0, history), channels], window.at[i], window_ready.at[i])
+                plgpu.copy_gmem_to_smem(
+                    pool.at[slot, pl.ds(0, history), channels], window.at[i], window_ready.at[i]
+                )
 
         if tokens > block_t:
             far = jnp.where(first, end, begin) - history
@@ -192,7 +201,9 @@ def _kernel(
                 def _():
                     plgpu.barrier_wait(edge_ready.at[i])
 
-            past = lax.cond(first, lambda: _widen_rows(window, i, history), lambda: _widen_rows(edge, i, history))
+            past = lax.cond(
+                first, lambda: _widen_rows(window, i, history), lambda: _widen_rows(edge, i, history)
+            )
         plgpu.barrier_wait(tile_ready.at[i])
         if pool is not None:
 
@@ -235,8 +246,8 @@ def _kernel(
     # A row longer than max_seqlen promised: its programs walk on.
     first = block - row * config.row_blocks
     stride = jnp.where(row == batch, config.tail_blocks, config.row_blocks)
-    blocks = lax.div(row_length + block_t - 1, block_t)
-    turns = lax.div(jnp.maximum(blocks - first + stride - 1, 0), stride)
+    row_blocks = lax.div(row_length + block_t - 1, block_t)
+    turns = lax.div(jnp.maximum(row_blocks - first + stride - 1, 0), stride)
     lax.fori_loop(0, turns, lambda turn, _: run_block(first + turn * stride), None)
 
 
@@ -285,7 +296,8 @@ def _store(tile, out, channels, begin, length):
             def _(size=size):
                 done = length & ~(2 * size - 1)
                 rows = pl.ds(begin + done, size)
-                copy_out(tile.at[pl.ds(done, size)], lambda channels: out.at[rows, channels], channels, out.shape[1])
+                target = lambda channels: out.at[rows, channels]  # noqa: E731
+                copy_out(tile.at[pl.ds(done, size)], target, channels, out.shape[1])
 
         size //= 2
 

@@ -47,16 +47,19 @@ def load_taps(weight_ref, bias_ref, channel, lanes, *, interpret):
     refs = (weight_ref,) if bias_ref is None else (weight_ref, bias_ref)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WG_SPLAT, *(plgpu.RefType() for _ in refs)), return_type=(row,) * (width + len(refs) - 1)
+        arg_types=(plgpu.Layout.WG_SPLAT, *(plgpu.RefType() for _ in refs)),
+        return_type=(row,) * (width + len(refs) - 1),
     )
     def load(_, first, weight, *bias):
-        columns = [lambda c, j=mgpu.c(j, ir.IndexType.get()): memref.load(weight, [c, j]) for j in range(width)]
+        oldest_first = [mgpu.c(j, ir.IndexType.get()) for j in range(width)]
+        columns = [lambda c, j=j: memref.load(weight, [c, j]) for j in oldest_first]
         columns += [lambda c, b=b: memref.load(b, [c]) for b in bias]
         return tuple(_gather(column, first, dim, lanes) for column in columns)
 
     loaded = load(channel, *refs)
-    start = loaded[width] if bias_ref is not None else plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), layout(lanes))
-    return loaded[:width], start
+    if bias_ref is not None:
+        return loaded[:width], loaded[width]
+    return loaded, plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), layout(lanes))
 
 
 def convolve(window, taps, start, *, silu, interpret):
@@ -87,18 +90,51 @@ def activate(z):
     return (z * SCALE) * (1.0 / (jnp.exp2(z * -LOG2E - 14.0) + SCALE))
 
 
-def find_row(starts_ref, block, block_t, batch, tokens):
+def find_row(starts_ref, block, block_t, batch, tokens, *, interpret):
     """The last row whose first block is at most `block`; blocks are numbered start // block_t + row.
 
     Row `batch` is the tail after the last row. With offsets that increase, as they must, the first blocks
-    increase strictly, so a descent over powers of two finds the row; with others it finds some row.
+    increase strictly, so a descent over powers of two finds the row; with others it finds some row. The
+    last ten steps of a descent are one vote of the warpgroup, since each step waits for memory.
     """
+    vote = 1 if interpret or batch < 8 else min(1024, -(-batch // WARPGROUP) * WARPGROUP)
+
     row = jnp.int32(0)
-    for step in (1 << i for i in reversed(range(batch.bit_length()))):
+    for step in (1 << i for i in reversed(range(batch.bit_length())) if 1 << i >= vote):
         probe = row + step
         start = jnp.clip(starts_ref[jnp.minimum(probe, batch)], 0, tokens)
-        row = lax.select((probe <= batch) & (lax.div(start, block_t) + probe <= block), probe, row)
-    return row
+        row = jnp.where((probe <= batch) & (lax.div(start, block_t) + probe <= block), probe, row)
+    if vote == 1:
+        return row
+
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), scalar, scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, scalar)
+    )
+    def count(_, starts, row, block):
+        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        constant = lambda value: mgpu.c(value, int32)  # noqa: E731
+        at_most = lambda a, b: arith.cmpi(arith.CmpIPredicate.sle, a, b)  # noqa: E731
+        row, block = row.registers.item(), block.registers.item()
+        lane = arith.addi(row, mgpu.thread_idx())
+        votes = []
+        for offset in range(0, vote, WARPGROUP):
+            probe = arith.addi(lane, constant(offset + 1))
+            start = memref.load(starts, [arith.index_cast(index, arith.minsi(probe, constant(batch)))])
+            start = arith.minsi(arith.maxsi(start, constant(0)), constant(tokens))
+            first = arith.addi(arith.divui(start, constant(block_t)), probe)
+            votes.append(arith.andi(at_most(probe, constant(batch)), at_most(first, block)))
+        for ballot in votes:
+            found = llvm.inline_asm(
+                int32, [arith.extui(int32, ballot)],
+                "{ .reg .pred p; setp.ne.u32 p, $1, 0; barrier.cta.red.popc.aligned.u32 $0, 0, p; }",
+                "=r,r", has_side_effects=True,
+            )  # fmt: skip
+            row = arith.addi(row, found)
+        return mgpu.FragmentedArray.splat(row, (), is_signed=True)
+
+    return count(starts_ref, row, block)
 
 
 def _gather(load, first, dim, lanes):
@@ -107,7 +143,9 @@ def _gather(load, first, dim, lanes):
     float32 = ir.F32Type.get()
     kind = mgpu.WGStridedFragLayout((lanes,), lanes // WARPGROUP)
     registers = np.empty(kind.registers_shape((lanes,)), dtype=object)
-    base = arith.index_cast(index, first.registers.item() if isinstance(first, mgpu.FragmentedArray) else first)
+    base = arith.index_cast(
+        index, first.registers.item() if isinstance(first, mgpu.FragmentedArray) else first
+    )
     for i, lane in enumerate(kind.linear_thread_idxs()):
         values = []
         for k in range(kind.vec_size):

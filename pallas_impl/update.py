@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, copy_out, row_slot, store_zeros
+from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, row_slot, store_zeros
 from pallas_impl.taps import convolve, load_taps
 
 
@@ -34,6 +34,7 @@ def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, in
     batch, dim = x.shape
     width = weight.shape[1]
     columns = cdiv(dim, config.lanes)
+    config = config._replace(rows=min(config.rows, batch))
     names, operands = ["x", "weight"], [x, weight]
     for name, operand in (("bias", bias), ("slots", slots)):
         if operand is not None:
@@ -60,7 +61,7 @@ def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, in
     (out,) = pl.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
-        mesh=plgpu.Mesh(grid=(cdiv(batch, config.rows) * columns,), grid_names=("program",)),
+        mesh=plgpu.Mesh(grid=(check_grid(cdiv(batch, config.rows) * columns),), grid_names=("program",)),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="causal_conv1d_update",
@@ -69,7 +70,19 @@ def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, in
 
 
 def _kernel(
-    refs, out, *, tile, entries, tile_ready, window_ready, columns, num_slots, config, silu, pad_slot_id, interpret
+    refs,
+    out,
+    *,
+    tile,
+    entries,
+    tile_ready,
+    window_ready,
+    columns,
+    num_slots,
+    config,
+    silu,
+    pad_slot_id,
+    interpret,
 ):
     x, weight, pool = refs["x"], refs["weight"], refs.get("pool")
     batch = x.shape[0]
@@ -79,7 +92,8 @@ def _kernel(
     channels = pl.ds(column * config.lanes, config.lanes)
     rows = pl.ds(group * config.rows, config.rows)
     slots, live = zip(
-        *(row_slot(refs, group * config.rows + r, batch, num_slots, pad_slot_id) for r in range(config.rows)), strict=True
+        *(row_slot(refs, group * config.rows + r, batch, num_slots, pad_slot_id) for r in range(config.rows)),
+        strict=True,
     )
 
     plgpu.copy_gmem_to_smem(x.at[rows, channels], tile, tile_ready)

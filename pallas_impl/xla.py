@@ -1,6 +1,6 @@
-"""Both operations in plain jax.numpy, for CPUs and TPUs, and the gathers and scatters of windows that go with them.
+"""Both operations in plain jax.numpy, for CPUs and TPUs, with the gathers and scatters of windows.
 
-Vectorised over the packed tokens: the work is O(tokens * dim * width + batch * dim * width).
+Vectorised over the packed tokens: the work is O((tokens + batch) * dim * width).
 """
 
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def live_slots(cache_indices, batch, num_slots, pad_slot_id):
 
 
 def read_windows(conv_states, slots, stateful, history):
-    """[batch, history, dim]: the windows of the stateful rows; zeros, selected and not multiplied, for the others."""
+    """[batch, history, dim]: the windows of stateful rows; for the others zeros, selected and not multiplied."""
     windows = conv_states.at[slots, :history].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jnp.where(stateful[:, None, None], windows, 0)
 
