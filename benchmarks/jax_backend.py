@@ -40,7 +40,7 @@ class JaxBackend:
         self.is_gpu = jax.default_backend() == "gpu"
         self.device = jax.devices()[0]
         self.device_name = self.device.device_kind if self.is_gpu else "cpu"
-        self._last = None
+        self._last = self._flushed = None
         self._flush_sum = jax.jit(jnp.sum)
         if self.is_gpu:
             self._flush_buffer = jax.device_put(np.zeros(FLUSH_BYTES // 4, np.float32), self.device)
@@ -57,14 +57,14 @@ class JaxBackend:
             self._flushed = self._flush_sum(self._flush_buffer)
 
     def synchronize(self) -> None:
-        """Waits for the last call made by `_run`; calls run in order on one stream."""
+        """Waits for the last call and the last flush; programs run in order on one stream."""
         if self._last is not None:
             jax.block_until_ready(self._last)
-        if getattr(self, "_flushed", None) is not None:
+        if self._flushed is not None:
             jax.block_until_ready(self._flushed)
 
     def _run(self, result):
-        self._last = result
+        self._last = jax.tree.leaves(result)[0]  # the output; a pool is soon donated, and gone
         return result
 
     def timer(self) -> tuple[CuptiTimer | WallTimer, list[str]]:

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks import report
 from benchmarks.record import Run, join, read
@@ -64,7 +65,15 @@ def draw_ratio(run: Run, axes: Axes) -> bool:
                 label = LABELS[twin] if twin not in seen else None
                 seen.add(twin)
                 axes.bar(place + shift, value, 0.36, color=COLORS[twin], label=label)
-                axes.text(place + shift, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
+                axes.text(
+                    place + shift,
+                    value - 0.03,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="top",
+                    fontsize=7,
+                    color="white",
+                )
         first = place == 0
         axes.hlines(target.required, place - 0.45, place + 0.45, colors="black", linestyles="dashed", linewidth=1,
                     label="required" if first else None)  # fmt: skip
@@ -85,7 +94,7 @@ def draw_ratio(run: Run, axes: Axes) -> bool:
     axes.set_ylim(0, MOST_RATIO + 0.05)
     axes.set_ylabel("time / time of copying x to out")
     axes.set_title("Prefill: time over a copy (bars: this run; marks: peers, measured before)", fontsize=10)
-    axes.legend(fontsize=7, ncols=4, loc="lower center")
+    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     return True
 
 
@@ -121,6 +130,7 @@ def draw_tokens(run: Run, axes: Axes) -> bool:
                   label=f"least bytes at {best / 1e3:.0f} GB/s, the best copy")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("tokens (one row, dim 2048)")
     axes.set_ylabel("GPU time, us")
     axes.set_title("Prefill: time against tokens", fontsize=10)
@@ -149,6 +159,10 @@ def draw_skew(run: Run, axes: Axes) -> bool:
     axes.axhline(1.0, color=COLORS["torch_copy"], linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("longest row, tokens (256 rows, 16640 tokens in all, dim 2048)")
     axes.set_ylabel("time / time of copying x to out")
     axes.set_title("Prefill: cost of skew, by schedule", fontsize=10)

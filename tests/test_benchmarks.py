@@ -584,6 +584,47 @@ def test_a_wrong_contender_is_recorded_and_never_timed(fake_providers):
         assert word in text
 
 
+class FakeGpu(FakeBackend):
+    """A backend with a made-up GPU: its only contender needs 4 us, 3 in a graph, and waits for nothing."""
+
+    is_gpu, device_name = True, "Fake GPU"
+
+    def __init__(self, framework):
+        self.framework, self.device, self.loaded = framework, FakeDevice(), []
+        self.synchronize = self.device.synchronize
+
+    def prepare(self, name, inputs):
+        def call():
+            self.device.work(name, 4_000)
+
+        if PROVIDERS[name].role == "floor":
+            return Prepared(call, None)
+        return Prepared(call, lambda: (self.loaded.append(inputs.workload.name), right_answer(inputs))[1])
+
+    def graph(self, prepared, calls, samples):
+        return {name: Timing([3.0] * samples, f"{calls}") for name in prepared}, {}
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_gpu_session_takes_every_clock_once(framework):
+    backend = FakeGpu(framework)
+    twin, floor = {"torch": ("triton", "triton_empty"), "jax": ("pallas", "jax_add")}[framework]
+    session = run.Session(backend, [twin, floor], samples=4, log=lambda text: None)
+    step = dataclasses.replace(STEP, target=wl.Target("graph", "us", 5.0))
+    session.launches(step)
+    timer = timing.CuptiTimer(backend.device, backend.device)
+    session.gpu_times(step, timer)
+    session.gpu_times(SMALL, timer)
+    by_name = {(r.workload, r.provider): r for r in session.results}
+    assert by_name[step.name, twin].timings.keys() == {"host", "graph", "cold", "warm"}
+    assert by_name[step.name, twin].timings["cold"].samples == [4.0] * 4
+    assert by_name[step.name, twin].timings["warm"].samples == [4.0] * 4
+    assert by_name[SMALL.name, twin].timings.keys() == {"cold"}
+    assert by_name[SMALL.name, floor].timings == {}
+    assert "warm" in by_name[step.name, floor].timings
+    assert backend.loaded == [step.name, SMALL.name]  # judged once each
+
+
 def test_providers_are_chosen_by_glob_and_the_copy_always_runs():
     assert run.choose_providers(["triton_f*"], "torch") == ["triton_flat", "torch_copy"]
     assert run.choose_providers(["triton_f*"], "jax") == ["jax_copy"]
