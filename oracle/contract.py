@@ -326,7 +326,7 @@ def _host_int(name: str, value: Any) -> int:
     if type(value) is int:
         return value
     try:
-        if isinstance(value, bool) or hasattr(value, "shape") and not hasattr(value, "item"):
+        if isinstance(value, bool) or (hasattr(value, "shape") and not hasattr(value, "item")):
             raise TypeError
         return operator.index(value)
     except Exception:

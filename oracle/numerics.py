@@ -84,7 +84,8 @@ def to_float64(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Bits of a float format as float64, exactly."""
     if dtype == "bfloat16":
         bits, dtype = bits.astype(np.uint32) << 16, "float32"
-    return bits.view(dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return bits.view(dtype).astype(np.float64)
 
 
 def round_bits(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -129,7 +130,8 @@ def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
     fraction, emin, emax, _ = FORMATS[dtype]
     magnitude = np.abs(np.asarray(values, dtype=np.float64))
     _, exponent = np.frexp(np.where(np.isfinite(magnitude), magnitude, 1.0))
-    return np.ldexp(1.0, np.clip(exponent - 1, emin, emax) - fraction)
+    exponent = np.where(magnitude == 0, emin, exponent - 1)
+    return np.ldexp(1.0, np.clip(exponent, emin, emax) - fraction)
 
 
 def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -38,7 +39,8 @@ class _Worker:
             start_new_session=True,
         )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
         self.hello = self._answer(START_LIMIT)
         if self.hello is None or "hello" not in self.hello:
             self.stop()
@@ -79,16 +81,18 @@ class _Worker:
     def finish(self) -> None:
         """Lets the worker end by itself."""
         self.process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.stop()
 
     def stop(self) -> None:
-        """Kills the worker and what it started."""
+        """Kills the worker and what it started, and closes its pipes."""
         if self.alive:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.reader.join(5)
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 def _dead(status: str, detail: str, seconds: float) -> dict[str, Any]:
@@ -138,6 +142,7 @@ def run(
                 record = _dead("unsupported", "; ".join(reasons), 0.0)
             else:
                 if not worker.alive:
+                    worker.stop()
                     worker = _Worker(arguments, environment or {})
                 record = worker.ask(case.id, time_limit)
                 if reasons:
