@@ -14,7 +14,6 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
-    dense_rows,
     expect,
     expect_slots,
     expect_states,
@@ -25,6 +24,7 @@ from triton_impl.compat.layout import (
     token_axes,
     update_at_back,
 )
+from triton_impl.dense import dense_rows
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
 __version__ = "1.6.1"  # of the interface

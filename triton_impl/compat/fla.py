@@ -10,7 +10,6 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
-    dense_rows,
     expect,
     expect_weight,
     longest,
@@ -18,6 +17,7 @@ from triton_impl.compat.layout import (
     refuse_unknown,
     update_at_back,
 )
+from triton_impl.dense import dense_rows
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 

@@ -90,23 +90,6 @@ def longest(name, lengths):
         raise TypeError(f"{name}: expected a list of integers or a CPU tensor, got {lengths!r}") from None
 
 
-def dense_rows(
-    x, weight, bias, states=None, slots=None, has_state=None, *, activation, pad_slot_id=-1, validate=False
-):
-    """Convolves every row of x [batch, seqlen, dim] behind its slot of `states` [num_slots, state_len, dim].
-
-    The rows are packed rows of equal length. Packing is a view unless rows are neither evenly spaced nor alone,
-    as in a channel slice of a channel-first tensor: then x is copied once.
-    """
-    batch, seqlen, dim = x.shape
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen
-    out = causal_conv1d_fn(
-        x.reshape(batch * seqlen, dim), weight, bias, states, starts, slots, has_state,
-        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=seqlen, validate=bool(validate),
-    ).out  # fmt: skip
-    return out.view(batch, seqlen, dim)
-
-
 def folds_into_channels(x):
     """Whether x [batch, dim, seqlen] is a view [batch*dim, seqlen] but not a view [batch*seqlen, dim]."""
     batch, dim, seqlen = x.shape

@@ -15,7 +15,6 @@ from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.api import causal_conv1d_update as packed_update
 from triton_impl.compat.layout import (
     activation_name,
-    dense_rows,
     expect,
     expect_slots,
     expect_states,
@@ -26,6 +25,7 @@ from triton_impl.compat.layout import (
     token_axes,
     update_at_back,
 )
+from triton_impl.dense import dense_rows
 
 __all__ = [
     "PAD_SLOT_ID",

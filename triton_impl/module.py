@@ -1,0 +1,170 @@
+"""The convolution as a module: parameters that load from nn.Conv1d and from checkpoints, and serving calls."""
+
+import math
+
+import torch
+from torch import nn
+
+from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN
+from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
+from triton_impl.dense import dense_rows
+
+
+class CausalConv1d(nn.Module):
+    """Causal depthwise conv1d with optional SiLU, for inference.
+
+    `weight` [dim, width] and `bias` [dim] are plain parameters. `load_state_dict` also takes weights of
+    shape [dim, 1, width], as nn.Conv1d and model checkpoints hold them. Under autocast x is cast to the autocast
+    dtype first, as it is for nn.Conv1d; the parameters may stay in float32, the kernels read any mix.
+
+    Every call goes through `forward`, so that hooks and wrappers (FSDP, torch.compile) see all of them.
+
+    Args:
+      dim: channels.
+      width: taps, 1 to 8.
+      bias: whether there is one.
+      activation: None, "silu" or "swish".
+      device, dtype: of the parameters.
+    """
+
+    def __init__(self, dim, width, bias=True, activation="silu", *, device=None, dtype=None):
+        super().__init__()
+        if not WIDTH_MIN <= width <= WIDTH_MAX:
+            raise ValueError(f"width: expected {WIDTH_MIN} to {WIDTH_MAX}, got {width}")
+        if dim < 1:
+            raise ValueError(f"dim: expected at least 1, got {dim}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(dim, width, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv1d(cls, conv, activation=None):
+        """A module that shares the parameters' values with a depthwise nn.Conv1d (not the parameters).
+
+        Raises:
+          ValueError: `conv` is not depthwise with stride 1 and dilation 1.
+        """
+        wanted = {
+            "groups": conv.in_channels,
+            "out_channels": conv.in_channels,
+            "stride": (1,),
+            "dilation": (1,),
+        }
+        for name, value in wanted.items():
+            if getattr(conv, name) != value:
+                raise ValueError(f"conv: expected {name}={value}, got {getattr(conv, name)}")
+        module = cls(
+            conv.in_channels,
+            conv.kernel_size[0],
+            conv.bias is not None,
+            activation,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        module.load_state_dict(conv.state_dict())
+        return module
+
+    def reset_parameters(self):
+        """Draws the parameters as nn.Conv1d does."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self,
+        x,
+        query_start_loc=None,
+        conv_states=None,
+        cache_indices=None,
+        has_initial_state=None,
+        *,
+        pad_slot_id=-1,
+        max_seqlen=None,
+        decode=False,
+    ):
+        """One convolution; `conv_states` is updated in place.
+
+        Args:
+          x: [tokens, dim] with `query_start_loc`, [batch, seqlen, dim] without; with `decode` [batch, dim] or
+            [batch, seqlen, dim].
+          query_start_loc: [batch+1], or None for a dense x.
+          conv_states, cache_indices, has_initial_state, pad_slot_id, max_seqlen: as in `causal_conv1d_fn`.
+          decode: run `causal_conv1d_update`: every row continues from its slot.
+
+        Returns:
+          out, with x's shape, in x's dtype (the autocast dtype under autocast).
+
+        Raises:
+          ValueError, TypeError, Unsupported: as the operations do.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        options = dict(activation=self.activation, pad_slot_id=pad_slot_id)
+        if decode:
+            for name, value in (
+                ("query_start_loc", query_start_loc),
+                ("has_initial_state", has_initial_state),
+            ):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None with decode, got {type(value).__name__}")
+            return causal_conv1d_update(x, self.weight, self.bias, conv_states, cache_indices, **options).out
+        if query_start_loc is None:
+            if x.dim() != 3:
+                raise ValueError(
+                    f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(x.shape)}"
+                )
+            return dense_rows(
+                x, self.weight, self.bias, conv_states, cache_indices, has_initial_state, **options
+            )
+        return causal_conv1d_fn(
+            x, self.weight, self.bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+            max_seqlen=max_seqlen, **options,
+        ).out  # fmt: skip
+
+    def prefill(self, x, query_start_loc, pool, slots, has_initial_state=None, *, layer=0, max_seqlen=None):
+        """Prefill, or one chunk of it, of sequences in a ConvStatePool.
+
+        Args:
+          x: [tokens, dim], or [batch, seqlen, dim] with `query_start_loc` None.
+          query_start_loc: [batch+1] or None.
+          pool: a ConvStatePool.
+          slots: host integers, which the pool checks, or cache_indices [batch] on x's device, which it does not.
+          has_initial_state: [batch] bool: rows that continue an earlier chunk; None: no row does.
+          layer: layer of the pool.
+          max_seqlen: host bound of the longest row, or None.
+
+        Returns:
+          out, with x's shape.
+        """
+        return self(
+            x, query_start_loc, pool.layer(layer), _indices(pool, slots), has_initial_state,
+            pad_slot_id=pool.pad_slot_id, max_seqlen=max_seqlen,
+        )  # fmt: skip
+
+    def step(self, x, pool, slots, *, layer=0):
+        """Decode step of sequences in a ConvStatePool: x [batch, dim] or [batch, seqlen, dim]; slots as in `prefill`."""
+        return self(
+            x, None, pool.layer(layer), _indices(pool, slots), pad_slot_id=pool.pad_slot_id, decode=True
+        )
+
+    def extra_repr(self):
+        """Shows the sizes and options."""
+        dim, width = self.weight.shape
+        return f"{dim}, width={width}, bias={self.bias is not None}, activation={self.activation!r}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Drops the middle axis of a [dim, 1, width] weight."""
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dim() == 3 and weight.shape[1] == 1:
+            state_dict[prefix + "weight"] = weight.squeeze(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _indices(pool, slots):
+    return slots if isinstance(slots, torch.Tensor) else pool.indices(slots)
