@@ -73,52 +73,60 @@ def place(array: TypedArray, layout: str, poison: int | None = None) -> Array:
     """Lays an array out in guarded memory.
 
     Layouts (the last axis is called channel, the first row):
-      contiguous; misaligned (one element later); slice (rows are a part of wider, 16-byte-aligned rows);
-      slice_odd (of rows of an odd pitch); transposed (first axis has unit stride, of two axes; of three axes
-      the last two change places); transposed_pages (the same inside pages); pages (each entry of the first
-      axis in a page of its own, with foreign data between); every_other (every second entry of the first
-      axis); odd_unit_axis (axes of size 1 have a meaningless stride); huge_pitch_N (the first axis is 2**N
-      elements apart).
+      contiguous; misaligned (one element later); slice (a part of wider, 16-byte-aligned rows; of one axis: a
+      column of a table); slice_odd (of rows of an odd pitch); transposed (two axes: rows have unit stride;
+      three: the last two axes change places); transposed_pages (the same inside pages); pages (each entry of
+      the first axis in a page of its own, with foreign data between); every_other (every second entry of the
+      first axis); odd_unit_axis (axes of size 1 have a meaningless stride); huge_pitch_N (entries of the first
+      axis are 2**N elements apart).
+
+    Raises:
+      ValueError: no such layout.
     """
     shape = array.data.shape
-    sizes = [max(n, 1) for n in shape]
-    order = list(range(len(shape)))
-    pitch_of: dict[int, int] = {}
-    if layout in ("transposed", "transposed_pages"):
-        order = [1, 0] if len(shape) == 2 else [0, 2, 1]
-    if layout in ("slice", "slice_odd"):
-        inner = sizes[-1]
-        pitch_of[len(shape) - 2 if len(shape) > 1 else 0] = (
-            (2 * inner + 15) // 16 * 16 if layout == "slice" else 2 * inner + 3
-        )
-    strides = [0] * len(shape)
-    step = 1
-    for axis in reversed(order):
-        step = max(step, pitch_of.get(axis, step))
-        strides[axis] = step
-        step *= sizes[axis]
-    if len(shape) == 1 and layout in ("slice", "slice_odd", "transposed"):
-        strides = [3]
-    elif layout in ("pages", "transposed_pages"):
-        strides[0] = 2 * strides[0] + 16
-    elif layout == "every_other":
-        strides[0] *= 2
-    elif layout == "odd_unit_axis":
-        strides = [(7 if n == 1 else s) for n, s in zip(shape, strides, strict=True)]
-    elif layout.startswith("huge_pitch_"):
-        strides[0] = 2 ** int(layout.rpartition("_")[2]) + 8
-    elif layout not in ("contiguous", "misaligned", "slice", "slice_odd", "transposed"):
-        raise ValueError(f"layout: unknown name {layout!r}")
-
-    extent = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-    offset = GUARD + (layout == "misaligned") + (8 if layout == "slice" else 0)
+    strides = _strides(shape, layout)
+    extent = 1 + sum((max(n, 1) - 1) * s for n, s in zip(shape, strides, strict=True))
+    offset = GUARD + {"misaligned": 1, "slice": 8}.get(layout, 0)
     sparse = layout.startswith("huge_pitch_")
     count = offset + extent + GUARD
-    dtype = storage_dtype(array.dtype)
-    base = np.zeros(count, dtype) if sparse else _surroundings(array.dtype, count, poison)
+    base = np.zeros(count, storage_dtype(array.dtype)) if sparse else _surroundings(array.dtype, count, poison)
     placed = Array(array.dtype, base, offset, tuple(shape), tuple(strides), sparse)
     placed.data[...] = array.data
     return placed
+
+
+def _strides(shape: tuple[int, ...], layout: str) -> list[int]:
+    axes = list(range(len(shape)))
+    if layout in ("transposed", "transposed_pages") and len(shape) > 1:
+        axes[-2:] = reversed(axes[-2:])
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(axes):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    rows = max(len(shape) - 2, 0)  # the axis whose entries are rows of channels
+    match layout:
+        case "contiguous" | "misaligned":
+            pass
+        case "slice" | "slice_odd" | "transposed" if len(shape) == 1:
+            strides = [3]
+        case "slice" | "slice_odd":
+            wide = (2 * max(shape[-1], 1) + 15) // 16 * 16 if layout == "slice" else 2 * max(shape[-1], 1) + 3
+            strides[rows] = wide
+            if rows:
+                strides[0] = wide * max(shape[1], 1)
+        case "transposed":
+            pass
+        case "pages" | "transposed_pages":
+            strides[0] = 2 * strides[0] + 16
+        case "every_other":
+            strides[0] *= 2
+        case "odd_unit_axis":
+            strides = [7 if n == 1 else s for n, s in zip(shape, strides, strict=True)]
+        case _ if layout.startswith("huge_pitch_"):
+            strides[0] = 2 ** int(layout.rpartition("_")[2]) + 8
+        case _:
+            raise ValueError(f"layout: expected a name that `arrays.place` lists, got {layout!r}")
+    return strides
 
 
 def _surroundings(dtype: str, count: int, poison: int | None) -> np.ndarray:

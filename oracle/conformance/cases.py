@@ -108,28 +108,36 @@ class Case:
 def select(
     cases: Iterable[Case],
     *,
-    tiers: Iterable[str] = ("core", "full"),
+    tiers: Iterable[str] = (),
     patterns: Iterable[str] = (),
     op: str | None = None,
     flags: Iterable[str] = (),
 ) -> list[Case]:
-    """Cases of these tiers whose id matches one of the glob patterns (any, if none), of one op, with a flag.
+    """Chooses cases.
+
+    Args:
+      cases: the catalogue.
+      tiers: default core and full, and besides these a case that a pattern names exactly.
+      patterns: globs of ids; any one must match.
+      op: one of the two operations.
+      flags: failure modes; the case must carry one.
 
     Raises:
       ValueError: a pattern, an op or a flag matches nothing.
     """
+    tiers, patterns, flags = set(tiers), list(patterns), set(flags)
     chosen = [case for case in cases if op in (None, case.op)]
     if not chosen:
         raise ValueError(f"op: expected causal_conv1d_fn or causal_conv1d_update, got {op!r}")
-    patterns, flags = list(patterns), list(flags)
-    for flag in flags:
-        if not any(flag in case.flags for case in chosen):
-            raise ValueError(f"flag: expected one that a case carries, got {flag!r}")
-    if flags:
-        chosen = [case for case in chosen if set(flags) & set(case.flags)]
+    if unknown := flags - {flag for case in chosen for flag in case.flags}:
+        raise ValueError(f"flag: expected one that a case carries, got {sorted(unknown)[0]!r}")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(case.id, pattern) for case in chosen):
             raise ValueError(f"cases: expected a pattern that matches a case id, got {pattern!r}")
-    if patterns:
-        return [case for case in chosen if any(fnmatch.fnmatchcase(case.id, p) for p in patterns)]
-    return [case for case in chosen if case.tier in tuple(tiers)]
+
+    def wanted(case: Case) -> bool:
+        by_id = not patterns or any(fnmatch.fnmatchcase(case.id, pattern) for pattern in patterns)
+        by_tier = case.tier in (tiers or ("core", "full")) or (not tiers and case.id in patterns)
+        return by_id and by_tier and (not flags or bool(flags & set(case.flags)))
+
+    return [case for case in chosen if wanted(case)]

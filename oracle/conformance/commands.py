@@ -61,8 +61,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 
 
 def _selected(options: Any) -> list[Case]:
-    tiers = options.tier or ("core", "full")
-    return select(catalogue(), tiers=tiers, patterns=options.cases, op=options.op, flags=options.flag)
+    return select(catalogue(), tiers=options.tier or (), patterns=options.cases, op=options.op, flags=options.flag)
 
 
 def _run(options: Any) -> int:

@@ -13,6 +13,7 @@ from oracle import reference
 from oracle.conformance.adapter import Adapter
 from oracle.conformance.arrays import unchanged_outside
 from oracle.conformance.inputs import Problem
+from oracle.contract import FLOAT_DTYPES
 from oracle.numerics import TypedArray, is_nan, round_bits, silu, typed, ulp_distance
 from oracle.tolerance import error_bound, fraction_of_bound
 
@@ -126,7 +127,9 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
         except Exception as error:
             verdict.fail("wrong_dtype", f"{name}: expected an array, got {type(value).__name__} ({error})")
             return False
-        if shape != tuple(like.shape):
+        if dtype not in FLOAT_DTYPES:
+            verdict.fail("wrong_dtype", f"{name}: expected dtype {like.dtype}, got {dtype}")
+        elif shape != tuple(like.shape):
             verdict.fail("wrong_shape", f"{name}: expected shape {list(like.shape)}, got {list(shape)}")
         elif dtype != like.dtype:
             verdict.fail("wrong_dtype", f"{name}: expected dtype {like.dtype}, got {dtype}")
