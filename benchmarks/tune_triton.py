@@ -31,6 +31,8 @@ def prefill_choices(tokens, dim, batch):
     now = config.prefill_config(tokens, dim, batch, 4, 2, True, None, "flat")
     yield "now", now
     yield "now, per_sequence", now._replace(flat=False, row_blocks=-(-tokens // now.block_t))
+    for streams in (1, 2, 4, 16):
+        yield f"now, streams{streams}", now._replace(streams=streams)
     blocks = [(256, 1), (512, 2), (512, 4), (1024, 4), (1024, 2), (2048, 8)]
     for block_t, (block_d, warps) in itertools.product([8, 16, 32, 64, 128], blocks):
         yield (

@@ -59,6 +59,7 @@ def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=81
         WIDTH=width, SILU=True, HAS_BIAS=True, HAS_POOL=True, HAS_INDICES=True, HAS_MASK=True, FLAT=flat, WALK=walk,
         PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), BLOCK_T=chosen.block_t, BLOCK_D=chosen.block_d,
         GROUP=chosen.group, STAGES=chosen.stages, SEARCH=chosen.search,
+        STREAMS=chosen.streams,
     )  # fmt: skip
     strides = ["stride_s_n", "stride_s_l", *other]
     integers = ["tokens", "dim", "batch", "num_slots", "pad_slot_id", "stride_w_d", *strides]

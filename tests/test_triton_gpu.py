@@ -74,7 +74,7 @@ def test_schedules_and_blocks_agree_in_every_bit(lengths):
         (32, 1024, 4, 1),
         (64, 512, 2, 3),
     ]:
-        chosen = config.PrefillConfig(True, True, block_t, block_d, 8, 1, 32, num_warps, stages)
+        chosen = config.PrefillConfig(True, True, block_t, block_d, 8, 1, 32, num_warps, streams, stages)
         pool, out = arguments["conv_states"].clone(), torch.full_like(arguments["x"], torch.nan)
         tensors = list((arguments | {"conv_states": pool}).values())
         prefill.prepare(*tensors, True, -1, chosen)(*tensors, out)

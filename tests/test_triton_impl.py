@@ -183,9 +183,13 @@ def test_a_max_seqlen_that_is_too_small_skips_no_token():
 
 
 CONFIGS = [
-    config.PrefillConfig(flat, True, block_t, block_d, group, 3, search, 1, stages)
+    config.PrefillConfig(flat, True, block_t, block_d, group, 3, search, 1, streams, stages)
     for flat in (True, False)
-    for block_t, block_d, group, search, stages in [(8, 16, 4, 2, 1), (16, 64, 8, 4, 3), (64, 32, 8, 32, 1)]
+    for block_t, block_d, group, search, streams, stages in [
+        (8, 16, 4, 2, 1, 1),
+        (16, 64, 8, 4, 3, 3),
+        (64, 32, 8, 32, 2, 1),
+    ]
 ] + [config.PrefillConfig(True, False, 16, 16, 8, 3, 32, 4)]
 
 

@@ -17,6 +17,8 @@ class PrefillConfig(NamedTuple):
       row_blocks: per_sequence: programs along a row.
       search: row starts compared at a time when a flat program finds its row.
       num_warps: warps a program.
+      streams: flat: places of the batch worked on at a time, so that short rows, which mostly wait, run beside
+        long ones, which fill the memory's bandwidth.
       stages: groups in flight; above 1 they go through shared memory asynchronously.
       maxnreg: registers a thread may use, or None for no limit.
     """
@@ -29,6 +31,7 @@ class PrefillConfig(NamedTuple):
     row_blocks: int
     search: int
     num_warps: int
+    streams: int = 1
     stages: int = 1
     maxnreg: int | None = None
 
@@ -95,6 +98,7 @@ def prefill_config(
         row_blocks=row_blocks,
         search=32 if batch < 32 else 512,
         num_warps=num_warps,
+        streams=8 if flat_blocks >= 64 else 1,
         maxnreg=maxnreg,
     )
 

@@ -159,6 +159,7 @@ def _prefill_kernel(
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     SEARCH: tl.constexpr,
+    STREAMS: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
@@ -172,7 +173,9 @@ def _prefill_kernel(
     if FLAT:
         channel_blocks = tl.cdiv(dim, BLOCK_D)
         block_d = tl.program_id(0) % channel_blocks
-        program = tl.program_id(0) // channel_blocks
+        turn = tl.program_id(0) // channel_blocks
+        stream_blocks = tl.num_programs(0) // channel_blocks // STREAMS
+        program = turn % STREAMS * stream_blocks + turn // STREAMS
         row = _find_row(query_start_loc, program, batch, tokens, BLOCK_T, SEARCH)
     else:
         row = tl.program_id(0)
@@ -250,7 +253,8 @@ def prepare(
     batch = query_start_loc.shape[0] - 1
     channel_blocks = triton.cdiv(dim, config.block_d)
     if config.flat:
-        grid = ((tokens // config.block_t + batch + 1) * channel_blocks, 1, 1)
+        stream_blocks = triton.cdiv(tokens // config.block_t + batch + 1, config.streams)
+        grid = (stream_blocks * config.streams * channel_blocks, 1, 1)
     else:
         grid = (batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ), channel_blocks)
     num_slots = 0 if conv_states is None else conv_states.shape[0]
@@ -264,6 +268,7 @@ def prepare(
         HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
         FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
         BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages, SEARCH=config.search,
+        STREAMS=config.streams,
     )  # fmt: skip
     return Launch(
         _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
