@@ -201,7 +201,11 @@ def run_framework(framework: str, workloads: list[Workload], options, path: Path
     run = Run(header, session.results, session.counters)
     log(f"{backend.device_name}, {header['versions']}")
     if not options.no_counters:
-        run.counters += backend.count()
+        try:
+            run.counters += backend.count()
+        except Exception as error:  # a broken twin must not cost the other contenders' times
+            reason = f"{type(error).__name__}: {error}"[:500]
+            run.counters.append(Counter("compilations", TWIN[framework], framework, None, "", reason))
         log(
             "counted "
             + ", ".join(f"{c.name} {c.value if c.value is not None else c.reason}" for c in run.counters)

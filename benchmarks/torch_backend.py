@@ -400,8 +400,11 @@ class TorchBackend:
                 for batch in batches[:4]:
                     run(batch)
                 torch.cuda.synchronize()
+                heard = bool(
+                    compiled
+                )  # a listener that misses the first compilations proves nothing by its silence
                 compiled.clear()
-                reason = ""
+                waits, reason = 0, ""
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # "synchronization debug mode is a prototype feature"
                     torch.cuda.set_sync_debug_mode("error")
@@ -409,24 +412,22 @@ class TorchBackend:
                     for batch in batches[4:]:
                         run(batch)
                 except RuntimeError as error:
-                    reason = str(error).splitlines()[0]
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
+                    waits, reason = None, str(error).splitlines()[0]
+                try:
+                    pool[0, 0, 0].item()
+                    waits, reason = None, "torch reported nothing of an item() either"
+                except RuntimeError:
+                    pass  # as it must
+                torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.synchronize()
                 shape = f"{len(batches) - 4} random batches of one shape ({op}, {tokens} tokens, {rows} rows, D {dim})"
-                counters.append(
-                    Counter(
-                        "compilations",
-                        "triton",
-                        "torch",
-                        len(compiled),
-                        f"Triton's compilation listener, {shape}",
-                    )
-                )
-                counters.append(
-                    Counter("synchronisations", "triton", "torch", None if reason else 0,
-                            f"torch.cuda.set_sync_debug_mode('error'), {shape}", reason)
-                )  # fmt: skip
+                deaf = "" if heard else "the listener heard nothing of the first compilations"
+                counters += [
+                    Counter("compilations", "triton", "torch", len(compiled) if heard else None,
+                            f"Triton's compilation listener, {shape}", deaf),
+                    Counter("synchronisations", "triton", "torch", waits,
+                            f"torch.cuda.set_sync_debug_mode('error'), {shape}", reason),
+                ]  # fmt: skip
         finally:
             knobs.compilation.listener = before
         return counters
