@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from oracle.conformance import report as reports
@@ -13,6 +14,8 @@ from oracle.conformance import runner
 from oracle.conformance.cases import TIERS, Case, select
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.flags import FLAGS
+
+VECTORS = Path(__file__).resolve().parent.parent / "vectors" / "v1"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("demo", _demo, "Run serving batches through both twins and compare them with the oracle.")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="where the kernels run (default: what there is)")
+
+    sub = command("freeze", _freeze, "Write the frozen vectors of a new version.")
+    sub.add_argument("--folder", default=str(VECTORS), help="a folder that holds none yet")
+    sub = command("verify-vectors", _verify, "Check the frozen vectors: hashes, structure, and the reference.")
+    sub.add_argument("--folder", default=str(VECTORS))
 
     options = parser.parse_args(arguments)
     try:
@@ -111,6 +119,24 @@ def _mutants(options: Any) -> int:
         print(f"{name:<42} {MUTANTS[name].flag:<36} " + ("NOT CAUGHT" if found is None else f"{found[1]} in {found[0]}"))
     print(f"{len(names)} mutants, {len(names) - missed} caught")
     return 1 if missed else 0
+
+
+def _freeze(options: Any) -> int:
+    from oracle.conformance.vectors import freeze
+
+    print(f"{freeze(Path(options.folder))} vectors written to {options.folder}")
+    return 0
+
+
+def _verify(options: Any) -> int:
+    from oracle.conformance.vectors import VectorError, verify
+
+    try:
+        print(f"{verify(Path(options.folder))} vectors: hashes, structure and reference agree")
+    except VectorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _demo(options: Any) -> int:
