@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from oracle.conformance import ledger, runner
 from oracle.conformance import report as reports
-from oracle.conformance import runner
 from oracle.conformance.cases import TIERS, Case, select
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.flags import FLAGS
@@ -33,8 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--device", help="handed to the adapter, for example cuda")
     _selection(sub)
     sub.add_argument("--report", help="write the report to this JSON Lines file")
+    sub.add_argument("--known-failures", metavar="FILE", help="ledger of cases that are known to fail, with reasons")
+    sub.add_argument("--case-file", metavar="FILE", help="cases as JSON Lines, as `list --json` prints them")
     sub.add_argument("--time-limit", type=float, default=120.0, help="seconds a case may take (120)")
     sub.add_argument("--no-probe", action="store_true", help="do not try cases that the implementation denies")
+
+    sub = command("report", _report, "Make one HTML page of reports: implementations by failure modes.")
+    sub.add_argument("reports", nargs="+", help="JSON Lines files that `run --report` wrote")
+    sub.add_argument("-o", "--output", required=True, help="the page")
 
     sub = command("list", _list, "List cases, or what they are made of.")
     _selection(sub)
@@ -73,18 +79,32 @@ def _selected(options: Any) -> list[Case]:
 
 
 def _run(options: Any) -> int:
+    entries = ledger.read(options.known_failures) if options.known_failures else []
     result = runner.run(
         options.impl,
-        _selected(options),
+        _cases_of(options.case_file) if options.case_file else _selected(options),
         device=options.device,
         time_limit=options.time_limit,
         probe=not options.no_probe,
         progress=runner.Progress(options.impl.rpartition(":")[2]),
     )
+    result = ledger.apply(result, entries)
     if options.report:
         reports.write(result, options.report)
     print(reports.summary(result))
     return 0 if result.good else 1
+
+
+def _cases_of(path: str) -> list[Case]:
+    return [Case.from_json(json.loads(line)) for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def _report(options: Any) -> int:
+    from oracle.conformance.html import page
+
+    Path(options.output).write_text(page([reports.read(path) for path in options.reports]))
+    print(f"{len(options.reports)} reports in {options.output}")
+    return 0
 
 
 def _list(options: Any) -> int:

@@ -82,7 +82,7 @@ def build(case: Case) -> Problem:
             x.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[x.dtype]
     x.bits[live_tokens:] = POISON_BITS[x.dtype]
     if not fn:
-        x = TypedArray(x.dtype, x.data.reshape((batch, dim) if axes["seqlen"] is None else (batch, -1, dim)))
+        x = TypedArray(x.dtype, x.data.reshape((batch, dim) if axes["seqlen"] is None else (batch, axes["seqlen"], dim)))
 
     arrays: dict[str, Any] = {"x": x, "weight": _float(case, "weight", (dim, width))}
     arrays["bias"] = None if dtypes["bias"] is None else _float(case, "bias", (dim,))
