@@ -83,7 +83,10 @@ def check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot
     return sizes
 
 
-def step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate=False):
+def step(
+    x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate=False, out=None
+):  # fmt: skip
+    """`out` may be x itself, if it is laid out as torch.empty_like(x) would be: each element is read before it is written."""
     tensors = x, weight, bias, conv_states, cache_indices
     key, call = (None, None) if validate else _recall("step", tensors, (activation, pad_slot_id, backend))
     if call is None:
@@ -97,11 +100,13 @@ def step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, b
                 pad_slot_id,
             )
         if _resolve(backend, x) == "eager":
-            return eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+            result = eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+            return result if out is None else out.copy_(result)
         config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
         call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
         _remember(key, call)
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     if out.numel():
         _launch(call, x, *tensors, out)
     return out
