@@ -8,7 +8,14 @@ from oracle import contract
 from oracle.numerics import typed
 
 
-def check_fn_values(query_start_loc, cache_indices, tokens, num_slots, pad_slot_id, max_seqlen) -> None:
+def check_fn_values(
+    query_start_loc: Any,
+    cache_indices: Any,
+    tokens: int,
+    num_slots: int | None,
+    pad_slot_id: int,
+    max_seqlen: int | None,
+) -> None:
     """Raises ValueError for the first bad offset, row length or slot, naming row and value.
 
     Args:
@@ -19,11 +26,19 @@ def check_fn_values(query_start_loc, cache_indices, tokens, num_slots, pad_slot_
       pad_slot_id: the slot number of padding rows.
       max_seqlen: upper bound of the row lengths, or None.
     """
-    offsets = _integers(query_start_loc)
-    contract.check_fn_values(offsets, _integers(cache_indices), tokens, num_slots, pad_slot_id, max_seqlen)
+    contract.check_fn_values(
+        typed(query_start_loc).data.tolist(),
+        _integers(cache_indices),
+        tokens,
+        num_slots,
+        pad_slot_id,
+        max_seqlen,
+    )
 
 
-def check_update_values(cache_indices, batch, seqlen, num_slots, pad_slot_id) -> None:
+def check_update_values(
+    cache_indices: Any, batch: int, seqlen: int, num_slots: int, pad_slot_id: int
+) -> None:
     """Raises ValueError for the first bad slot, naming row and value; see `check_fn_values`."""
     contract.check_update_values(_integers(cache_indices), batch, seqlen, num_slots, pad_slot_id)
 

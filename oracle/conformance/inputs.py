@@ -55,7 +55,8 @@ def hash_uint32(seed: int, name: str, count: int) -> np.ndarray:
 
 def random_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Float64 values of mean 0 and standard deviation 1.2: the sum of four uniform numbers in (-1, 1)... each
-    a 32-bit integer over 2**31, so that the sums are exact."""
+    a 32-bit integer over 2**31, so that the sums are exact.
+    """
     count = int(np.prod(shape))
     parts = hash_uint32(seed, name, 4 * count).reshape(4, count).astype(np.int64).sum(axis=0)
     return ((parts - 2**33) / 2.0**31).reshape(shape)
@@ -66,7 +67,7 @@ def build(case: Case) -> Problem:
     axes, dtypes = case.axes, case.dtypes
     dim, width = axes["dim"], axes["width"]
     fn = case.op == "causal_conv1d_fn"
-    lengths = list(axes["lengths"]) if fn else [axes["seqlen"] or 1] * axes["batch"]
+    lengths = list(axes["lengths"]) if fn else [1 if axes["seqlen"] is None else axes["seqlen"]] * axes["batch"]
     batch, live_tokens = len(lengths), sum(lengths)
     tokens = live_tokens + (axes["tail"] if fn else 0)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -82,7 +83,9 @@ def build(case: Case) -> Problem:
             x.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[x.dtype]
     x.bits[live_tokens:] = POISON_BITS[x.dtype]
     if not fn:
-        x = TypedArray(x.dtype, x.data.reshape((batch, dim) if axes["seqlen"] is None else (batch, axes["seqlen"], dim)))
+        x = TypedArray(
+            x.dtype, x.data.reshape((batch, dim) if axes["seqlen"] is None else (batch, axes["seqlen"], dim))
+        )
 
     arrays: dict[str, Any] = {"x": x, "weight": _float(case, "weight", (dim, width))}
     arrays["bias"] = None if dtypes["bias"] is None else _float(case, "bias", (dim,))
@@ -134,7 +137,9 @@ def _overridden(array: TypedArray | None, change: Mapping[str, Any]) -> TypedArr
     dtype = change.get("dtype", array.dtype if array else "int32")
     if "values" in change:
         return _integers(change["values"], dtype)
-    return TypedArray(dtype, np.zeros(tuple(change.get("shape", array.shape if array else ())), storage_dtype(dtype)))
+    return TypedArray(
+        dtype, np.zeros(tuple(change.get("shape", array.shape if array else ())), storage_dtype(dtype))
+    )
 
 
 def _put_nans(array: TypedArray, seed: int, name: str) -> None:
@@ -184,7 +189,9 @@ def _one_hot(name: str, values: np.ndarray) -> np.ndarray:
 def _ladder(name: str, values: np.ndarray) -> np.ndarray:
     """One newest tap of weight 1 and inputs from -104 to 104, dense around 0: both ends of SiLU."""
     if name == "weight":
-        return np.broadcast_to(np.arange(values.shape[1]) == values.shape[1] - 1, values.shape).astype(np.float64)
+        return np.broadcast_to(np.arange(values.shape[1]) == values.shape[1] - 1, values.shape).astype(
+            np.float64
+        )
     if name == "x":
         steps = np.linspace(-1.0, 1.0, values.size).reshape(values.shape)
         return 104.0 * np.sign(steps) * np.abs(steps) ** 1.5

@@ -74,7 +74,9 @@ class Model:
     def capabilities(self) -> Mapping[str, Any]:
         return {"device": "cpu"}
 
-    def run(self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(
+        self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         with np.errstate(all="ignore"):
             self.check(op, arrays, options)
             call = self.prepare(op, arrays, dict(options))
@@ -86,10 +88,8 @@ class Model:
     # Steps, in the order in which they happen.
 
     def check(self, op, arrays, options) -> None:
-        if op == "causal_conv1d_fn":
-            sizes = contract.check_causal_conv1d_fn(**arrays, **options)
-        else:
-            sizes = contract.check_causal_conv1d_update(**arrays, **options)
+        check = getattr(contract, f"check_{op}")
+        sizes = check(**arrays, **options)
         contract.check_backend(options.get("backend", "auto"), ("model",))
         if options.get("validate"):
             self.check_values(op, arrays, options, sizes)
@@ -163,7 +163,10 @@ class Model:
     def window(self, call: Call, row: Row) -> TypedArray:
         dtype = call.x.dtype if call.pool is None else call.pool.dtype
         if call.pool is None or not row.has:
-            return from_bits(np.zeros((call.history, call.x.shape[1]), np.uint32 if dtype == "float32" else np.uint16), dtype)
+            return from_bits(
+                np.zeros((call.history, call.x.shape[1]), np.uint32 if dtype == "float32" else np.uint16),
+                dtype,
+            )
         return TypedArray(dtype, call.pool.data[row.slot, : call.history].copy())
 
     def inputs(self, call: Call, row: Row) -> TypedArray:

@@ -45,7 +45,10 @@ class Batch:
         arrays = self.problem.arrays
         x = np.concatenate([*self.rows, self.poison(tail)])
         offsets = np.cumsum([0] + [len(row) for row in self.rows])
-        kinds = {name: arrays[name].dtype if arrays.get(name) else "int32" for name in ("query_start_loc", "cache_indices")}
+        kinds = {
+            name: arrays[name].dtype if arrays.get(name) else "int32"
+            for name in ("query_start_loc", "cache_indices")
+        }
         return Problem(FN, {
             "x": plain(from_bits(x, arrays["x"].dtype)), "weight": arrays["weight"], "bias": arrays["bias"],
             "conv_states": plain(from_bits(self.pool, arrays["conv_states"].dtype)),
@@ -58,7 +61,9 @@ class Batch:
         """The rows, all of one length, as a decode step with x of 2 or 3 axes."""
         arrays = self.problem.arrays
         x = np.stack(self.rows) if axes == 3 else np.concatenate(self.rows)
-        options = {k: v for k, v in self.problem.options.items() if k in ("activation", "pad_slot_id", "backend")}
+        options = {
+            k: v for k, v in self.problem.options.items() if k in ("activation", "pad_slot_id", "backend")
+        }
         return Problem(UPDATE, {
             "x": plain(from_bits(x, arrays["x"].dtype)), "weight": arrays["weight"], "bias": arrays["bias"],
             "conv_states": plain(from_bits(self.pool, arrays["conv_states"].dtype)),
@@ -95,7 +100,9 @@ def split(problem: Problem, call: Call) -> Iterator[str]:
     whole = batch_of(problem)
     reference = call(whole.to_fn())
     longest = max(len(row) for row in whole.rows)
-    for at in sorted({*range(1, min(longest, 10)), 16, 31, 32, 33, 63, 64, 65, 128, longest // 2, longest - 1}):
+    for at in sorted(
+        {*range(1, min(longest, 10)), 16, 31, 32, 33, 63, 64, 65, 128, longest // 2, longest - 1}
+    ):
         if not 0 < at < longest:
             continue
         first = replace(whole, rows=[row[:at] for row in whole.rows])
@@ -104,7 +111,9 @@ def split(problem: Problem, call: Call) -> Iterator[str]:
                          pool=head.conv_states.bits)  # fmt: skip
         tail = call(second.to_fn())
         parts = zip(first.outputs(head), second.outputs(tail), strict=True)
-        yield from _differences(f"split at {at}", whole, reference, [np.concatenate(p) for p in parts], tail.conv_states)
+        yield from _differences(
+            f"split at {at}", whole, reference, [np.concatenate(p) for p in parts], tail.conv_states
+        )
 
 
 def chain(problem: Problem, call: Call) -> Iterator[str]:
@@ -186,7 +195,9 @@ def reorder_rows(problem: Problem, call: Call) -> Iterator[str]:
     reference = call(whole.again())
     turned = replace(whole, rows=whole.rows[::-1], slots=whole.slots[::-1], has=whole.has[::-1])
     verdict = call(turned.again())
-    yield from _differences("rows reversed", whole, reference, turned.outputs(verdict)[::-1], verdict.conv_states)
+    yield from _differences(
+        "rows reversed", whole, reference, turned.outputs(verdict)[::-1], verdict.conv_states
+    )
 
 
 def add_padding(problem: Problem, call: Call) -> Iterator[str]:
@@ -211,12 +222,24 @@ def repeat(problem: Problem, call: Call) -> Iterator[str]:
     reference = call(whole.again())
     for attempt in (2, 3):
         verdict = call(whole.again())
-        yield from _differences(f"call {attempt}", whole, reference, whole.outputs(verdict), verdict.conv_states)
+        yield from _differences(
+            f"call {attempt}", whole, reference, whole.outputs(verdict), verdict.conv_states
+        )
 
 
 RELATIONS = {
     f.__name__: f
-    for f in (split, chain, tokens_one_by_one, separate, schedules, permute_slots, reorder_rows, add_padding, repeat)
+    for f in (
+        split,
+        chain,
+        tokens_one_by_one,
+        separate,
+        schedules,
+        permute_slots,
+        reorder_rows,
+        add_padding,
+        repeat,
+    )
 }
 
 

@@ -13,7 +13,17 @@ from oracle.conformance.mutants import arithmetic, boundaries, calls, memory, sl
 from oracle.conformance.mutants.base import MUTANTS, Mutant
 from oracle.conformance.worker import run_case
 
-__all__ = ["MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "memory", "slots", "states"]
+__all__ = [
+    "MUTANTS",
+    "Mutant",
+    "arithmetic",
+    "boundaries",
+    "calls",
+    "first_failure",
+    "memory",
+    "slots",
+    "states",
+]
 
 
 def first_failure(mutant: type[Mutant]) -> tuple[str, str] | None:
