@@ -402,15 +402,15 @@ def test_rows_of_different_lengths_in_an_update_of_vllm():
 @pytest.mark.parametrize("residual", [False, True])
 def test_fla_dense_and_packed(residual, with_state):
     weight, bias = taps()
-    x = random(1, 9, DIM)
-    more = random(1, 9, DIM) if residual else None
-    starts = torch.tensor([0, 2, 2, 7])
-    initial = random(3, DIM, WIDTH) if with_state else None
+    x = random(1, 13, DIM)
+    more = random(1, 13, DIM) if residual else None
+    starts = torch.tensor([0, 2, 2, 6, 11])
+    initial = random(4, DIM, WIDTH) if with_state else None
     kept = None if initial is None else initial.clone()
     y, final = fla.causal_conv1d(
         x, weight, bias, more, initial, True, "silu", cu_seqlens=starts, cu_seqlens_cpu=starts.cpu()
     )
-    for row, (start, end) in enumerate([(0, 2), (2, 2), (2, 7)]):
+    for row, (start, end) in enumerate([(0, 2), (2, 2), (2, 6), (6, 11)]):
         history = torch.zeros(DIM, WIDTH) if initial is None else kept[row]
         tokens = x[0, start:end].t()
         want = convolve(tokens, weight, bias, history, "silu")
