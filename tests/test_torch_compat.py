@@ -1,6 +1,7 @@
 """The drop-in adapters: signatures, values against plain torch, in-place behaviour, refusals, and installing."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import subprocess
@@ -529,7 +530,8 @@ def installed():
 def test_install_as_causal_conv1d(installed):
     module = importlib.import_module("causal_conv1d")
     assert importlib.util.find_spec("causal_conv1d") is module.__spec__
-    assert module.__version__ == dao.__version__
+    assert module.__version__ == dao.__version__ == importlib.metadata.version("causal_conv1d")
+    assert importlib.metadata.version("causal-conv1d") == dao.__version__
     assert module.causal_conv1d_fn is dao.causal_conv1d_fn
     low = importlib.import_module("causal_conv1d.cpp_functions")
     assert low.causal_conv1d_fwd_function is cpp_functions.causal_conv1d_fwd_function
@@ -541,10 +543,20 @@ def test_install_as_causal_conv1d(installed):
         importlib.import_module("causal_conv1d.no_such_part")
 
 
-def test_uninstall(installed):
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def test_uninstall():
+    before = importlib.util.find_spec("causal_conv1d"), version("causal_conv1d")
+    triton_impl.compat.install("causal_conv1d")
     triton_impl.compat.install("causal_conv1d")  # a second time: nothing more to undo
     triton_impl.compat.uninstall("causal_conv1d")
-    assert importlib.util.find_spec("causal_conv1d") is None
+    assert importlib.util.find_spec("causal_conv1d") is before[0]
+    assert version("causal_conv1d") == before[1]
     triton_impl.compat.uninstall("causal_conv1d")
 
 

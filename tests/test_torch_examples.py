@@ -1,6 +1,7 @@
 """The serving example checks itself, and its check sees what it is there for."""
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import triton_impl.compat
 from triton_impl.module import CausalConv1d
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products warn in deterministic mode
 torch.set_num_threads(1)  # the tensors are tiny
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "examples" / "torch_serving.py"

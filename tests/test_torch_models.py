@@ -8,6 +8,7 @@ that reach the adapter are counted, so that a model that quietly takes another p
 import functools
 import importlib
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import torch
 import triton_impl.compat
 from triton_impl.compat import causal_conv1d as dao
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products warn in deterministic mode
 torch.set_num_threads(1)  # the tensors are tiny
+torch.backends.cudnn.allow_tf32 = False  # the model's own convolution is to be float32
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers", allow_module_level=True)
 
@@ -150,6 +153,16 @@ def worst(got, want):
     return {
         key: (got[key].double() - want[key]).abs().max().item() for key in ("prefill", "chunked", "decode")
     }
+
+
+def test_transformers_finds_the_package():
+    from transformers.utils.import_utils import _is_package_available
+
+    triton_impl.compat.install("causal_conv1d")
+    try:
+        assert _is_package_available("causal_conv1d", return_version=True) == (True, dao.__version__)
+    finally:
+        triton_impl.compat.uninstall("causal_conv1d")
 
 
 @DEVICES
