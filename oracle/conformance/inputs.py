@@ -67,7 +67,9 @@ def build(case: Case) -> Problem:
     axes, dtypes = case.axes, case.dtypes
     dim, width = axes["dim"], axes["width"]
     fn = case.op == "causal_conv1d_fn"
-    lengths = list(axes["lengths"]) if fn else [1 if axes["seqlen"] is None else axes["seqlen"]] * axes["batch"]
+    lengths = (
+        list(axes["lengths"]) if fn else [1 if axes["seqlen"] is None else axes["seqlen"]] * axes["batch"]
+    )
     batch, live_tokens = len(lengths), sum(lengths)
     tokens = live_tokens + (axes["tail"] if fn else 0)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
