@@ -50,5 +50,5 @@ class NoGradient(torch.autograd.Function):
     def backward(ctx, *grads):
         raise Unsupported(
             "backward: expected a call under torch.no_grad() or torch.inference_mode(), got one whose gradient is "
-            "asked for (the differentiable form is triton_impl.causal_conv1d)"
+            "asked for (the differentiable form is triton_impl.functional.causal_conv1d)"
         )
