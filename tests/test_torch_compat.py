@@ -394,6 +394,32 @@ def test_rows_of_different_lengths_in_an_update_of_vllm():
         assert torch.equal(pool[slot], torch.cat([before[slot], row], dim=1)[:, -(WIDTH - 1) :])
 
 
+ON_KERNELS = {
+    "prefill token-major": lambda: test_packed_prefill("vllm", True, "cpu"),
+    "prefill channel-major": lambda: test_packed_prefill("sglang-triton", False, "cpu"),
+    "prefill in place": lambda: test_packed_prefill("sglang-host-lengths", False, "cpu"),
+    "update in front": lambda: test_update_with_the_window_in_front("vllm", 3, "cpu"),
+    "update to out": lambda: test_update_with_the_window_in_front("vllm-out", None, "cpu"),
+    "update at the back": lambda: test_update_with_the_window_at_the_back(
+        sglang.causal_conv1d_update, 6, 2, [2, -1, 0], "cpu"
+    ),
+    "update of a cache": lambda: test_update_with_the_window_at_the_back(
+        dao.causal_conv1d_update, 4, 1, None, "cpu"
+    ),
+    "dense folded": lambda: test_dense_prefill("channel_first", "silu", "cpu"),
+    "dense packed": lambda: test_dense_prefill("slice_of_projection", None, "cpu"),
+    "ids": lambda: test_sequence_ids("cpu"),
+    "fla": lambda: test_fla_dense_and_packed(True, True),
+}
+
+
+@pytest.mark.parametrize("name", ON_KERNELS)
+def test_on_the_kernels(name, monkeypatch):
+    """The same checks through the Triton kernels, in Triton's interpreter: views have strides that kernels must take."""
+    monkeypatch.setattr(run, "_resolve", lambda backend, x: "triton")
+    ON_KERNELS[name]()
+
+
 # flash-linear-attention
 
 
