@@ -134,6 +134,8 @@ def test_several_processes_give_the_same_report(bad):
     assert one.footer["counts"]["crashed"] >= 2
     with pytest.raises(ValueError, match="jobs: expected 1 with outputs"):
         bad("Good", jobs=2, outputs="x.npz")
+    with pytest.raises(ValueError, match="jobs: expected at least 1, got 0"):
+        bad("Good", jobs=0)
 
 
 def test_an_implementation_that_loads_only_once(bad, tmp_path):

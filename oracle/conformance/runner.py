@@ -128,8 +128,10 @@ def run(
 
     Raises:
       ImplementationError: the implementation cannot be loaded.
-      ValueError: several jobs and `outputs`.
+      ValueError: no job, or several and `outputs`.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
     if outputs and jobs > 1:
         raise ValueError(f"jobs: expected 1 with outputs, got {jobs}")
     cases = list(cases)
