@@ -64,7 +64,7 @@ test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communi
 	@python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
 	if [ -z "$$python" ]; then echo "make: expected a Python 3.12, found none" >&2; exit 1; fi; \
 	echo "making .venv-cuda with $$("$$python" --version)"; "$$python" -m venv .venv-cuda
-	@.venv-cuda/bin/python $(PIP_INSTALL) --requirement $<
+	@.venv-cuda/bin/python $(PIP_INSTALL) --constraint requirements/cpu-jax-0.11.txt --requirement $<
 	@touch $@
 
 test-compile: .venv-cuda/.installed ## Pallas kernels compiled to machine code for an H100, with no GPU

@@ -131,9 +131,10 @@ def test_public_operations_have_docstrings(twin, file, operations):
 @pytest.mark.parametrize("file", [file for package in MAY_IMPORT for file in files_of(package)])
 def test_import_arrows(file):
     package = file.partition("/")[0]
-    assert (
-        forbidden_imports(read(file), package, MAY_IMPORT[package] | FILES_MAY_IMPORT.get(file, set())) == []
-    )
+    allowed = MAY_IMPORT[package] | FILES_MAY_IMPORT.get(file, set())
+    if file.startswith("oracle/conformance/peers/"):
+        allowed |= {"torch"}  # in functions: tests/test_imports.py loads these files with NumPy alone
+    assert forbidden_imports(read(file), package, allowed) == []
 
 
 @pytest.mark.parametrize("file", ["oracle/contract.py", *(f"{twin}/config.py" for twin in TWINS)])
