@@ -86,6 +86,6 @@ def update(x, weight, bias, conv_states, cache_indices, *, silu, pad_slot_id):
     window = conv_states[slot, : width - 1]
     extended = torch.cat([window.float(), tokens.float()], dim=1)
     columns = [extended[:, j : j + seqlen] for j in range(width)]
-    out[live] = _convolve(columns, weight, bias, silu, x.dtype).reshape(-1, *x.shape[1:])
+    out[live] = _convolve(columns, weight, bias, silu, x.dtype).reshape(live.shape[0], *x.shape[1:])
     conv_states[slot, : width - 1] = torch.cat([window, tokens.to(conv_states.dtype)], dim=1)[:, seqlen:]
     return out
