@@ -48,7 +48,7 @@ def causal_conv1d(
 
     Raises:
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d`.
-      Unsupported: the backend asked for cannot run here; a kernel under `jax.vmap`.
+      Unsupported: the backend asked for cannot run here; a kernel under `jax.vmap` or differentiated twice.
     """
     sizes = check_causal_conv1d(
         x, weight, bias, initial_states, query_start_loc,

@@ -213,6 +213,36 @@ def test_vmap_of_a_kernel_is_refused():
         jax.vmap(kernel)(jnp.stack([arguments["x"]] * 2))
 
 
+def lowered_kernel(transform):
+    """A transformed loss of the compiled kernels, lowered for CUDA; its argument is (weight, x)."""
+
+    def loss(arguments):
+        weight, x = arguments
+        return causal_conv1d(x, weight, activation="silu", backend="mosaic_gpu").out.sum()
+
+    arguments = jnp.ones((256, 4)), jnp.ones((1, 64, 256))
+    return jax.jit(transform(loss)).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda loss: jax.grad(jax.checkpoint(loss)),
+        lambda loss: jax.grad(
+            lambda a: jax.lax.scan(lambda total, _: (total + loss(a), None), 0.0, None, length=3)[0]
+        ),
+    ],
+    ids=["checkpoint", "scan"],
+)
+def test_kernels_under_transformations(transform):
+    assert "causal_conv1d_backward" in lowered_kernel(transform)
+
+
+def test_a_gradient_of_a_kernels_gradient_is_refused():
+    with pytest.raises(Unsupported, match="no derivative"):
+        lowered_kernel(lambda loss: jax.grad(lambda a: jax.grad(loss)(a)[0].sum()))
+
+
 def test_forward_mode_is_refused_by_jax():
     arguments = inputs(wide(tail=0))
 
