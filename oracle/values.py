@@ -23,9 +23,23 @@ def check_fn_values(query_start_loc, cache_indices, tokens, num_slots, pad_slot_
     contract.check_fn_values(offsets, _integers(cache_indices), tokens, num_slots, pad_slot_id, max_seqlen)
 
 
-def check_update_values(cache_indices, batch, seqlen, num_slots, pad_slot_id) -> None:
-    """Raises ValueError for the first bad slot, naming row and value; see `check_fn_values`."""
-    contract.check_update_values(_integers(cache_indices), batch, seqlen, num_slots, pad_slot_id)
+def check_update_values(
+    cache_indices, sizes, pad_slot_id, query_start_loc=None, num_accepted_tokens=None, max_seqlen=None
+) -> None:
+    """Raises ValueError for the first bad slot, offset or count, naming row and value.
+
+    Args:
+      cache_indices: [batch] integers, or None for row i in slot i.
+      sizes: what `contract.check_causal_conv1d_update` returned.
+      pad_slot_id: the slot number of padding rows.
+      query_start_loc: [batch+1] integers, or None.
+      num_accepted_tokens: [batch] integers, or None.
+      max_seqlen: upper bound of the row lengths, or None.
+    """
+    contract.check_update_values(
+        _integers(cache_indices), sizes, pad_slot_id,
+        _integers(query_start_loc), _integers(num_accepted_tokens), max_seqlen,
+    )  # fmt: skip
 
 
 def _integers(array: Any) -> list[int] | None:

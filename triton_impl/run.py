@@ -72,30 +72,39 @@ def fn(
     return out
 
 
-def check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate):
+def check_step(
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+    max_seqlen, activation, pad_slot_id, backend, validate,
+):  # fmt: skip
     """Everything that can be checked without reading data; returns the sizes of the call."""
     sizes = check_causal_conv1d_update(
-        x, weight, bias, conv_states, cache_indices,
-        activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate,
+        x, weight, bias, conv_states, cache_indices, query_start_loc=query_start_loc,
+        num_accepted_tokens=num_accepted_tokens, max_seqlen=max_seqlen, activation=activation,
+        pad_slot_id=pad_slot_id, backend=backend, validate=validate,
     )  # fmt: skip
     check_backend(backend, BACKENDS)
-    _check_devices(x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices)
+    _check_devices(
+        x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices,
+        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
     return sizes
 
 
-def step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate=False):
-    tensors = x, weight, bias, conv_states, cache_indices
-    key, call = (None, None) if validate else _recall("step", tensors, (activation, pad_slot_id, backend))
+def step(
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+    max_seqlen, activation, pad_slot_id, backend, validate=False,
+):  # fmt: skip
+    tensors = x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
+    options = max_seqlen, activation, pad_slot_id, backend
+    key, call = (None, None) if validate else _recall("step", tensors, options)
     if call is None:
-        sizes = check_step(*tensors, activation, pad_slot_id, backend, validate)
+        sizes = check_step(*tensors, *options, validate)
         if validate:
-            check_update_values(
-                None if cache_indices is None else cache_indices.tolist(),
-                sizes.batch,
-                sizes.seqlen,
-                sizes.num_slots,
-                pad_slot_id,
+            slots, offsets, counts = (
+                None if tensor is None else tensor.tolist()
+                for tensor in (cache_indices, query_start_loc, num_accepted_tokens)
             )
+            check_update_values(slots, sizes, pad_slot_id, offsets, counts, max_seqlen)
         if _resolve(backend, x) == "eager":
             return eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
         config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
