@@ -39,7 +39,7 @@ from oracle.contract import CONTRACT_VERSION
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_WORKLOADS = ("main", "decode", "verify")
 SEED = "main/seed-d8192"  # small enough to show what a call costs the host
-WAIT_CALLS = 20
+WAITS, WAIT_CALLS = "driver synchronisations", 20
 DECODE_BYTES = 4 << 20  # below this a graph holds more calls, so that its own launch does not show
 
 
@@ -61,11 +61,21 @@ def choose_providers(patterns: list[str], framework: str) -> list[str]:
 class Session:
     """All contenders of one framework: prepares, judges, times. One per process."""
 
-    def __init__(self, backend, providers: list[str], *, samples: int = 30, host: bool = True, log=print):
+    def __init__(
+        self,
+        backend,
+        providers: list[str],
+        *,
+        samples: int = 30,
+        host: bool = True,
+        count: bool = True,
+        log=print,
+    ):
         self.backend = backend
         self.providers = providers
         self.samples = samples
         self.host = host
+        self.count = count
         self.log = log
         self.results: list[Result] = []
         self.counters: list[Counter] = []
@@ -141,7 +151,8 @@ class Session:
         taken = take_turns(calls, timer.cold, timer.cold_method, samples=self.samples, warmup=2)
         self._add(results, clock, *taken)
         if timer.gpu and small:
-            self._count_waits(workload, calls, timer)
+            if self.count:
+                self._count_waits(workload, calls, timer)
             taken = take_turns(calls, timer.warm, timer.warm_method, samples=self.samples, warmup=1)
             self._add(results, "warm", *taken)
             if self.backend.framework == "jax" and workload.target and workload.target.clock == "graph":
@@ -155,7 +166,7 @@ class Session:
     def _count_waits(self, workload, calls, timer) -> None:
         """What the twin's calls make the driver wait for or copy, once for each operation."""
         twin = TWIN[self.backend.framework]
-        known = any(workload.op in counter.method for counter in self.counters)
+        known = any(c.name == WAITS and workload.op in c.method for c in self.counters)
         if known or twin not in calls or not isinstance(timer, CuptiTimer):
             return
         method = f"CUPTI, {WAIT_CALLS} calls of {workload.op} ({workload.name})"
@@ -165,7 +176,7 @@ class Session:
             waits, copies, reason = None, None, str(error)
         else:
             reason = ""
-        for name, value in (("driver synchronisations", waits), ("host-device copies", copies)):
+        for name, value in ((WAITS, waits), ("host-device copies", copies)):
             self.counters.append(Counter(name, twin, self.backend.framework, value, method, reason))
 
     def _graphs(self, workload, results, ready) -> None:
@@ -194,6 +205,7 @@ def run_framework(framework: str, workloads: list[Workload], options, path: Path
         choose_providers(options.providers, framework),
         samples=options.samples,
         host=not options.no_host,
+        count=not options.no_counters,
         log=log,
     )
     header = {"device": backend.device_name, "clock": "gpu" if backend.is_gpu else "wall"}

@@ -1,8 +1,9 @@
-"""The contract of the two operations: signatures, axes, dtypes, limits, errors and their one validation.
+"""The contract of the operations: signatures, axes, dtypes, limits, errors and their one validation.
 
 Standard library only. The checks read nothing but shapes, dtypes and host values, so the same code
 serves NumPy arrays, Torch tensors, fake tensors and JAX tracers. `check_causal_conv1d_fn` and
-`check_causal_conv1d_update` carry *the* signatures; every implementation repeats them exactly.
+`check_causal_conv1d_update` carry *the* signatures; every implementation repeats them exactly. So does
+`check_causal_conv1d`, of the differentiable form for training.
 
 The value. With `e = window ++ x` of a row (`window` = zeros when the row has no state):
 
@@ -46,7 +47,7 @@ class ConvOutput(NamedTuple):
     Attributes:
       out: same shape and dtype as `x`.
       conv_states: the pool after the call; None if none was given. Torch: the very tensor passed in,
-        updated in place. JAX and NumPy: a new array.
+        updated in place. JAX and NumPy: a new array. Of the differentiable form, the new states.
     """
 
     out: Any
@@ -77,6 +78,15 @@ class UpdateSizes(NamedTuple):
     num_slots: int
     state_len: int
     tokens: int
+
+
+class RowSizes(NamedTuple):
+    """Sizes of a checked `causal_conv1d` call; `tokens` is batch * seqlen for `x` of three axes."""
+
+    tokens: int
+    dim: int
+    width: int
+    batch: int
 
 
 def check_causal_conv1d_fn(
@@ -139,10 +149,7 @@ def check_causal_conv1d_fn(
         _dtype("has_initial_state", has_initial_state, MASK_DTYPES)
 
     _check_options(activation, pad_slot_id, validate)
-    if max_seqlen is not None and _host_int("max_seqlen", max_seqlen) < 0:
-        raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    _check_schedule(max_seqlen, schedule)
     return FnSizes(tokens, dim, width, batch, num_slots, state_len)
 
 
@@ -242,6 +249,66 @@ def check_causal_conv1d_update(
             )
     _check_options(activation, pad_slot_id, validate)
     return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len, tokens)
+
+
+def check_causal_conv1d(
+    x,
+    weight,
+    bias=None,
+    initial_states=None,
+    query_start_loc=None,
+    *,
+    activation=None,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+) -> RowSizes:
+    """Checks the shapes, dtypes and options of the differentiable form; reads no data.
+
+    It mutates nothing. Its value is that of `causal_conv1d_fn` with a state of its own for every row, and its
+    second result is the new states: `[batch, width-1, dim]` in the dtype of `initial_states`, or of x without
+    them. A row of zero tokens returns its initial state. It is differentiable in x, weight, bias and
+    initial_states, through both results; tokens at or after `query_start_loc[-1]` have gradient zero.
+
+    Args:
+      x: [tokens, dim] with `query_start_loc`, or [batch, seqlen, dim] without; float32, float16 or bfloat16.
+      weight: [dim, width] float; width 1..8.
+      bias: [dim] float, or None.
+      initial_states: [batch, width-1, dim] float, oldest first; or None: rows start from zeros.
+      query_start_loc: [batch+1] int32 or int64, as in `causal_conv1d_fn`; None: x has three axes.
+      activation: None, "silu" or "swish".
+      max_seqlen: host int, an upper bound of the longest row, or None; ignored without `query_start_loc`.
+      schedule: "auto", "per_sequence" or "flat".
+      backend: "auto" or a name of the implementation (checked by `check_backend`).
+
+    Raises:
+      ValueError: a shape or an option is wrong.
+      TypeError: a dtype or the type of an option is wrong.
+    """
+    if query_start_loc is None:
+        shape = _shape_of("x", x)
+        if len(shape) != 3 or shape[2] < 1:
+            raise ValueError(
+                "x: expected shape [batch, seqlen, dim] with dim >= 1, since query_start_loc is None, "
+                f"got {list(shape)}"
+            )
+        batch, seqlen, dim = shape
+        tokens = batch * seqlen
+    else:
+        tokens, dim = _shape("x", x, ("tokens", "dim"))
+        (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
+        _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
+        if offsets < 1:
+            raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
+        batch = offsets - 1
+    _dtype("x", x, FLOAT_DTYPES)
+    width = _check_weight(weight, bias, dim)
+    if initial_states is not None:
+        _shape("initial_states", initial_states, ("batch", "width-1", "dim"), (batch, width - 1, dim))
+        _dtype("initial_states", initial_states, FLOAT_DTYPES)
+    _check_activation(activation)
+    _check_schedule(max_seqlen, schedule)
+    return RowSizes(tokens, dim, width, batch)
 
 
 def check_backend(backend, names: Sequence[str]) -> None:
@@ -371,12 +438,23 @@ def _check_indices(cache_indices: Any, batch: int, num_slots: int, pooled: bool)
         )
 
 
-def _check_options(activation: Any, pad_slot_id: Any, validate: Any) -> None:
+def _check_activation(activation: Any) -> None:
     if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
+
+
+def _check_options(activation: Any, pad_slot_id: Any, validate: Any) -> None:
+    _check_activation(activation)
     _host_int("pad_slot_id", pad_slot_id)
     if validate is not True and validate is not False:
         raise TypeError(f"validate: expected True or False, got {validate!r}")
+
+
+def _check_schedule(max_seqlen: Any, schedule: Any) -> None:
+    if max_seqlen is not None and _host_int("max_seqlen", max_seqlen) < 0:
+        raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
 
 
 def _host_int(name: str, value: Any) -> int:

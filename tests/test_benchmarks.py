@@ -611,6 +611,7 @@ def test_a_gpu_session_takes_every_clock_once(framework):
     twin, floor = {"torch": ("triton", "triton_empty"), "jax": ("pallas", "jax_add")}[framework]
     session = run.Session(backend, [twin, floor], samples=4, log=lambda text: None)
     step = dataclasses.replace(STEP, target=wl.Target("graph", "us", 5.0))
+    session.counters.append(Counter("compilations", twin, framework, 0, step.op))
     session.launches(step)
     timer = timing.CuptiTimer(backend.device, backend.device)
     session.gpu_times(step, timer)
@@ -623,6 +624,11 @@ def test_a_gpu_session_takes_every_clock_once(framework):
     assert by_name[SMALL.name, floor].timings == {}
     assert "warm" in by_name[step.name, floor].timings
     assert backend.loaded == [step.name, SMALL.name]  # judged once each
+    waits = [c for c in session.counters if c.name == run.WAITS]
+    assert [(c.provider, c.value) for c in waits] == [
+        (twin, None)
+    ]  # a made-up CUPTI counts none, and says so
+    assert "kernels only" in waits[0].reason
 
 
 def test_providers_are_chosen_by_glob_and_the_copy_always_runs():

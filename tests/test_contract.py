@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from oracle import contract
-from oracle.contract import ConvOutput, FnSizes, Unsupported, UpdateSizes
+from oracle.contract import ConvOutput, FnSizes, RowSizes, Unsupported, UpdateSizes
 
 
 class Array(NamedTuple):
@@ -59,6 +59,14 @@ FN = dict(
     has_initial_state=a(5, dtype=BOOL),
 )
 UPDATE = dict(x=a(5, 64), weight=a(64, 4), bias=a(64), conv_states=a(8, 3, 64), cache_indices=a(5, dtype=I32))
+ROWS = dict(
+    x=a(33, 64),
+    weight=a(64, 4),
+    bias=a(64),
+    initial_states=a(5, 3, 64),
+    query_start_loc=a(6, dtype=I32),
+)
+DENSE = dict(x=a(5, 7, 64), query_start_loc=None)
 NO_POOL = dict(conv_states=None, cache_indices=None, has_initial_state=None)
 
 ACCEPTED = [
@@ -106,6 +114,18 @@ ACCEPTED = [
         UpdateSizes(5, 2, 1, 4, 8, 3),
     ),
     ("update", dict(activation="silu", validate=True, pad_slot_id=0), UpdateSizes(5, 1, 64, 4, 8, 3)),
+    ("rows", {}, RowSizes(33, 64, 4, 5)),
+    ("rows", dict(bias=None, initial_states=None), RowSizes(33, 64, 4, 5)),
+    ("rows", dict(x=a(0, 64)), RowSizes(0, 64, 4, 5)),
+    ("rows", dict(initial_states=a(0, 3, 64), query_start_loc=a(1, dtype=I64)), RowSizes(33, 64, 4, 0)),
+    ("rows", dict(activation="swish", schedule="flat", max_seqlen=0), RowSizes(33, 64, 4, 5)),
+    ("rows", DENSE, RowSizes(35, 64, 4, 5)),
+    ("rows", DENSE | dict(x=a(5, 0, 64)), RowSizes(0, 64, 4, 5)),
+    (
+        "rows",
+        DENSE | dict(x=a(5, 7, 1), weight=a(1, 4), bias=a(1), initial_states=None),
+        RowSizes(35, 1, 4, 5),
+    ),
     ("backend", dict(backend="auto"), None),
     ("backend", dict(backend="eager"), None),
     # Offsets and slots, read to the host. Base: lengths 1, 0, 3 of 6 tokens in slots 4, 4, 2 of 5.
@@ -270,6 +290,41 @@ REJECTED = [
         ValueError,
         "schedule: expected one of ('auto', 'per_sequence', 'flat'), got 'fast'",
     ),
+    # the differentiable form
+    ("rows", dict(x=a(1, 33, 64)), ValueError, "x: expected shape [tokens, dim], got [1, 33, 64]"),
+    ("rows", dict(x=a(33, 64, dtype="float64")), TypeError, f"x: {DTYPES}, got float64"),
+    *(
+        (
+            "rows",
+            DENSE | dict(x=x),
+            ValueError,
+            f"x: expected shape [batch, seqlen, dim] with dim >= 1, since query_start_loc is None, got {list(x.shape)}",
+        )
+        for x in (a(35, 64), a(5, 7, 0), a(1, 5, 7, 64))
+    ),
+    ("rows", DENSE | dict(x=None), TypeError, "x: expected an array, got NoneType"),
+    (
+        "rows",
+        dict(query_start_loc=a(0, dtype=I32)),
+        ValueError,
+        "query_start_loc: expected shape [batch+1] with at least one entry, got [0]",
+    ),
+    (
+        "rows",
+        dict(query_start_loc=a(6, dtype=F32)),
+        TypeError,
+        "query_start_loc: expected dtype int32 or int64, got float32",
+    ),
+    ("rows", dict(weight=a(64, 9)), ValueError, "weight: expected width 1 to 8 on axis 1, got 9"),
+    (
+        "rows",
+        dict(initial_states=a(5, 4, 64)),
+        ValueError,
+        "initial_states: expected shape [batch=5, width-1=3, dim=64], got [5, 4, 64]",
+    ),
+    ("rows", dict(initial_states=a(5, 3, 64, dtype=I32)), TypeError, f"initial_states: {DTYPES}, got int32"),
+    ("rows", dict(activation="gelu"), ValueError, "activation: expected None, 'silu' or 'swish', got 'gelu'"),
+    ("rows", dict(max_seqlen=-1), ValueError, "max_seqlen: expected None or an integer >= 0, got -1"),
     (
         "backend",
         dict(backend="cuda"),
@@ -348,6 +403,7 @@ REJECTED = [
 OPERATIONS = {
     "fn": ("check_causal_conv1d_fn", FN),
     "update": ("check_causal_conv1d_update", UPDATE),
+    "rows": ("check_causal_conv1d", ROWS),
     "backend": ("check_backend", dict(names=("triton", "eager"))),
     "fn_values": (
         "check_fn_values",
@@ -373,6 +429,8 @@ SIGNATURES = {
     "backend='auto', validate=False) -> 'FnSizes'",
     "check_causal_conv1d_update": "(x, weight, bias, conv_states, cache_indices=None, *, "
     "activation=None, pad_slot_id=-1, backend='auto', validate=False) -> 'UpdateSizes'",
+    "check_causal_conv1d": "(x, weight, bias=None, initial_states=None, query_start_loc=None, *, "
+    "activation=None, max_seqlen=None, schedule='auto', backend='auto') -> 'RowSizes'",
 }
 
 

@@ -85,7 +85,7 @@ def longest(name, lengths):
             raise ValueError(f"{name}: expected lengths on the host, got a tensor on {lengths.device}")
         lengths = lengths.tolist()
     try:
-        return max((operator.index(length) for length in lengths), default=0)
+        return max([0, *(operator.index(length) for length in lengths)])
     except TypeError:
         raise TypeError(f"{name}: expected a list of integers or a CPU tensor, got {lengths!r}") from None
 
