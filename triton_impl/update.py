@@ -77,7 +77,13 @@ def _update_kernel(
         live = live + (is_row & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots),)
         pools = pools + (conv_states + slot * stride_s_n + ch * stride_s_d,)
 
-    # windows, as stored; the loads of all rows are issued before the first use
+    # what does not depend on a slot is asked for first, then the windows of all rows
+    taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
+    start = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
+    arrived = ()
+    for r in tl.static_range(ROWS):
+        token = x + (first_row + r) * stride_x_b + ch * stride_x_d
+        arrived = arrived + (tl.load(token, mask=in_dim & (first_row + r < batch) & (length > 0), other=0.0),)
     stored = ()
     for r in tl.static_range(ROWS):
         column = tl.zeros([], tl.int64)
@@ -89,8 +95,6 @@ def _update_kernel(
     window = ()
     for i in tl.static_range(ROWS * (WIDTH - 1)):
         window = window + (widen(stored[i]),)
-    taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-    start = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
     if ROLLS and WIDTH > 1:
         tl.debug_barrier()  # all reads of the slots precede all writes, whichever thread holds which channel
         for r in tl.static_range(ROWS):
@@ -99,11 +103,12 @@ def _update_kernel(
                 tl.store(pools[r] + (j - 1) * stride_s_l, stored[r * (WIDTH - 1) + j], mask=moves)
 
     for t in range(length):
-        # taps, store
-        arrived = ()
+        # taps, store; the next token is under way meanwhile
+        following = ()
         for r in tl.static_range(ROWS):
-            token = x + (first_row + r) * stride_x_b + t * stride_x_t + ch * stride_x_d
-            arrived = arrived + (tl.load(token, mask=in_dim & live[r], other=0.0),)
+            token = x + (first_row + r) * stride_x_b + (t + 1) * stride_x_t + ch * stride_x_d
+            more = in_dim & (first_row + r < batch) & (t + 1 < length)
+            following = following + (tl.load(token, mask=more, other=0.0),)
         next_stored = ()
         next_window = ()
         for r in tl.static_range(ROWS):
@@ -121,6 +126,7 @@ def _update_kernel(
             next_window = next_window + e[1:]
         stored = next_stored
         window = next_window
+        arrived = following
 
     # state
     if WIDTH > 1 and not ROLLS:
