@@ -11,9 +11,12 @@ from pallas_impl.taps import activate
 
 def prefill(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *,
-    silu, pad_slot_id, always_state=False,
+    silu, pad_slot_id, always_state=False, num_accepted_tokens=None,
 ):  # fmt: skip
-    """A packed prefill; arguments as in `causal_conv1d_fn`. Returns (out, conv_states)."""
+    """A packed prefill; arguments as in `causal_conv1d_fn`. Returns (out, conv_states).
+
+    With `num_accepted_tokens` a packed step of rolling slots, see `causal_conv1d_update`.
+    """
     tokens = x.shape[0]
     history = weight.shape[1] - 1
     batch = query_start_loc.shape[0] - 1
@@ -27,7 +30,10 @@ def prefill(
         slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
         live = slots >= 0
         stateful = live & always_state if has_initial_state is None else live & has_initial_state
-        windows = read_windows(conv_states, slots, stateful, history)
+        column = None
+        if num_accepted_tokens is not None:
+            column = first_columns(num_accepted_tokens, conv_states.shape[1] - history)
+        windows = read_windows(conv_states, slots, stateful, history, column)
 
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.searchsorted(starts[1:], token, side="right", method="sort").astype(jnp.int32)
@@ -46,6 +52,11 @@ def prefill(
     if slots is None or history == 0:
         return out, conv_states
 
+    if num_accepted_tokens is not None:
+        kept = write_windows(conv_states, jnp.where(starts[1:] > starts[:-1], slots, -1), windows[:, 1:])
+        column = jnp.where(computed, position + history - 1, conv_states.shape[1])
+        return out, kept.at[slots[owner], column].set(x.astype(conv_states.dtype), mode="drop")
+
     # Entry lengths + i of window ++ x, for i in 0 .. history-1.
     lengths = starts[1:] - starts[:-1]
     entry = lengths[:, None] + jnp.arange(history, dtype=jnp.int32)
@@ -55,12 +66,21 @@ def prefill(
     return out, write_windows(conv_states, jnp.where(lengths > 0, slots, -1), windows)
 
 
-def update(x, weight, bias, conv_states, cache_indices, *, silu, pad_slot_id):
+def update(
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, *, silu, pad_slot_id
+):
     """A decode step; arguments as in `causal_conv1d_update`. Returns (out, conv_states)."""
-    dim, history = x.shape[-1], weight.shape[1] - 1
-    batch, seqlen = x.shape[0], x.size // max(x.shape[0] * dim, 1)
     if x.size == 0:
         return jnp.zeros_like(x), conv_states
+    dim, history = x.shape[-1], weight.shape[1] - 1
+    batch, seqlen = x.shape[0], x.size // (x.shape[0] * dim)
+    if query_start_loc is not None or num_accepted_tokens is not None:
+        starts = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen if query_start_loc is None else query_start_loc
+        out, pool = prefill(
+            x.reshape(-1, dim), weight, bias, conv_states, starts, cache_indices, None,
+            silu=silu, pad_slot_id=pad_slot_id, always_state=True, num_accepted_tokens=num_accepted_tokens,
+        )  # fmt: skip
+        return out.reshape(x.shape), pool
     slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
     windows = read_windows(conv_states, slots, slots >= 0, history)
     row = x.reshape(batch, seqlen, dim)
@@ -92,9 +112,21 @@ def live_slots(cache_indices, batch, num_slots, pad_slot_id):
     return jnp.where(live, slots, 0).astype(jnp.int32) - jnp.where(live, 0, 1).astype(jnp.int32)
 
 
-def read_windows(conv_states, slots, stateful, history):
-    """[batch, history, dim]: the windows of stateful rows; for the others zeros, selected and not multiplied."""
-    windows = conv_states.at[slots, :history].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+def first_columns(num_accepted_tokens, last):
+    """The column in which each row's window begins, count-1 as int32, clamped to [0, last]."""
+    top = min(last + 1, np.iinfo(num_accepted_tokens.dtype).max)
+    return jnp.clip(num_accepted_tokens, 1, top).astype(jnp.int32) - 1
+
+
+def read_windows(conv_states, slots, stateful, history, column=None):
+    """[batch, history, dim]: the windows of stateful rows; for the others zeros, selected and not multiplied.
+
+    A window begins in column 0, or where `column` [batch] says.
+    """
+    place = (slots, slice(history))
+    if column is not None:
+        place = (slots[:, None], column[:, None] + jnp.arange(history, dtype=jnp.int32))
+    windows = conv_states.at[place].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jnp.where(stateful[:, None, None], windows, 0)
 
 

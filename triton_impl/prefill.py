@@ -174,6 +174,20 @@ def _prefill_kernel(
     else:
         row = tl.program_id(0)
         block_d = tl.program_id(2)
+
+    # slot, flag and offsets are asked for before any is used: one wait for all
+    slot = row.to(tl.int64)
+    live = row < batch
+    has_state = row < 0
+    if HAS_POOL:
+        if HAS_INDICES:
+            slot = tl.load(cache_indices + row.to(tl.int64) * stride_c, mask=live, other=-1).to(tl.int64)
+        live = live & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots)
+        if HAS_MASK:
+            has_state = (
+                tl.load(has_initial_state + row.to(tl.int64) * stride_h, mask=row < batch, other=0) != 0
+            )
+    pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
     row_start = offset(query_start_loc, row, batch, tokens)
     row_end = offset(query_start_loc, row + 1, batch, tokens)
     if FLAT:
@@ -185,18 +199,6 @@ def _prefill_kernel(
     first = row_start + block * BLOCK_T
     if (block < 0) | (first >= row_end):
         return
-
-    # slot
-    slot = row.to(tl.int64)
-    live = row < batch
-    has_state = row < 0
-    if HAS_POOL:
-        if HAS_INDICES:
-            slot = tl.load(cache_indices + row.to(tl.int64) * stride_c, mask=live, other=-1).to(tl.int64)
-        live = live & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots)
-        if HAS_MASK:
-            has_state = tl.load(has_initial_state + row.to(tl.int64) * stride_h, mask=live, other=0) != 0
-    pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
 
     ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     in_dim = ch < dim

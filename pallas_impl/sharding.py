@@ -1,0 +1,186 @@
+"""The operations over a mesh of devices: channels, sequences and tokens split by `jax.shard_map`.
+
+A compiler cannot split a kernel: given sharded arrays outside `shard_map`, it would gather them first. These
+wrappers run the operation on every device's own part. Splitting channels (tensor parallel) or sequences (data
+parallel) needs no communication at all; splitting tokens (context parallel) sends width-1 tokens to the neighbour
+and every row's new window to all.
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    place = sharding.shardings(mesh, channel_axis="model", batch_axis="data")
+    pool = jax.device_put(pool, place["conv_states"])
+    step = jax.jit(
+        functools.partial(sharding.causal_conv1d_update, mesh=mesh, channel_axis="model", batch_axis="data"),
+        donate_argnames="conv_states",
+    )
+
+Arrays placed as `shardings` says stay where they are; others are moved there first.
+"""
+
+import functools
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from oracle.contract import ConvOutput, check_causal_conv1d_update
+from pallas_impl import api, context_parallel
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias,
+    conv_states,
+    query_start_loc,
+    cache_indices=None,
+    has_initial_state=None,
+    *,
+    mesh,
+    channel_axis=None,
+    batch_axis=None,
+    token_axis=None,
+    activation=None,
+    pad_slot_id=-1,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+    validate=False,
+):
+    """`causal_conv1d_fn` with its arguments split over `mesh`; works in and outside `jit`.
+
+    Args:
+      x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state: as in
+        `pallas_impl.causal_conv1d_fn`, but where `batch_axis` is given every array except `weight` and `bias`
+        holds the batches of its devices one after another along axis 0. Each batch is complete in itself: its
+        offsets start at 0 (query_start_loc is [devices * (batch+1)]) and its slots count from its own part of the
+        pool.
+      mesh: a `jax.sharding.Mesh`, or None for the current one.
+      channel_axis: mesh axis that splits `dim`, or None.
+      batch_axis: mesh axis that splits sequences, with their tokens and slots, or None.
+      token_axis: mesh axis that splits the tokens of a batch into equal parts, wherever rows begin, or None
+        (see `pallas_impl.context_parallel`).
+      activation, pad_slot_id, max_seqlen, schedule, backend: as in `pallas_impl.causal_conv1d_fn`; a kernel
+        asked for by "auto" is the default device's.
+      validate: False; there is no data to read in a trace.
+
+    Returns:
+      ConvOutput(out, conv_states), split as x and conv_states are.
+
+    Raises:
+      ValueError: an axis that the mesh lacks or that is named twice, a size that it does not divide.
+      ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d_fn`, which sees the parts.
+    """
+    operation = api.causal_conv1d_fn
+    if token_axis is not None:
+        operation = functools.partial(context_parallel.causal_conv1d_fn, axis_name=token_axis)
+    operation = functools.partial(
+        operation, activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen,
+        schedule=schedule, backend=backend, validate=validate,
+    )  # fmt: skip
+    arguments = dict(
+        x=x, weight=weight, bias=bias, conv_states=conv_states, query_start_loc=query_start_loc,
+        cache_indices=cache_indices, has_initial_state=has_initial_state,
+    )  # fmt: skip
+    return _split(operation, arguments, mesh, partition_specs(channel_axis, batch_axis, token_axis))
+
+
+def causal_conv1d_update(
+    x,
+    weight,
+    bias,
+    conv_states,
+    cache_indices=None,
+    *,
+    mesh,
+    channel_axis=None,
+    batch_axis=None,
+    activation=None,
+    pad_slot_id=-1,
+    backend="auto",
+    validate=False,
+):
+    """`causal_conv1d_update` with its arguments split over `mesh`; works in and outside `jit`.
+
+    Args:
+      x, weight, bias, conv_states, cache_indices: as in `pallas_impl.causal_conv1d_update`, split as in
+        `causal_conv1d_fn` above: with `batch_axis` a device's rows use the slots of its own part of the pool.
+      mesh, channel_axis, batch_axis, activation, pad_slot_id, backend, validate: as above.
+
+    Returns:
+      ConvOutput(out, conv_states), split as x and conv_states are.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `causal_conv1d_fn` above.
+    """
+    options = dict(activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate)
+    arguments = dict(x=x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices)
+    check_causal_conv1d_update(**arguments, **options)
+    specs = partition_specs(channel_axis, batch_axis)
+    if len(x.shape) == 3:
+        specs["x"] = specs["out"] = PartitionSpec(batch_axis, None, channel_axis)
+    return _split(functools.partial(api.causal_conv1d_update, **options), arguments, mesh, specs)
+
+
+def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
+    """The `PartitionSpec` of every argument, by name, and of "out"; x and out of two axes."""
+    rows = batch_axis if token_axis is None else token_axis if batch_axis is None else (batch_axis, token_axis)
+    batch = PartitionSpec(batch_axis)
+    return dict(
+        x=PartitionSpec(rows, channel_axis),
+        weight=PartitionSpec(channel_axis, None),
+        bias=PartitionSpec(channel_axis),
+        conv_states=PartitionSpec(batch_axis, None, channel_axis),
+        query_start_loc=batch,
+        cache_indices=batch,
+        has_initial_state=batch,
+        out=PartitionSpec(rows, channel_axis),
+    )
+
+
+def shardings(mesh, channel_axis=None, batch_axis=None, token_axis=None):
+    """The `NamedSharding` of every argument, by name, for `jax.device_put` and `in_shardings`."""
+    specs = partition_specs(channel_axis, batch_axis, token_axis)
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def _split(operation, arguments, mesh, specs):
+    """Runs `operation(**arguments)` on every device's part; absent arguments stay absent."""
+    arguments = {name: array for name, array in arguments.items() if array is not None}
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    _check_specs(arguments, mesh, specs)
+    if AxisType.Explicit in mesh.axis_types:  # there a mismatch is an error, elsewhere JAX moves the array
+        arguments = {name: jax.reshard(a, NamedSharding(mesh, specs[name])) for name, a in arguments.items()}
+    names = tuple(arguments)
+
+    def run(*parts):
+        out, pool = operation(**{"bias": None, "conv_states": None, **dict(zip(names, parts, strict=True))})
+        return out if pool is None else (out, pool)
+
+    pooled = "conv_states" in arguments
+    result = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=tuple(specs[name] for name in names),
+        out_specs=(specs["out"], specs["conv_states"]) if pooled else specs["out"],
+        check_vma=False,  # a kernel's results carry no type that says over which axes they vary
+    )(*arguments.values())
+    return ConvOutput(*result) if pooled else ConvOutput(result, None)
+
+
+def _check_specs(arguments, mesh, specs):
+    sizes = dict(mesh.shape)
+    used = [axis for axis in jax.tree.leaves(tuple(specs["x"])) if axis is not None]
+    for axis in used:
+        if axis not in sizes:
+            raise ValueError(f"mesh: expected an axis named {axis!r}, got the axes {tuple(sizes)}")
+        if used.count(axis) > 1:
+            raise ValueError(f"channel_axis, batch_axis, token_axis: expected distinct axes, got {axis!r} twice")
+    for name, array in arguments.items():
+        for position, axes in enumerate(specs[name]):
+            parts = 1
+            for axis in jax.tree.leaves(axes):
+                parts *= sizes[axis]
+            if position < len(array.shape) and array.shape[position] % parts:
+                raise ValueError(
+                    f"{name}: expected axis {position} to be a multiple of {parts}, the devices that split it, "
+                    f"got shape {list(array.shape)}"
+                )
