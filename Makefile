@@ -29,7 +29,7 @@ env: .venv/.installed env312 ## make or update the environments
 	  if [ -z "$$python" ]; then echo "make: expected Python 3.11 or later with venv on PATH, found none" >&2; exit 1; fi; \
 	  echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "installing into .venv (requirements/cpu-jax-0.10.txt)"
-	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)test$(comma)bench$(comma)lint)
+	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)test$(comma)models$(comma)bench$(comma)lint)
 	@touch $@
 
 # Never fails for want of an interpreter: the newer JAX is an addition.

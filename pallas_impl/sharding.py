@@ -122,7 +122,9 @@ def causal_conv1d_update(
 
 def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
     """The `PartitionSpec` of every argument, by name, and of "out"; x and out of two axes."""
-    rows = batch_axis if token_axis is None else token_axis if batch_axis is None else (batch_axis, token_axis)
+    rows = (
+        batch_axis if token_axis is None else token_axis if batch_axis is None else (batch_axis, token_axis)
+    )
     batch = PartitionSpec(batch_axis)
     return dict(
         x=PartitionSpec(rows, channel_axis),
@@ -173,7 +175,9 @@ def _check_specs(arguments, mesh, specs):
         if axis not in sizes:
             raise ValueError(f"mesh: expected an axis named {axis!r}, got the axes {tuple(sizes)}")
         if used.count(axis) > 1:
-            raise ValueError(f"channel_axis, batch_axis, token_axis: expected distinct axes, got {axis!r} twice")
+            raise ValueError(
+                f"channel_axis, batch_axis, token_axis: expected distinct axes, got {axis!r} twice"
+            )
     for name, array in arguments.items():
         for position, axes in enumerate(specs[name]):
             parts = 1

@@ -17,7 +17,7 @@ from oracle.conformance.cases import select
 ROOT = Path(__file__).resolve().parent.parent
 CASES = catalogue.catalogue()
 
-BAD = '''
+BAD = """
 import os, signal, sys, time
 import numpy as np
 from oracle.conformance.adapter import NumpyAdapter
@@ -73,7 +73,7 @@ class Incomplete:
     def run(self, op, arrays, options): pass
 class BadStart(Base):
     def __init__(self): raise OSError("no device")
-'''
+"""
 
 STATUS = {
     "Good": "passed", "Loud": "passed", "Raises": "wrong_error", "ReturnsNone": "wrong_dtype", "ReturnsText": "wrong_dtype",
@@ -108,7 +108,11 @@ def test_misbehaviour_has_a_status(bad, name):
 
 @pytest.mark.parametrize(
     ("name", "status", "detail"),
-    [("Sleeps", "timed_out", "within 2 s"), ("Dies", "crashed", "SIGKILL"), ("Exits", "crashed", "exit status 3")],
+    [
+        ("Sleeps", "timed_out", "within 2 s"),
+        ("Dies", "crashed", "SIGKILL"),
+        ("Exits", "crashed", "exit status 3"),
+    ],
 )
 def test_the_run_goes_on_after_a_dead_process(bad, name, status, detail):
     result = bad(name, ("update/width-4", "update/dim-7"), time_limit=2.0)
@@ -125,13 +129,21 @@ def test_capabilities_are_checked_both_ways(bad):
     assert not vain.good
     true = bad("DeniesTruly")
     assert true.good
-    assert {c["id"]: c.get("probe") for c in true.cases} == {"update/width-4": "unsupported", "update/width-2": None}
+    assert {c["id"]: c.get("probe") for c in true.cases} == {
+        "update/width-4": "unsupported",
+        "update/width-2": None,
+    }
     assert "capabilities() claims this" in bad("ClaimsInVain").failures[0]["detail"]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Incomplete", "'name'"), ("BadStart", "OSError: no device"), ("Missing", "Missing"), ("Good.run.x", "AttributeError")],
+    [
+        ("Incomplete", "'name'"),
+        ("BadStart", "OSError: no device"),
+        ("Missing", "Missing"),
+        ("Good.run.x", "AttributeError"),
+    ],
 )
 def test_what_cannot_be_loaded_is_said(bad, name, message):
     with pytest.raises(runner.ImplementationError, match=message):
@@ -193,12 +205,22 @@ def test_layouts_hold_the_array_and_guards(layout, shape, dtype):
                     for a, (n, s) in enumerate(zip(shape, placed.strides, strict=True)))  # fmt: skip
     assert np.unique(positions).size == np.prod(shape), "elements overlap"
     assert placed.offset >= arrays.GUARD
-    assert len(placed.base) - (placed.offset + (positions.max() if np.size(positions) else 0)) > arrays.GUARD - 1
+    assert (
+        len(placed.base) - (placed.offset + (positions.max() if np.size(positions) else 0)) > arrays.GUARD - 1
+    )
     placed.data[...] = 0
     changed = np.ones(shape, bool)
-    assert not len(arrays.unchanged_outside(arrays.Array(dtype, untouched, placed.offset, shape, placed.strides), placed.base, changed))
+    assert not len(
+        arrays.unchanged_outside(
+            arrays.Array(dtype, untouched, placed.offset, shape, placed.strides), placed.base, changed
+        )
+    )
     if np.prod(shape):
-        assert len(arrays.unchanged_outside(arrays.Array(dtype, untouched, placed.offset, shape, placed.strides), placed.base, None))
+        assert len(
+            arrays.unchanged_outside(
+                arrays.Array(dtype, untouched, placed.offset, shape, placed.strides), placed.base, None
+            )
+        )
 
 
 def test_what_must_not_be_read_is_nan():
@@ -224,12 +246,15 @@ def test_reports_round_trip_and_damage_is_named(tmp_path, bad):
     damaged = {
         "footer: missing": lines[:-1],
         "line 2": [lines[0], lines[1][:-5], *lines[2:]],
+        "seconds: expected number": [lines[0], lines[1].replace('"seconds": ', '"seconds": "x", "s": '), *lines[2:]],
+        "unknown field": [lines[0], lines[1].replace('{"kind"', '{"colour": 1, "kind"'), *lines[2:]],
         "status: expected one of": [lines[0], lines[1].replace('"passed"', '"fine"'), *lines[2:]],
         "flags: missing": [lines[0], lines[1].replace('"flags"', '"flag"'), *lines[2:]],
         "format: expected 1, got 9": [lines[0].replace('"format": 1', '"format": 9'), *lines[1:]],
         "the footer counts 2, the file has 1": [lines[0], *lines[2:]],
         "kind: expected header": lines[1:],
-        "an empty file": [],
+        "kind: expected nothing more": [*lines, lines[-1]],
+        "the file is empty": [],
     }
     for message, wrong in damaged.items():
         path.write_text("\n".join(wrong))
@@ -248,15 +273,30 @@ def oracle(*arguments):
 
 
 def test_the_command_line(tmp_path):
-    good = oracle("run", "--impl", "oracle.conformance.model:Model", "--cases", "fn/seed", "--report", str(tmp_path / "r"))
+    good = oracle(
+        "run",
+        "--impl",
+        "oracle.conformance.model:Model",
+        "--cases",
+        "fn/seed",
+        "--report",
+        str(tmp_path / "r"),
+    )
     assert good.returncode == 0, good.stderr
     assert "1 cases" in good.stdout
     assert report.read(tmp_path / "r").header["name"] == "model"
     wrong = oracle("run", "--impl", "oracle.conformance.mutants.arithmetic:NeverSilu", "--cases", "fn/se*")
     assert wrong.returncode == 1
     assert "WRONG_VALUE fn/seed" in wrong.stdout
-    assert "python -m oracle run --impl oracle.conformance.mutants.arithmetic:NeverSilu --cases fn/seed" in wrong.stdout
-    for arguments in (("run", "--impl", "nowhere:x"), ("run", "--impl", "oracle:CONTRACT_VERSION", "--cases", "zzz"), ("nonsense",)):
+    assert (
+        "python -m oracle run --impl oracle.conformance.mutants.arithmetic:NeverSilu --cases fn/seed"
+        in wrong.stdout
+    )
+    for arguments in (
+        ("run", "--impl", "nowhere:x"),
+        ("run", "--impl", "oracle:CONTRACT_VERSION", "--cases", "zzz"),
+        ("nonsense",),
+    ):
         failed = oracle(*arguments)
         assert failed.returncode == 2
         assert "error" in failed.stderr

@@ -22,7 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 def test_metadata():
     assert (PROJECT["name"], PROJECT["version"]) == ("twinconv", importlib.metadata.version("twinconv"))
     assert [Requirement(text).name for text in PROJECT["dependencies"]] == ["numpy"]
-    assert set(EXTRAS) == {"triton", "pallas", "test", "bench", "lint"}
+    assert set(EXTRAS) == {"triton", "pallas", "test", "models", "bench", "lint"}
     assert not {Requirement(text).name for text in EXTRAS["triton"]} & {"jax", "jaxlib"}
     assert not {Requirement(text).name for text in EXTRAS["pallas"]} & {"torch", "triton"}
 
@@ -40,7 +40,7 @@ def pins(file):
 @pytest.mark.parametrize(
     ("file", "extras"),
     [
-        ("cpu-jax-0.10.txt", ("triton", "pallas", "test", "bench", "lint")),
+        ("cpu-jax-0.10.txt", ("triton", "pallas", "test", "models", "bench", "lint")),
         ("cpu-jax-0.11.txt", ("pallas", "test")),
     ],
 )

@@ -454,6 +454,7 @@ SPECULATIVE = (
         (lambda: sglang.causal_conv1d_fn(X, W, None, STARTS, no_such=1), TypeError, "no_such"),
         (lambda: sglang.causal_conv1d_fn_triton(X, W, None, STATE, STARTS, None, no_such=1), TypeError, "no_such"),
         (lambda: sglang.causal_conv1d_fn_triton(X, W, None, STATE, STARTS, "3"), TypeError, "seq_lens_cpu"),
+        (lambda: sglang.causal_conv1d_fn_triton(X, W, None, STATE, STARTS, [3, -1]), ValueError, "seq_lens_cpu"),
         (lambda: sglang.causal_conv1d_fn(X, W), ValueError, r"x: expected shape \[batch, dim, seqlen\]"),
         (lambda: dao.causal_conv1d_fn(X, W), ValueError, r"x: expected shape \[batch, dim, seqlen\], got \[6, 3\]"),
         (lambda: dao.causal_conv1d_fn([1.0], W), TypeError, "x: expected a torch.Tensor, got list"),

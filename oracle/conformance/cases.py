@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 TIERS = ("core", "full", "large")
@@ -55,6 +55,19 @@ class Case:
     def to_json(self) -> dict[str, Any]:
         """The case as JSON-ready data."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Case:
+        """The case of `to_json`.
+
+        Raises:
+          ValueError: a field is missing or unknown.
+        """
+        names = {f.name for f in fields(cls)}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        if not isinstance(data, Mapping) or set(data) - names or required - set(data):
+            raise ValueError(f"case: expected an object with {sorted(required)} and fields of {sorted(names)}, got {str(data)[:80]}")
+        return cls(**{**data, "flags": tuple(data.get("flags", ()))})
 
     @property
     def features(self) -> frozenset[str]:

@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from oracle.conformance import ledger, runner
 from oracle.conformance import report as reports
-from oracle.conformance import runner
 from oracle.conformance.cases import TIERS, Case, select
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.flags import FLAGS
+
+VECTORS = Path(__file__).resolve().parent.parent / "vectors" / "v1"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,8 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--device", help="handed to the adapter, for example cuda")
     _selection(sub)
     sub.add_argument("--report", help="write the report to this JSON Lines file")
+    sub.add_argument("--known-failures", metavar="FILE", help="ledger of cases that are known to fail, with reasons")
+    sub.add_argument("--case-file", metavar="FILE", help="cases as JSON Lines, as `list --json` prints them")
     sub.add_argument("--time-limit", type=float, default=120.0, help="seconds a case may take (120)")
     sub.add_argument("--no-probe", action="store_true", help="do not try cases that the implementation denies")
+
+    sub = command("report", _report, "Make one HTML page of reports: implementations by failure modes.")
+    sub.add_argument("reports", nargs="+", help="JSON Lines files that `run --report` wrote")
+    sub.add_argument("-o", "--output", required=True, help="the page")
 
     sub = command("list", _list, "List cases, or what they are made of.")
     _selection(sub)
@@ -44,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("demo", _demo, "Run serving batches through both twins and compare them with the oracle.")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="where the kernels run (default: what there is)")
+
+    sub = command("freeze", _freeze, "Write the frozen vectors of a new version.")
+    sub.add_argument("--folder", default=str(VECTORS), help="a folder that holds none yet")
+    sub = command("verify-vectors", _verify, "Check the frozen vectors: hashes, structure, and the reference.")
+    sub.add_argument("--folder", default=str(VECTORS))
 
     options = parser.parse_args(arguments)
     try:
@@ -65,18 +79,32 @@ def _selected(options: Any) -> list[Case]:
 
 
 def _run(options: Any) -> int:
+    entries = ledger.read(options.known_failures) if options.known_failures else []
     result = runner.run(
         options.impl,
-        _selected(options),
+        _cases_of(options.case_file) if options.case_file else _selected(options),
         device=options.device,
         time_limit=options.time_limit,
         probe=not options.no_probe,
         progress=runner.Progress(options.impl.rpartition(":")[2]),
     )
+    result = ledger.apply(result, entries)
     if options.report:
         reports.write(result, options.report)
     print(reports.summary(result))
     return 0 if result.good else 1
+
+
+def _cases_of(path: str) -> list[Case]:
+    return [Case.from_json(json.loads(line)) for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def _report(options: Any) -> int:
+    from oracle.conformance.html import page
+
+    Path(options.output).write_text(page([reports.read(path) for path in options.reports]))
+    print(f"{len(options.reports)} reports in {options.output}")
+    return 0
 
 
 def _list(options: Any) -> int:
@@ -111,6 +139,24 @@ def _mutants(options: Any) -> int:
         print(f"{name:<42} {MUTANTS[name].flag:<36} " + ("NOT CAUGHT" if found is None else f"{found[1]} in {found[0]}"))
     print(f"{len(names)} mutants, {len(names) - missed} caught")
     return 1 if missed else 0
+
+
+def _freeze(options: Any) -> int:
+    from oracle.conformance.vectors import freeze
+
+    print(f"{freeze(Path(options.folder))} vectors written to {options.folder}")
+    return 0
+
+
+def _verify(options: Any) -> int:
+    from oracle.conformance.vectors import VectorError, verify
+
+    try:
+        print(f"{verify(Path(options.folder))} vectors: hashes, structure and reference agree")
+    except VectorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _demo(options: Any) -> int:

@@ -12,19 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oracle.conformance import schema
+
 FORMAT_VERSION = 1
-STATUSES = (
-    "passed", "wrong_shape", "wrong_dtype", "wrong_value", "wrong_state", "wrong_memory", "wrong_error", "crashed",
-    "timed_out", "unsupported", "xfailed", "xpassed",
-)  # fmt: skip
 GOOD = ("passed", "unsupported", "xfailed")
-FIELDS = {
-    "header": ("format", "contract", "suite", "impl", "name", "version", "device", "environment", "cases"),
-    "case": ("id", "op", "group", "tier", "flags", "status", "detail", "seconds", "worst", "bit_exact", "ulps", "command"),
-    "footer": ("cases", "counts", "seconds", "findings"),
-}
-
-
 class ReportError(ValueError):
     """A report file that cannot be trusted; the text names file, line and field."""
 
@@ -68,25 +59,22 @@ def read(path: str | Path) -> Report:
     Raises:
       ReportError: damaged, incomplete, or of another format version.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            kind = record["kind"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ReportError(f"{path}:{number}: expected a JSON object with kind, got {line[:60]!r}") from error
-        expected = "header" if number == 1 else None
-        if kind not in FIELDS or (kind == "header") != (number == 1) or (records and records[-1]["kind"] == "footer"):
-            raise ReportError(f"{path}:{number}: kind: expected {expected or 'case or the footer'}, got {kind!r}")
-        for field in FIELDS[kind]:
-            if field not in record:
-                raise ReportError(f"{path}:{number}: {field}: missing from the {kind}")
-        if kind == "case" and record["status"] not in STATUSES:
-            raise ReportError(f"{path}:{number}: status: expected one of {STATUSES}, got {record['status']!r}")
+        except json.JSONDecodeError as error:
+            raise ReportError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}") from error
+        kind = record.get("kind") if isinstance(record, dict) else None
+        ended = bool(records) and records[-1]["kind"] == "footer"
+        expected = ["header"] if number == 1 else [] if ended else ["case", "footer"]
+        if kind not in expected:
+            raise ReportError(f"{path}:{number}: kind: expected {' or '.join(expected) or 'nothing more'}, got {kind!r}")
+        for error in schema.errors(record, "report_v1.json", kind):
+            raise ReportError(f"{path}:{number}: {error}")
         records.append(record)
-    if not records or records[0]["format"] != FORMAT_VERSION:
-        got = records[0]["format"] if records else "an empty file"
-        raise ReportError(f"{path}: format: expected {FORMAT_VERSION}, got {got}")
+    if not records:
+        raise ReportError(f"{path}: header: missing, the file is empty")
     if records[-1]["kind"] != "footer":
         raise ReportError(f"{path}: footer: missing, so the run did not end")
     report = Report(records[0], records[1:-1], records[-1])

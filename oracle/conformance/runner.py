@@ -56,11 +56,11 @@ class _Worker:
         line = self.lines.get(timeout=limit)
         return None if line is None else json.loads(line)
 
-    def ask(self, case_id: str, limit: float) -> dict[str, Any]:
+    def ask(self, case: Case, limit: float) -> dict[str, Any]:
         """The worker's record of a case, or one that says how it died."""
         start = time.perf_counter()
         try:
-            self.process.stdin.write(json.dumps(case_id) + "\n")
+            self.process.stdin.write(json.dumps(case.to_json()) + "\n")
             self.process.stdin.flush()
             answer = self._answer(limit)
         except queue.Empty:
@@ -144,7 +144,7 @@ def run(
                 if not worker.alive:
                     worker.stop()
                     worker = _Worker(arguments, environment or {})
-                record = worker.ask(case.id, time_limit)
+                record = worker.ask(case, time_limit)
                 if reasons:
                     record |= {"probe": record["status"], "status": "unsupported", "detail": "; ".join(reasons)}
                 elif record["status"] == "unsupported":

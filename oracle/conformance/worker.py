@@ -1,4 +1,4 @@
-"""The process that holds one implementation: reads case ids, writes one JSON record a line.
+"""The process that holds one implementation: reads cases, writes records, one JSON object a line.
 
 Started by `runner`, never by hand. Whatever the implementation prints goes to stderr, so that it cannot
 garble the records.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.conformance import catalogue, inputs, relations
+from oracle.conformance import inputs, relations
 from oracle.conformance.adapter import Adapter, load_adapter
 from oracle.conformance.cases import Case
 from oracle.conformance.judge import Promises, Verdict, evaluate, promises_of
@@ -49,7 +49,7 @@ def run_case(adapter: Adapter, case: Case, promises: Promises) -> Verdict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serves case ids on stdin until it closes."""
+    """Serves cases on stdin until it closes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--impl", required=True)
     parser.add_argument("--device")
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     outputs: dict[str, np.ndarray] = {}
     for line in sys.stdin:
-        case = catalogue.find(json.loads(line))
+        case = Case.from_json(json.loads(line))
         start = time.perf_counter()
         verdict = run_case(adapter, case, promises)
         say({"status": verdict.status, "detail": verdict.detail, "seconds": round(time.perf_counter() - start, 4),

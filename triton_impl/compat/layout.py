@@ -85,9 +85,12 @@ def longest(name, lengths):
             raise ValueError(f"{name}: expected lengths on the host, got a tensor on {lengths.device}")
         lengths = lengths.tolist()
     try:
-        return max([0, *(operator.index(length) for length in lengths)])
+        lengths = [operator.index(length) for length in lengths]
     except TypeError:
         raise TypeError(f"{name}: expected a list of integers or a CPU tensor, got {lengths!r}") from None
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"{name}: expected lengths >= 0, got {lengths}")
+    return max(lengths) if lengths else 0
 
 
 def folds_into_channels(x):

@@ -1,11 +1,13 @@
-"""Both twins, kernels and plain paths, through the conformance suite: one process each, one test a case.
+"""The twins, kernels and plain paths, through the conformance suite: one process each, one test a case.
 
-The kernels run in their interpreters here and so take the core tier; `python -m oracle run --device cuda` runs
-every tier compiled.
+The tests of test_triton_conformance.py and test_pallas_conformance.py, which name the IMPLEMENTATIONS they run: two
+files, so that they run side by side, and the second one under each JAX. The kernels run in their interpreters here
+and so take the core tier; `python -m oracle run --device cuda` runs every tier compiled.
 """
 
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ from oracle.conformance.cases import select
 from oracle.conformance.catalogue import catalogue
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
-IMPLEMENTATIONS = {
+SPECIFICATIONS = {
     "triton": ("triton_impl.adapter:adapter", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
-    "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {}),
+    "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {"TRITON_INTERPRET": "0"}),
     "pallas": ("pallas_impl.adapter:adapter", "jax", ("core",), {}),
     "xla": ("pallas_impl.adapter:xla", "jax", ("core",), {}),
 }
@@ -26,19 +28,24 @@ IMPLEMENTATIONS = {
 @functools.cache
 def judged(name):
     """The report of one implementation, run once."""
-    impl, framework, tiers, environment = IMPLEMENTATIONS[name]
+    impl, framework, tiers, environment = SPECIFICATIONS[name]
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
     result = runner.run(impl, select(catalogue(), tiers=tiers), device="cpu", environment=environment)
     REPORTS.mkdir(exist_ok=True)
-    report.write(result, REPORTS / f"conformance-{name}.jsonl")
+    report.write(
+        result, REPORTS / f"conformance-{name}-py{sys.version_info.major}{sys.version_info.minor}.jsonl"
+    )
     return result
 
 
 def pytest_generate_tests(metafunc):
+    names = metafunc.module.IMPLEMENTATIONS
     if "case_id" in metafunc.fixturenames:
-        pairs = [(n, c.id) for n, spec in IMPLEMENTATIONS.items() for c in select(catalogue(), tiers=spec[2])]
+        pairs = [(name, c.id) for name in names for c in select(catalogue(), tiers=SPECIFICATIONS[name][2])]
         metafunc.parametrize(("name", "case_id"), pairs, ids=[f"{name}-{case_id}" for name, case_id in pairs])
+    else:
+        metafunc.parametrize("name", names)
 
 
 @pytest.mark.timeout(900)  # the first test of an implementation runs all its cases
@@ -50,13 +57,11 @@ def test_case(name, case_id):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_capabilities_are_true(name):
     assert judged(name).footer["findings"] == []
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_little_is_unsupported(name):
     """A denial must not empty the suite."""
     counts = judged(name).footer["counts"]

@@ -1,0 +1,1 @@
+"""Worked examples of the conformance suite; see oracle/README.md."""

@@ -1,0 +1,107 @@
+"""Context parallel prefill in Torch, on a CPU: several processes, gloo, every bit as on one device."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import triton_impl
+from oracle.contract import Unsupported
+from triton_impl import context_parallel
+
+WORKER = Path(__file__).with_name("context_parallel_torch.py")
+
+
+def run_ranks(ranks, folder, device, backend, mutate="", **environment):
+    """Runs the worker once a rank; returns (exit codes, texts)."""
+    command = [sys.executable, str(WORKER)]
+    if mutate:
+        code = f"import runpy, sys\n{mutate}\nrunpy.run_path({str(WORKER)!r}, run_name='__main__')"
+        command = [sys.executable, "-c", code]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(folder / "rendezvous"), device, backend],
+            cwd=WORKER.parent.parent,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    return [process.returncode for process in processes], texts
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_same_bits_as_one_device(ranks, tmp_path):
+    codes, texts = run_ranks(ranks, tmp_path, "cpu", "eager", TRITON_INTERPRET="0")
+    assert codes == [0] * ranks, "\n".join(texts)
+    assert all("agreed: 13" in text for text in texts)
+
+
+MUTANTS = {
+    "the halo never arrives": "c._receive_halo = lambda x, history, *rest: x.new_zeros(history, x.shape[1])",
+    "the pool keeps its old windows": "c._write = lambda *args: None",
+    "the first rank's tokens are cut short": (
+        "real = c._receive_halo\n"
+        "def late(x, history, *rest):\n    halo = real(x, history, *rest); halo[0] = 0; return halo\n"
+        "c._receive_halo = late"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_exchange_is_seen(name, tmp_path):
+    mutate = (
+        "import sys; sys.path.insert(0, '.')\nfrom triton_impl import context_parallel as c\n" + MUTANTS[name]
+    )
+    codes, texts = run_ranks(2, tmp_path, "cpu", "eager", mutate, TRITON_INTERPRET="0")
+    assert any(codes)
+    assert any("differ" in text for text in texts), "\n".join(texts)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def arguments():
+    return dict(
+        x=torch.ones(3, 2), weight=torch.ones(2, 4), bias=None, conv_states=torch.zeros(1, 3, 2),
+        query_start_loc=torch.tensor([0, 3]),
+    )  # fmt: skip
+
+
+def test_a_group_of_one(alone):
+    wanted = triton_impl.causal_conv1d_fn(**arguments())
+    got = context_parallel.causal_conv1d_fn(**arguments())
+    assert got.out.tolist() == wanted.out.tolist()
+    assert got.conv_states.tolist() == wanted.conv_states.tolist()
+
+
+def test_bad_arguments(alone):
+    with pytest.raises(
+        ValueError, match=r"part_lengths: expected 1 lengths, one a rank, all >= 0, got \[3, 4\]"
+    ):
+        context_parallel.causal_conv1d_fn(**arguments(), part_lengths=[3, 4])
+    with pytest.raises(ValueError, match="part_lengths: expected 3, the tokens of x, for rank 0, got 5"):
+        context_parallel.causal_conv1d_fn(**arguments(), part_lengths=[5])
+    with pytest.raises(Unsupported, match="validate"):
+        context_parallel.causal_conv1d_fn(**arguments(), validate=True)
+    with pytest.raises(ValueError, match="width 1 to 8"):
+        context_parallel.causal_conv1d_fn(**arguments() | {"weight": torch.ones(2, 9)})
+
+
+def test_the_signature_adds_the_group():
+    plain = dict(inspect.signature(triton_impl.causal_conv1d_fn).parameters)
+    split = dict(inspect.signature(context_parallel.causal_conv1d_fn).parameters)
+    assert split.keys() - plain.keys() == {"group", "part_lengths"}
+    assert {name: split[name] for name in plain} == plain

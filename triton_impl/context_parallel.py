@@ -1,0 +1,214 @@
+"""Context parallel prefill: the packed tokens split over the ranks of a process group, in order.
+
+A rank needs the last width-1 tokens before its part and nothing else, so only those travel, point to point; where
+parts are shorter than width-1 they come from several ranks. The convolution of the part does not wait for them: it
+runs at once with a wrong window where a row crosses the cut, and the first width-1 tokens are then computed again
+with the right one. Both are plain calls of the operation, so the bits are those of one device. On a GPU the
+communication has a stream of its own, beside the kernel.
+"""
+
+import contextlib
+import operator
+
+import torch
+import torch.distributed as dist
+
+from oracle.contract import ConvOutput, Unsupported, check_causal_conv1d_fn
+from triton_impl import api
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias,
+    conv_states,
+    query_start_loc,
+    cache_indices=None,
+    has_initial_state=None,
+    *,
+    group=None,
+    part_lengths=None,
+    activation=None,
+    pad_slot_id=-1,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+    validate=False,
+):
+    """`causal_conv1d_fn` with the tokens of x split over the ranks of a process group; every rank calls it.
+
+    Every argument but x is the whole of it, the same on every rank; so is the pool, which every rank updates. The
+    call never synchronises with the host.
+
+    Args:
+      x: [part_lengths[rank], dim]: this rank's part of the packed tokens. Rows may cross the cuts, any number of them.
+      group: the process group; None: the default one.
+      part_lengths: host ints, tokens of each rank's part (0 is a length); None: all equal to this rank's.
+      query_start_loc: [batch+1], offsets into the whole.
+      weight, bias, conv_states, cache_indices, has_initial_state, activation, pad_slot_id, max_seqlen, schedule,
+        backend: as in `triton_impl.causal_conv1d_fn`.
+      validate: False; a rank that raised would leave the others waiting.
+
+    Returns:
+      ConvOutput(out, conv_states): this rank's part of `out`, and the pool passed in, both with the bits of the run
+      on one device.
+
+    Raises:
+      ValueError: `part_lengths` does not fit the group or x.
+      ValueError, TypeError, Unsupported: as `triton_impl.causal_conv1d_fn`; `validate`.
+    """
+    if validate:
+        raise Unsupported(
+            "validate: expected False, since a rank that raised would leave the others waiting, got True"
+        )
+    sizes = check_causal_conv1d_fn(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
+        backend=backend, validate=validate,
+    )  # fmt: skip
+    rank, lengths = dist.get_rank(group), _check_parts(part_lengths, sizes.tokens, group)
+    begins = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    begin, tokens, history, batch = begins[rank], sizes.tokens, sizes.width - 1, sizes.batch
+
+    offsets = query_start_loc.long().clamp(0, begins[-1])
+    offsets[0] = 0
+    starts = (offsets - begin).clamp(0, tokens)
+    here = offsets[:-1] >= begin  # the row does not begin in an earlier part
+
+    live = rows = slots = new = None
+    stateful = torch.zeros(batch, dtype=torch.bool, device=x.device)
+    windows = x.new_zeros(batch, history, sizes.dim)
+    if conv_states is not None:
+        number = torch.arange(batch, device=x.device)
+        slots = number if cache_indices is None else cache_indices.long()
+        live = (slots != pad_slot_id) & (slots >= 0) & (slots < sizes.num_slots)
+        slots = torch.where(live, slots, 0)
+        rows = torch.where(live, number, -1)
+        if has_initial_state is not None:
+            stateful = has_initial_state & live
+        # A pool without slots has no live rows, and nothing to select from.
+        read = conv_states[slots, :history] if sizes.num_slots else windows.to(conv_states.dtype)
+        windows = torch.where(stateful[:, None, None], read, 0)
+
+    def convolve(count, windows, stateful):
+        """The first `count` tokens of the part, each row from its own window."""
+        longest = None if max_seqlen is None else min(max_seqlen, count)
+        return api.causal_conv1d_fn(
+            x[:count], weight, bias, windows, starts.clamp(max=count), rows, stateful,
+            activation=activation, pad_slot_id=-1, max_seqlen=longest, schedule=schedule, backend=backend,
+        ).out  # fmt: skip
+
+    if history == 0 or batch == 0:
+        return ConvOutput(convolve(tokens, windows, stateful), conv_states)
+
+    with _beside(x.device) as join:
+        # Both dtypes of entries fit into one: their own, or float32.
+        entries = torch.promote_types(x.dtype, windows.dtype)
+        entry = torch.arange(history, device=x.device)
+        halo = _receive_halo(x, history, begins, rank, group).to(entries)
+        # Entry i of a crossing row's window is entry `done + i` of its old window ++ its tokens before the cut.
+        done = torch.where(here, 0, begin - offsets[:-1])[:, None] + entry
+        old = windows.to(entries).gather(1, _over_dim(done.clamp(max=history - 1), sizes.dim))
+        at_cut = torch.where((done < history)[:, :, None], old, halo)
+        if conv_states is not None:
+            # The rank that holds a row's last token knows the row's new window and tells the others, as bits.
+            length = starts[1:] - starts[:-1]
+            source = length[:, None] + entry
+            new = at_cut.gather(1, _over_dim(source.clamp(max=history - 1), sizes.dim))
+            if tokens:
+                fresh = x[(starts[:-1, None] + source - history).clamp(0, tokens - 1)]
+                new = torch.where((source < history)[:, :, None], new, fresh.to(entries))
+            new = new.to(conv_states.dtype)
+            integer = {2: torch.int16, 4: torch.int32}[new.element_size()]
+            ends_here = (length > 0) & (offsets[1:] <= begin + tokens)
+            told = torch.where(ends_here[:, None, None], new.view(integer), 0).to(torch.int32)
+            dist.all_reduce(told, group=group)
+            new = told.to(integer).view(new.dtype)
+
+    out = convolve(tokens, windows.clone(), stateful & here)  # it writes new windows over those it is given
+    join(at_cut, new)
+    head = min(tokens, history)
+    out[:head] = convolve(head, at_cut, stateful | ~here)
+    if conv_states is not None and sizes.num_slots:
+        _write(conv_states[:, :history], slots, live & (offsets[1:] > offsets[:-1]), new)
+    return ConvOutput(out, conv_states)
+
+
+def _check_parts(part_lengths, tokens, group):
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    lengths = [tokens] * size if part_lengths is None else [operator.index(n) for n in part_lengths]
+    if len(lengths) != size or min(lengths) < 0:
+        raise ValueError(f"part_lengths: expected {size} lengths, one a rank, all >= 0, got {lengths}")
+    if lengths[rank] != tokens:
+        raise ValueError(
+            f"part_lengths: expected {tokens}, the tokens of x, for rank {rank}, got {lengths[rank]}"
+        )
+    return lengths
+
+
+def _receive_halo(x, history, begins, rank, group):
+    """[history, dim]: the tokens before this part, oldest first; zeros before the first token."""
+
+    def overlap(sender, receiver):
+        """The tokens of `sender` that `receiver` needs, as a range of the whole; empty parts need none."""
+        if not sender < receiver or begins[receiver] == begins[receiver + 1]:
+            return 0, 0
+        return max(begins[sender], begins[receiver] - history), begins[sender + 1]
+
+    halo = x.new_zeros(history, x.shape[1])
+    calls = []
+    for peer in range(len(begins) - 1):
+        name = peer if group is None else dist.get_global_rank(group, peer)
+        first, last = (n - begins[rank] for n in overlap(rank, peer))
+        if first < last:
+            calls.append(dist.P2POp(dist.isend, x[first:last].contiguous(), name, group))
+        first, last = (n - begins[rank] + history for n in overlap(peer, rank))
+        if first < last:
+            calls.append(dist.P2POp(dist.irecv, halo[first:last], name, group))
+    if calls:
+        for request in dist.batch_isend_irecv(calls):
+            request.wait()
+    return halo
+
+
+def _write(target, slots, written, new):
+    """`target[slots[i]] = new[i]` where `written[i]`, in place, without a list of those rows, which would synchronise.
+
+    The other rows repeat the first written one; if there is none, all put back what slot `slots[0]` holds.
+    """
+    first = written.to(torch.int32).argmax()
+    row = torch.where(written, torch.arange(len(slots), device=slots.device), first)
+    slot = slots[row]
+    target[slot] = torch.where(written.any(), new[row], target[slot])
+
+
+def _over_dim(index, dim):
+    return index[:, :, None].expand(-1, -1, dim)
+
+
+_streams = {}
+
+
+@contextlib.contextmanager
+def _beside(device):
+    """Work queued here runs beside what the current stream gets next, until `join(*tensors)` waits for it.
+
+    `join` takes the tensors made here that the current stream goes on with.
+    """
+    if device.type != "cuda":
+        yield lambda *tensors: None
+        return
+    current = torch.cuda.current_stream(device)
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    side = _streams[device]
+    side.wait_stream(current)
+
+    def join(*tensors):
+        current.wait_stream(side)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(current)
+
+    with torch.cuda.stream(side):
+        yield join
