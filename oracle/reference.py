@@ -20,7 +20,7 @@ from oracle.numerics import TypedArray, cast_bits, fma_float32, from_bits, round
 class Row(NamedTuple):
     """A row that does something: at least one token, and a slot of its own or no pool at all."""
 
-    index: int
+    row: int
     tokens: slice
     slot: int | None
     has_state: bool
@@ -55,7 +55,9 @@ def causal_conv1d_fn(
     )  # fmt: skip
     if validate:
         num_slots = None if conv_states is None else sizes.num_slots
-        values.check_fn_values(query_start_loc, cache_indices, sizes.tokens, num_slots, pad_slot_id, max_seqlen)
+        values.check_fn_values(
+            query_start_loc, cache_indices, sizes.tokens, num_slots, pad_slot_id, max_seqlen
+        )
     rows = fn_rows(conv_states, query_start_loc, cache_indices, has_initial_state, sizes, pad_slot_id)
     sums, computed, pool = _run(_sum_float64, x, weight, bias, conv_states, rows)
     new_states = None if conv_states is None else _like(conv_states, pool)
@@ -93,7 +95,9 @@ def causal_conv1d_update(
     return ConvOutput(_store(x, sums, computed, activation), new_states)
 
 
-def preactivation(op: str, arguments: dict[str, Any], order: str = "float64") -> tuple[np.ndarray, np.ndarray]:
+def preactivation(
+    op: str, arguments: dict[str, Any], order: str = "float64"
+) -> tuple[np.ndarray, np.ndarray]:
     """The unrounded sums of a call.
 
     Args:
@@ -117,13 +121,14 @@ def preactivation(op: str, arguments: dict[str, Any], order: str = "float64") ->
         rows = fn_rows(optional["conv_states"], offsets, optional["cache_indices"], has, sizes, pad_slot_id)
     else:
         packing = {name: arguments.get(name) for name in ("query_start_loc", "num_accepted_tokens", "max_seqlen")}
-        sizes = contract.check_causal_conv1d_update(
+        update_sizes = contract.check_causal_conv1d_update(
             arguments["x"], arguments["weight"], optional["bias"], optional["conv_states"],
             optional["cache_indices"], **packing,
         )  # fmt: skip
         rows = update_rows(
-            optional["cache_indices"], sizes, pad_slot_id, packing["query_start_loc"], packing["num_accepted_tokens"]
-        )
+            optional["cache_indices"], update_sizes, pad_slot_id,
+            packing["query_start_loc"], packing["num_accepted_tokens"],
+        )  # fmt: skip
     sums, computed, _ = _run(
         _SUMS[order], arguments["x"], arguments["weight"], optional["bias"], optional["conv_states"], rows
     )
@@ -190,7 +195,7 @@ def _run(add_up: Callable, x, weight, bias, conv_states, rows: list[Row]):
     computed = np.zeros(x_values.shape, dtype=bool)
     for row in rows:
         window = np.zeros((width - 1, dim))  # selected, not masked: a recycled slot may hold NaN
-        if row.has_state:
+        if pool is not None and row.has_state:
             window = TypedArray(pool.dtype, pool.data[row.slot, row.column : row.column + width - 1]).values()
         with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
             sums[row.tokens] = add_up(np.concatenate([window, x_values[row.tokens]]), w, b)

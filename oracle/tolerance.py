@@ -54,7 +54,7 @@ def fraction_of_bound(got: np.ndarray, expected: np.ndarray, bound: np.ndarray, 
     A NaN or an infinity is right only where the reference has the same; a finite value that rounds to
     infinity in `dtype` may be either. What is wrong in this way counts as infinitely far.
     """
-    fraction_bits, emin, emax, _ = FORMATS[dtype]
+    fraction_bits, _, emax, _ = FORMATS[dtype]
     largest = np.ldexp(2.0 - 2.0**-fraction_bits, emax)
     with np.errstate(invalid="ignore", over="ignore"):
         fraction = np.abs(got - expected) / bound

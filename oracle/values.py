@@ -8,7 +8,14 @@ from oracle import contract
 from oracle.numerics import typed
 
 
-def check_fn_values(query_start_loc, cache_indices, tokens, num_slots, pad_slot_id, max_seqlen) -> None:
+def check_fn_values(
+    query_start_loc: Any,
+    cache_indices: Any,
+    tokens: int,
+    num_slots: int | None,
+    pad_slot_id: int,
+    max_seqlen: int | None,
+) -> None:
     """Raises ValueError for the first bad offset, row length or slot, naming row and value.
 
     Args:
@@ -19,12 +26,23 @@ def check_fn_values(query_start_loc, cache_indices, tokens, num_slots, pad_slot_
       pad_slot_id: the slot number of padding rows.
       max_seqlen: upper bound of the row lengths, or None.
     """
-    offsets = _integers(query_start_loc)
-    contract.check_fn_values(offsets, _integers(cache_indices), tokens, num_slots, pad_slot_id, max_seqlen)
+    contract.check_fn_values(
+        typed(query_start_loc).data.tolist(),
+        _integers(cache_indices),
+        tokens,
+        num_slots,
+        pad_slot_id,
+        max_seqlen,
+    )
 
 
 def check_update_values(
-    cache_indices, sizes, pad_slot_id, query_start_loc=None, num_accepted_tokens=None, max_seqlen=None
+    cache_indices: Any,
+    sizes: contract.UpdateSizes,
+    pad_slot_id: int,
+    query_start_loc: Any = None,
+    num_accepted_tokens: Any = None,
+    max_seqlen: int | None = None,
 ) -> None:
     """Raises ValueError for the first bad slot, offset or count, naming row and value.
 

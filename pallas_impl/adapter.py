@@ -31,9 +31,14 @@ class JaxAdapter:
 
     def capabilities(self):
         reason = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
-        unsupported = {f"{name}:{dtype}": reason for name in ("cache_indices", "query_start_loc") for dtype in WIDE}
+        unsupported = {
+            f"{name}:{dtype}": reason for name in ("cache_indices", "query_start_loc") for dtype in WIDE
+        }
         unsupported["tier:large"] = "strides and pitches are not visible to JAX"
-        return {"device": self.device.device_kind, "unsupported": {} if jax.config.jax_enable_x64 else unsupported}
+        return {
+            "device": self.device.device_kind,
+            "unsupported": {} if jax.config.jax_enable_x64 else unsupported,
+        }
 
     def run(self, op, arrays, options):
         for name, array in arrays.items():

@@ -183,7 +183,7 @@ def _prefill(
     if starts.dtype != jnp.int32:
         starts = xla.offsets(starts, x.shape[0])
     return _on_tma(
-        lambda x, weight, bias, pool, slots: prefill.launch(
+        lambda x, weight, bias, pool, slots, pad_slot_id: prefill.launch(
             x, weight, bias, pool, starts, slots, has_initial_state,
             silu=silu, pad_slot_id=pad_slot_id, config=config, interpret=_interpreter(interpret),
         ),
@@ -203,7 +203,7 @@ def _update(
             silu=silu, pad_slot_id=pad_slot_id,
         )  # fmt: skip
     rows = x.reshape(-1, dim)
-    options = dict(silu=silu, pad_slot_id=pad_slot_id, config=config, interpret=_interpreter(interpret))
+    options = dict(silu=silu, config=config, interpret=_interpreter(interpret))
     seqlen = None if query_start_loc is not None else rows.shape[0] // batch
     starts = query_start_loc
     if starts is None:
@@ -212,16 +212,20 @@ def _update(
         starts = xla.offsets(starts, x.shape[0])
     columns = weight.shape[1] - 1
     if num_accepted_tokens is not None:
+        counts = xla.first_columns(num_accepted_tokens, conv_states.shape[1] - columns) + 1
         columns = conv_states.shape[1] if columns else 0
-        counts = xla.first_columns(num_accepted_tokens, conv_states.shape[1] - weight.shape[1] + 1) + 1
 
-    def launch(x, weight, bias, pool, slots):
+    def launch(x, weight, bias, pool, slots, pad_slot_id):
         if num_accepted_tokens is not None:
-            offsets = None if query_start_loc is None else starts
-            return rolling.launch(x, weight, bias, pool, offsets, slots, counts, seqlen=seqlen, **options)
+            return rolling.launch(
+                x, weight, bias, pool, starts if seqlen is None else None, slots, counts,
+                seqlen=seqlen, pad_slot_id=pad_slot_id, **options,
+            )  # fmt: skip
         if seqlen == 1:
-            return update.launch(x, weight, bias, pool, slots, **options)
-        return prefill.launch(x, weight, bias, pool, starts, slots, None, always_state=True, **options)
+            return update.launch(x, weight, bias, pool, slots, pad_slot_id=pad_slot_id, **options)
+        return prefill.launch(
+            x, weight, bias, pool, starts, slots, None, pad_slot_id=pad_slot_id, always_state=True, **options
+        )
 
     out, pool = _on_tma(launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns)
     return out.reshape(x.shape), pool
@@ -237,10 +241,11 @@ def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, st
     slots = cache_indices
     if slots is not None and slots.dtype != jnp.int32:
         slots = xla.live_slots(slots, batch, conv_states.shape[0], pad_slot_id)
+        pad_slot_id = -1
     itemsizes = tuple(a.dtype.itemsize for a in (x, conv_states) if a is not None)
     extra = tma_dim(dim, itemsizes) - dim
     if not extra:
-        return launch(x, weight, bias, conv_states, slots)
+        return launch(x, weight, bias, conv_states, slots, pad_slot_id)
 
     wide = functools.partial(_pad_last, extra=extra)
     windows = None
@@ -249,7 +254,7 @@ def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, st
         windows = wide(xla.read_windows(conv_states, slots, slots >= 0, columns))
     weight = jnp.pad(weight, ((0, extra), (0, 0)))
     rows = jnp.where(slots >= 0, jnp.arange(batch, dtype=jnp.int32), -1) if windows is not None else None
-    out, windows = launch(wide(x), weight, None if bias is None else wide(bias), windows, rows)
+    out, windows = launch(wide(x), weight, None if bias is None else wide(bias), windows, rows, -1)
     out = out[:, :dim]
     if windows is None or windows.shape[1] == 0:
         return out, conv_states
@@ -258,7 +263,8 @@ def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, st
 
 
 def _pad_last(array, extra):
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
+    padded = jnp.pad(xla.to_bits(array), [(0, 0)] * (array.ndim - 1) + [(0, extra)])
+    return jax.lax.bitcast_convert_type(padded, array.dtype)
 
 
 def _interpreter(interpret):

@@ -87,7 +87,7 @@ def causal_conv1d_fn(
 
     # Bits where the dtypes agree: XLA moves 16-bit floats through float32 on some backends. Else float32 holds both.
     same = windows.dtype == x.dtype
-    as_entries = _to_bits if same else lambda a: a.astype(jnp.float32)
+    as_entries = xla.to_bits if same else lambda a: a.astype(jnp.float32)
     arrived = as_entries(x)
     windows = as_entries(windows)
     entry = jnp.arange(history, dtype=jnp.int32)
@@ -97,7 +97,7 @@ def causal_conv1d_fn(
     windows = jnp.where((done + entry < history)[:, :, None], old, _halo(arrived, history, axis_name))
 
     head = min(tokens, history)
-    at_cut = _from_bits(windows, x.dtype) if same else windows
+    at_cut = lax.bitcast_convert_type(windows, x.dtype) if same else windows
     out = out.at[:head].set(convolve(head, at_cut, stateful | ~here))
     if slots is None:
         return ConvOutput(out, None)
@@ -108,10 +108,10 @@ def causal_conv1d_fn(
     kept = jnp.take_along_axis(windows, jnp.minimum(source, history - 1)[:, :, None], axis=1)
     fresh = arrived[jnp.clip(starts[:-1, None] + source - history, 0, tokens - 1)]
     new = jnp.where((source < history)[:, :, None], kept, fresh)
-    new = new if same else _to_bits(new.astype(conv_states.dtype))
+    new = new if same else xla.to_bits(new.astype(conv_states.dtype))
     ends_here = (length > 0) & (offsets[1:] <= begin + tokens)
     told = jnp.where(ends_here[:, None, None], new, 0).astype(jnp.uint32)  # NCCL adds no 16-bit integers
-    new = _from_bits(lax.psum(told, axis_name).astype(new.dtype), conv_states.dtype)
+    new = lax.bitcast_convert_type(lax.psum(told, axis_name).astype(new.dtype), conv_states.dtype)
     written = jnp.where(offsets[1:] > offsets[:-1], slots, -1)
     return ConvOutput(out, xla.write_windows(conv_states, written, new))
 
@@ -126,11 +126,3 @@ def _halo(x, history, axis_name):
         tail = x[x.shape[0] - take :]
         parts.append(lax.ppermute(tail, axis_name, pairs) if pairs else jnp.zeros_like(tail))
     return jnp.concatenate(parts)[-history:]
-
-
-def _to_bits(array):
-    return lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
-
-
-def _from_bits(array, dtype):
-    return lax.bitcast_convert_type(array, dtype)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
 from pallas_impl.config import prefill_grid
-from pallas_impl.taps import convolve, find_row, layout, load_taps
+from pallas_impl.taps import convolve, div, find_row, layout, load_taps, rem
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -112,12 +112,12 @@ def _kernel(
     lanes, block_t = config.lanes, config.block_t
 
     program = lax.axis_index("program")
-    block, column = lax.div(program, grid.columns), lax.rem(program, grid.columns)
+    block, column = div(program, grid.columns), rem(program, grid.columns)
     if config.flat:
-        block = lax.rem(block, grid.streams) * (grid.blocks // grid.streams) + lax.div(block, grid.streams)
+        block = rem(block, grid.streams) * (grid.blocks // grid.streams) + div(block, grid.streams)
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
-        row = jnp.minimum(lax.div(block, config.row_blocks), batch)
+        row = jnp.minimum(div(block, config.row_blocks), batch)
     start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
     end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
     row_length = end - start
@@ -220,7 +220,7 @@ def _kernel(
                 past = past[1:]
             return past
 
-        lax.fori_loop(0, lax.div(length + GROUP - 1, GROUP), group, past)
+        lax.fori_loop(0, div(length + GROUP - 1, GROUP), group, past)
 
     def new_state(i, j):
         """Entry row_length + j of window ++ x, in the pool's dtype."""
@@ -235,7 +235,7 @@ def _kernel(
         return lax.cond(row_length > block_t, lambda: edge[i, j].astype(window.dtype), short)
 
     if config.flat:
-        index = block - lax.div(start, block_t) - row
+        index = block - div(start, block_t) - row
 
         @pl.when((index >= 0) & (index * block_t < row_length))
         def _():
@@ -245,8 +245,8 @@ def _kernel(
 
     # A row longer than max_seqlen promised: its programs walk on.
     first = block - row * config.row_blocks
-    stride = jnp.where(row == batch, config.tail_blocks, config.row_blocks)
-    row_blocks = lax.div(row_length + block_t - 1, block_t)
+    stride = jnp.where(row == batch, jnp.int32(config.tail_blocks), jnp.int32(config.row_blocks))
+    row_blocks = div(row_length + block_t - 1, block_t)
     turns = lax.div(jnp.maximum(row_blocks - first + stride - 1, 0), stride)
     lax.fori_loop(0, turns, lambda turn, _: run_block(first + turn * stride), None)
 

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
 from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, load_rows, row_slot, store_rows, store_zeros
-from pallas_impl.taps import convolve, load_taps
+from pallas_impl.taps import convolve, div, load_taps, rem
 
 BLOCK_T = 8  # tokens of a row on their way at a time
 
@@ -88,7 +88,7 @@ def _kernel(
     tokens, dim = x.shape
     history = weight.shape[1] - 1
     program = lax.axis_index("program")
-    place, column = lax.div(program, columns), lax.rem(program, columns)
+    place, column = div(program, columns), rem(program, columns)
     channels = pl.ds(column * lanes, lanes)
     row = jnp.minimum(place, batch)  # row `batch` is the tail
     start, end = _bounds(refs.get("starts"), row, batch, tokens, seqlen)
@@ -123,7 +123,7 @@ def _kernel(
             tile[t] = convolve(past, taps, bias, silu=silu, interpret=interpret).astype(tile.dtype)
             return past[1:]
 
-        blocks = lax.div(end - start + BLOCK_T - 1, BLOCK_T)
+        blocks = div(end - start + BLOCK_T - 1, BLOCK_T)
 
         def turn(block, past):
             begin = start + block * BLOCK_T
@@ -151,8 +151,8 @@ def _kernel(
             store_zeros(tile, t, interpret)
         plgpu.commit_smem()
         first = place - row
-        stride = jnp.where(row < batch, 1, tail_programs)
-        blocks = lax.div(jnp.maximum(end - start, 0) + BLOCK_T - 1, BLOCK_T)
+        stride = jnp.where(row < batch, jnp.int32(1), jnp.int32(tail_programs))
+        blocks = div(jnp.maximum(end - start, 0) + BLOCK_T - 1, BLOCK_T)
 
         def turn(i, _):
             begin = start + (first + i * stride) * BLOCK_T

@@ -6,13 +6,17 @@ parallel) needs no communication at all; splitting tokens (context parallel) sen
 and every row's new window to all.
 
     mesh = jax.make_mesh((4, 2), ("data", "model"))
-    place = sharding.shardings(mesh, channel_axis="model", batch_axis="data")
-    pool = jax.device_put(pool, place["conv_states"])
+    axes = dict(batch_axis="data", channel_axis="model")
+    where = sharding.shardings(mesh, **axes)
+    pool = jax.device_put(pool, where["conv_states"])
     step = jax.jit(
-        functools.partial(sharding.causal_conv1d_update, mesh=mesh, channel_axis="model", batch_axis="data"),
+        functools.partial(sharding.causal_conv1d_update, mesh=mesh, **axes),
         donate_argnames="conv_states",
+        out_shardings=ConvOutput(where["out"], where["conv_states"]),
     )
 
+`out_shardings` tells JAX which result takes the donated pool's memory; without it XLA may give that to another result
+of the same size, and then copies the pool.
 Arrays placed as `shardings` says stay where they are; others are moved there first.
 """
 

@@ -6,6 +6,8 @@ sizes agree bit for bit. The interpreter cannot run inline Mosaic GPU code, so e
 form as well; there SiLU uses exact exp2 and division.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -67,7 +69,7 @@ def convolve(window, taps, start, *, silu, interpret):
     if interpret:
         total = start
         for tap, value in zip(taps, window, strict=True):
-            total = total + tap * value
+            total = multiply_add(split(tap), split(value), total)
         return activate(total) if silu else total
 
     lanes = start.shape[0]
@@ -85,9 +87,43 @@ def convolve(window, taps, start, *, silu, interpret):
     return run(start, *taps, *window)
 
 
+def split(value):
+    """Float values as one or two float32 parts of at most 12 significant bits, whose sum they are.
+
+    Products of such parts are exact, so it does not matter whether the compiler fuses them into the sums
+    around them. XLA decides that anew for each shape, which would let results depend on the batch.
+    """
+    if value.dtype != jnp.float32:
+        return (value.astype(jnp.float32),)
+    high = lax.bitcast_convert_type(value, jnp.uint32) & jnp.uint32(0xFFFFF000)
+    finite = jnp.isfinite(value)
+    high = jnp.where(finite, lax.bitcast_convert_type(high, jnp.float32), value)
+    return high, jnp.where(finite, value - high, 0.0)
+
+
+def multiply_add(a, b, total):
+    """total + a * b of split values, to within two roundings."""
+    product = a[0] * b[0]
+    rest = [x * y for x in reversed(a) for y in reversed(b)][:-1]
+    if not rest:
+        return total + product
+    # An infinity has no second part, and 0 times it is not 0.
+    return total + product + jnp.where(jnp.isfinite(product), functools.reduce(jnp.add, rest), 0.0)
+
+
 def activate(z):
     """SiLU of float32 values: z * sigmoid(z), scaled by 2**14 so that nothing over- or underflows early."""
-    return (z * SCALE) * (1.0 / (jnp.exp2(z * -LOG2E - 14.0) + SCALE))
+    exponent = multiply_add(split(z), split(jnp.float32(-LOG2E)), jnp.float32(-14.0))
+    return (z * SCALE) * (1.0 / (jnp.exp2(exponent) + SCALE))
+
+
+def div(a, b):
+    """Quotient of an int32 and a Python int, both >= 0; the sizes stay int32 under jax_enable_x64 too."""
+    return lax.div(a, jnp.int32(b))
+
+
+def rem(a, b):
+    return lax.rem(a, jnp.int32(b))
 
 
 def find_row(starts_ref, block, block_t, batch, tokens, *, interpret):
@@ -103,7 +139,7 @@ def find_row(starts_ref, block, block_t, batch, tokens, *, interpret):
     for step in (1 << i for i in reversed(range(batch.bit_length())) if 1 << i >= vote):
         probe = row + step
         start = jnp.clip(starts_ref[jnp.minimum(probe, batch)], 0, tokens)
-        row = jnp.where((probe <= batch) & (lax.div(start, block_t) + probe <= block), probe, row)
+        row = jnp.where((probe <= batch) & (div(start, block_t) + probe <= block), probe, row)
     if vote == 1:
         return row
 

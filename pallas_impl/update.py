@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
 from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, row_slot, store_zeros
-from pallas_impl.taps import convolve, load_taps
+from pallas_impl.taps import convolve, div, load_taps, rem
 
 
 def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, interpret):
@@ -88,7 +88,7 @@ def _kernel(
     batch = x.shape[0]
     history = weight.shape[1] - 1
     program = lax.axis_index("program")
-    group, column = lax.div(program, columns), lax.rem(program, columns)
+    group, column = div(program, columns), rem(program, columns)
     channels = pl.ds(column * config.lanes, config.lanes)
     rows = pl.ds(group * config.rows, config.rows)
     slots, live = zip(

@@ -3,10 +3,16 @@
 Vectorised over the packed tokens: the work is O((tokens + batch) * dim * width).
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from pallas_impl.taps import activate
+from pallas_impl.taps import activate, multiply_add, split
+
+# Before 0.11 the CPU compiler widens a bfloat16 scatter to float32: it copies the pool twice and loses the
+# payload of NaNs. As integers the pool is copied once, and exactly.
+WIDENS_SCATTERS = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
 
 
 def prefill(
@@ -42,11 +48,14 @@ def prefill(
     total = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
     for j in range(history + 1):
         back = history - j
-        value = jnp.pad(x, ((back, 0), (0, 0)))[:tokens].astype(jnp.float32)
+        value = jnp.pad(x, ((back, 0), (0, 0)))[:tokens]
         if back:
             entry = jnp.clip(position + j, 0, history - 1)
-            value = jnp.where((position < back)[:, None], windows[owner, entry].astype(jnp.float32), value)
-        total = total + weight[:, j].astype(jnp.float32) * value
+            wide = jnp.promote_types(x.dtype, windows.dtype)
+            value = jnp.where(
+                (position < back)[:, None], windows[owner, entry].astype(wide), value.astype(wide)
+            )
+        total = multiply_add(split(weight[:, j]), split(value), total)
     computed = (row < batch) & live[owner]
     out = jnp.where(computed[:, None], activate(total) if silu else total, 0.0).astype(x.dtype)
     if slots is None or history == 0:
@@ -60,9 +69,11 @@ def prefill(
     # Entry lengths + i of window ++ x, for i in 0 .. history-1.
     lengths = starts[1:] - starts[:-1]
     entry = lengths[:, None] + jnp.arange(history, dtype=jnp.int32)
-    kept = jnp.take_along_axis(windows, jnp.clip(entry, 0, history - 1)[:, :, None], axis=1)
-    arrived = x[jnp.clip(starts[:-1, None] + entry - history, 0, tokens - 1)].astype(conv_states.dtype)
-    windows = jnp.where((entry < history)[:, :, None], kept, arrived)
+    kept = jnp.take_along_axis(to_bits(windows), jnp.clip(entry, 0, history - 1)[:, :, None], axis=1)
+    arrived = take_rows(x, starts[:-1, None] + entry - history, conv_states.dtype)
+    windows = lax.bitcast_convert_type(
+        jnp.where((entry < history)[:, :, None], kept, arrived), conv_states.dtype
+    )
     return out, write_windows(conv_states, jnp.where(lengths > 0, slots, -1), windows)
 
 
@@ -72,28 +83,15 @@ def update(
     """A decode step; arguments as in `causal_conv1d_update`. Returns (out, conv_states)."""
     if x.size == 0:
         return jnp.zeros_like(x), conv_states
-    dim, history = x.shape[-1], weight.shape[1] - 1
-    batch, seqlen = x.shape[0], x.size // (x.shape[0] * dim)
-    if query_start_loc is not None or num_accepted_tokens is not None:
-        starts = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen if query_start_loc is None else query_start_loc
-        out, pool = prefill(
-            x.reshape(-1, dim), weight, bias, conv_states, starts, cache_indices, None,
-            silu=silu, pad_slot_id=pad_slot_id, always_state=True, num_accepted_tokens=num_accepted_tokens,
-        )  # fmt: skip
-        return out.reshape(x.shape), pool
-    slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
-    windows = read_windows(conv_states, slots, slots >= 0, history)
-    row = x.reshape(batch, seqlen, dim)
-    entries = jnp.concatenate([windows.astype(jnp.float32), row.astype(jnp.float32)], axis=1)
-    total = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    for j in range(history + 1):
-        total = total + weight[:, j].astype(jnp.float32) * entries[:, j : j + seqlen]
-    out = jnp.where((slots >= 0)[:, None, None], activate(total) if silu else total, 0.0)
-    out = out.astype(x.dtype).reshape(x.shape)
-    if history == 0:
-        return out, conv_states
-    windows = jnp.concatenate([windows, row.astype(conv_states.dtype)], axis=1)[:, -history:]
-    return out, write_windows(conv_states, slots, windows)
+    dim = x.shape[-1]
+    starts = query_start_loc
+    if starts is None:
+        starts = jnp.arange(x.shape[0] + 1, dtype=jnp.int32) * (x.size // (x.shape[0] * dim))
+    out, conv_states = prefill(
+        x.reshape(-1, dim), weight, bias, conv_states, starts, cache_indices, None,
+        silu=silu, pad_slot_id=pad_slot_id, always_state=True, num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
+    return out.reshape(x.shape), conv_states
 
 
 def offsets(query_start_loc, tokens):
@@ -118,19 +116,36 @@ def first_columns(num_accepted_tokens, last):
     return jnp.clip(num_accepted_tokens, 1, top).astype(jnp.int32) - 1
 
 
+def to_bits(array):
+    """The float array as unsigned integers, which XLA moves as they are: a float NaN may lose its payload."""
+    return lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
+
+
+def take_rows(x, rows, dtype):
+    """The bits of `x[rows]` in `dtype`, out-of-range rows clamped."""
+    rows = jnp.clip(rows, 0, x.shape[0] - 1)
+    return to_bits(x)[rows] if x.dtype == dtype else to_bits(x[rows].astype(dtype))
+
+
 def read_windows(conv_states, slots, stateful, history, column=None):
     """[batch, history, dim]: the windows of stateful rows; for the others zeros, selected and not multiplied.
 
     A window begins in column 0, or where `column` [batch] says.
     """
-    place = (slots, slice(history))
+    if conv_states.shape[0] == 0:
+        return jnp.zeros((slots.shape[0], history, conv_states.shape[2]), conv_states.dtype)
+    place = (jnp.maximum(slots, 0), slice(history))
     if column is not None:
-        place = (slots[:, None], column[:, None] + jnp.arange(history, dtype=jnp.int32))
-    windows = conv_states.at[place].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return jnp.where(stateful[:, None, None], windows, 0)
+        place = (place[0][:, None], column[:, None] + jnp.arange(history, dtype=jnp.int32))
+    windows = conv_states.at[place].get(mode="promise_in_bounds")
+    windows = jnp.where(stateful[:, None, None], to_bits(windows), 0)
+    return lax.bitcast_convert_type(windows, conv_states.dtype)
 
 
 def write_windows(conv_states, slots, windows):
     """The pool with the windows of rows with a slot >= 0 stored; in place where XLA owns the pool."""
     target = jnp.where(slots < 0, conv_states.shape[0], slots)
-    return conv_states.at[target, : windows.shape[1]].set(windows, mode="drop")
+    store = lambda pool, new: pool.at[target, : new.shape[1]].set(new, mode="drop")  # noqa: E731
+    if WIDENS_SCATTERS and conv_states.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(store(to_bits(conv_states), to_bits(windows)), conv_states.dtype)
+    return store(conv_states, windows)

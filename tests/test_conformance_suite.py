@@ -246,7 +246,11 @@ def test_reports_round_trip_and_damage_is_named(tmp_path, bad):
     damaged = {
         "footer: missing": lines[:-1],
         "line 2": [lines[0], lines[1][:-5], *lines[2:]],
-        "seconds: expected number": [lines[0], lines[1].replace('"seconds": ', '"seconds": "x", "s": '), *lines[2:]],
+        "seconds: expected number": [
+            lines[0],
+            lines[1].replace('"seconds": ', '"seconds": "x", "s": '),
+            *lines[2:],
+        ],
         "unknown field": [lines[0], lines[1].replace('{"kind"', '{"colour": 1, "kind"'), *lines[2:]],
         "status: expected one of": [lines[0], lines[1].replace('"passed"', '"fine"'), *lines[2:]],
         "flags: missing": [lines[0], lines[1].replace('"flags"', '"flag"'), *lines[2:]],

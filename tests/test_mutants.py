@@ -52,7 +52,9 @@ def naive_problems():
          "has_initial_state": plain(np.array([False, False])), **shared},
         {"activation": "silu"},
     )  # fmt: skip
-    yield inputs.Problem(UPDATE, {"x": draw(2, 8), "conv_states": draw(2, 3, 8), **shared}, {"activation": "silu"})
+    yield inputs.Problem(
+        UPDATE, {"x": draw(2, 8), "conv_states": draw(2, 3, 8), **shared}, {"activation": "silu"}
+    )
 
 
 def test_a_naive_suite_misses_many_of_them():

@@ -58,7 +58,11 @@ def test_rounding_is_once_and_to_even(dtype):
 @pytest.mark.parametrize("dtype", numerics.FORMATS)
 def test_bits_round_trip(dtype):
     storage = numerics.FORMATS[dtype].bits
-    bits = np.arange(2**16, dtype=storage) if storage is np.uint16 else RNG.integers(0, 2**32, 10**5, dtype=storage)
+    bits = (
+        np.arange(2**16, dtype=storage)
+        if storage is np.uint16
+        else RNG.integers(0, 2**32, 10**5, dtype=storage)
+    )
     numbers = bits[~numerics.is_nan(bits, dtype)]
     np.testing.assert_array_equal(numerics.round_bits(numerics.to_float64(numbers, dtype), dtype), numbers)
 
@@ -95,7 +99,9 @@ def test_fma_rounds_once():
     got = numerics.fma_float32(a, b, c)
     for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), got.tolist(), strict=True):
         exact = fractions.Fraction(x) * fractions.Fraction(y) + fractions.Fraction(z)
-        below, above = (np.nextafter(np.float32(result), np.float32(s), dtype=np.float32) for s in (-np.inf, np.inf))
+        below, above = (
+            np.nextafter(np.float32(result), np.float32(s), dtype=np.float32) for s in (-np.inf, np.inf)
+        )
         error = abs(fractions.Fraction(result) - exact)
         assert error <= abs(fractions.Fraction(float(below)) - exact)
         assert error <= abs(fractions.Fraction(float(above)) - exact)

@@ -72,7 +72,13 @@ def test_by_hand():
     weight = np.array([[1.0, 10, 100]], np.float32)
     pool = np.array([[[7.0], [8]], [[9.0], [9]], [[0.0], [6]]], np.float32)
     out, states = reference.causal_conv1d_fn(
-        x, weight, np.array([0.5], np.float32), pool, np.array([0, 1, 4]), np.array([2, 0]), np.array([True, False])
+        x,
+        weight,
+        np.array([0.5], np.float32),
+        pool,
+        np.array([0, 1, 4]),
+        np.array([2, 0]),
+        np.array([True, False]),
     )
     # row 0 sees 0, 6 and then 1; row 1 sees 0, 0 and then 2, 3, 4; token 4 belongs to no row.
     np.testing.assert_array_equal(out[:, 0], [160.5, 200.5, 320.5, 432.5, 0])
@@ -163,7 +169,11 @@ def test_validate_reads_the_offsets(offsets, message):
 
 
 def test_validate_reads_the_slots():
-    x, weight, pool = np.zeros((2, 2), np.float32), np.zeros((2, 4), np.float32), np.zeros((4, 3, 2), np.float32)
+    x, weight, pool = (
+        np.zeros((2, 2), np.float32),
+        np.zeros((2, 4), np.float32),
+        np.zeros((4, 3, 2), np.float32),
+    )
     with pytest.raises(ValueError, match="got 3 in rows 0 and 1"):
         reference.causal_conv1d_update(x, weight, None, pool, np.array([3, 3]), validate=True)
     with pytest.raises(ValueError, match=r"in row 1, got 4"):
@@ -179,7 +189,9 @@ def test_against_onnx():
         weight = RNG.standard_normal((3, width)).astype(np.float32)
         bias = RNG.standard_normal(3).astype(np.float32)
         past = RNG.standard_normal((2, 3, width - 1)).astype(np.float32)
-        want, present = module.CausalConvWithState._run(None, x, weight[:, None], bias, past, activation="silu")
+        want, present = module.CausalConvWithState._run(
+            None, x, weight[:, None], bias, past, activation="silu"
+        )
         out, states = reference.causal_conv1d_fn(
             x.transpose(0, 2, 1).reshape(14, 3), weight, bias, past.transpose(0, 2, 1), np.array([0, 7, 14]),
             None, np.array([True, True]), activation="silu",
@@ -201,10 +213,15 @@ print(json.dumps(out.tolist()))
 
 def test_against_torch():
     """torch.nn.functional.conv1d in a process of its own."""
-    x, weight = RNG.standard_normal((11, 5)).astype(np.float32), RNG.standard_normal((5, 4)).astype(np.float32)
+    x, weight = (
+        RNG.standard_normal((11, 5)).astype(np.float32),
+        RNG.standard_normal((5, 4)).astype(np.float32),
+    )
     bias, pool = RNG.standard_normal(5).astype(np.float32), RNG.standard_normal((1, 3, 5)).astype(np.float32)
     data = json.dumps([a.tolist() for a in (x, weight, bias, pool[0])])
-    done = subprocess.run([sys.executable, "-c", TORCH], input=data, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH], input=data, capture_output=True, text=True, timeout=120
+    )
     if "No module named 'torch'" in done.stderr:
         pytest.skip("torch is not installed")
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,9 @@ def test_low_precision_evaluations_are_outside(dtype, activation):
         wrong["sum_rounded_before_silu"] = finish(rounded_to(pre, dtype))
         wrong["sigmoid_rounded"] = evaluate(e, w, bias, sigmoid=lambda s: rounded_to(s, dtype))[1]
     for name, values in wrong.items():
-        share = (worst(e, w, bias, width, dtype, activation, numerics.round_bits(values.astype(float), dtype)) > 1).mean()
+        share = (
+            worst(e, w, bias, width, dtype, activation, numerics.round_bits(values.astype(float), dtype)) > 1
+        ).mean()
         assert share > 0.1, f"{name}: only {share:.1%} of elements outside the bound"
 
 

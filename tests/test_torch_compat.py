@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import triton_impl.compat
 from oracle.contract import Unsupported
+from triton_impl import run
 from triton_impl.compat import causal_conv1d as dao
 from triton_impl.compat import cpp_functions, fla, sglang, vllm
 from triton_impl.compat.layout import folds_into_channels
@@ -360,6 +361,26 @@ def test_update_with_the_window_in_front(name, seqlen, device):
         assert torch.equal(x.reshape(3, DIM, -1), tokens)
 
 
+@DEVICES
+@pytest.mark.parametrize("layout", ["batch", "token_major", "channel_first"])
+def test_the_update_kernel_may_write_over_x(layout, device):
+    """What in-place peers rest on; on a CPU in Triton's interpreter."""
+    weight, bias = taps(device)
+    x = {
+        "batch": lambda: random(5, DIM, device=device),
+        "token_major": lambda: random(5, 3, DIM, device=device),
+        "channel_first": lambda: random(5, DIM, 3, device=device).transpose(1, 2),
+    }[layout]()
+    pool, slots = random(7, WIDTH - 1, DIM, device=device), torch.tensor([3, 6, -1, 0, 5], device=device)
+    pools = pool.clone(), pool.clone()
+    want = run.step(x, weight, bias, pools[0], slots, "silu", -1, "triton")
+    out = run.step(x, weight, bias, pools[1], slots, "silu", -1, "triton", out=x)
+    assert out is x
+    assert torch.equal(out, want)
+    assert torch.equal(*pools)
+    assert want.stride() == x.stride()
+
+
 def test_rows_of_different_lengths_in_an_update_of_vllm():
     weight, bias = taps()
     x, pool = random(4, DIM), random(5, DIM, WIDTH - 1)
@@ -488,7 +509,7 @@ def test_refused(call, error, text):
 # Installing
 
 
-def run(code, *paths):
+def printed(code, *paths):
     """Runs code in a fresh interpreter that finds `paths` first; returns what it printed."""
     lines = [f"import sys; sys.path[:0] = {[str(p) for p in (*paths, ROOT)]!r}", code]
     done = subprocess.run(
@@ -546,7 +567,7 @@ import triton_impl.compat.causal_conv1d, triton_impl.compat.sglang, triton_impl.
 import importlib.util
 print([importlib.util.find_spec(name) for name in ("causal_conv1d", "sglang", "vllm", "fla")])
 """
-    assert "".join(run(code)) == "[None,None,None,None]"
+    assert "".join(printed(code)) == "[None,None,None,None]"
 
 
 ENGINES = {

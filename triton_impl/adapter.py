@@ -1,8 +1,8 @@
 """The Torch twin as the oracle's runner sees it: NumPy memory in, device tensors with the same strides, memory out.
 
-    TRITON_INTERPRET=1 python -m oracle run --impl triton_impl.adapter:adapter --device cpu --tier core
-    python -m oracle run --impl triton_impl.adapter:adapter --device cuda
-    python -m oracle run --impl triton_impl.adapter:eager
+TRITON_INTERPRET=1 python -m oracle run --impl triton_impl.adapter:adapter --device cpu --tier core
+python -m oracle run --impl triton_impl.adapter:adapter --device cuda
+python -m oracle run --impl triton_impl.adapter:eager
 """
 
 import numpy as np
@@ -37,7 +37,9 @@ class TorchAdapter:
         result = getattr(triton_impl, op)(**views, **{"backend": self.backend, **options})
         if result.conv_states is not views["conv_states"]:
             raise RuntimeError("conv_states: expected the very tensor that was passed in")
-        memory = {name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse}
+        memory = {
+            name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse
+        }
         return {"out": _typed(result.out), "conv_states": _typed(result.conv_states), "memory": memory}
 
     def _base(self, array):

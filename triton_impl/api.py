@@ -105,10 +105,25 @@ def causal_conv1d_update(
     return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
 
 
+def causal_conv1d_update_(
+    x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, validate=False
+):
+    """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of."""
+    dense = x.is_contiguous() or x.mT.is_contiguous()
+    if dense and not (_traced(x) or (torch.is_grad_enabled() and _asks_for_gradient(x, weight, bias))):
+        args = x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, "auto", validate
+        return run.step(*args, out=x)
+    out, _ = causal_conv1d_update(
+        x, weight, bias, conv_states, cache_indices,
+        activation=activation, pad_slot_id=pad_slot_id, validate=validate,
+    )  # fmt: skip
+    return x.copy_(out)
+
+
 def _call(direct, operator, args, validate):
     """Runs `direct`, which is quicker than an operator, wherever no tracer needs to see the call."""
     x, weight, bias = args[:3]
-    traced = torch.compiler.is_compiling() or (type(x) is not torch.Tensor and isinstance(x, torch.Tensor))
+    traced = _traced(x)
     if traced and validate:
         raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
     if torch.is_grad_enabled() and _asks_for_gradient(x, weight, bias):
@@ -116,6 +131,10 @@ def _call(direct, operator, args, validate):
             out = operator(*args) if traced else direct(*args, validate)
         return ops.NoGradient.apply(out, x, weight, bias)
     return operator(*args) if traced else direct(*args, validate)
+
+
+def _traced(x):
+    return torch.compiler.is_compiling() or (type(x) is not torch.Tensor and isinstance(x, torch.Tensor))
 
 
 def _asks_for_gradient(*tensors):

@@ -92,8 +92,9 @@ def check_step(
 
 def step(
     x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
-    max_seqlen, activation, pad_slot_id, backend, validate=False,
+    max_seqlen, activation, pad_slot_id, backend, validate=False, out=None,
 ):  # fmt: skip
+    """`out` may be x itself, if it is laid out as torch.empty_like(x) would be: each element is read before it is written."""
     tensors = x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
     options = max_seqlen, activation, pad_slot_id, backend
     key, call = (None, None) if validate else _recall("step", tensors, options)
@@ -106,11 +107,13 @@ def step(
             )
             check_update_values(slots, sizes, pad_slot_id, offsets, counts, max_seqlen)
         if _resolve(backend, x) == "eager":
-            return eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+            result = eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+            return result if out is None else out.copy_(result)
         config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
         call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
         _remember(key, call)
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     if out.numel():
         _launch(call, x, *tensors, out)
     return out

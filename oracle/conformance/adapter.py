@@ -60,7 +60,9 @@ class Adapter(Protocol):
           device: what it runs on, for the report.
         """
 
-    def run(self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(
+        self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Runs one call.
 
         Args:
@@ -79,7 +81,14 @@ class Adapter(Protocol):
 class NumpyAdapter:
     """An adapter for functions with the contract's signatures that take NumPy arrays or TypedArrays."""
 
-    def __init__(self, fn, update, name: str = "numpy", version: str = "0", capabilities: Mapping | None = None):
+    def __init__(
+        self,
+        fn,
+        update,
+        name: str = "numpy",
+        version: str = "0",
+        capabilities: Mapping[str, Any] | None = None,
+    ):
         self._functions = {"causal_conv1d_fn": fn, "causal_conv1d_update": update}
         self._capabilities = dict(capabilities or {})
         self.name, self.version = name, version
@@ -127,7 +136,7 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
         from oracle.conformance.process import ProcessAdapter
 
         return ProcessAdapter(shlex.split(name), device)
-    target = importlib.import_module(module)
+    target: Any = importlib.import_module(module)
     for part in name.split("."):
         target = getattr(target, part)
     if not hasattr(target, "run"):
@@ -137,5 +146,7 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
         target = target()
     for attribute in ("name", "version", "capabilities", "run"):
         if not hasattr(target, attribute):
-            raise ValueError(f"impl: expected an adapter with {attribute!r}, got {type(target).__name__} from {spec!r}")
+            raise ValueError(
+                f"impl: expected an adapter with {attribute!r}, got {type(target).__name__} from {spec!r}"
+            )
     return target

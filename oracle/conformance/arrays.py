@@ -10,7 +10,11 @@ from oracle.numerics import FORMATS, TypedArray, storage_dtype
 
 GUARD = 64  # elements before and after; a multiple of 16 bytes for every dtype, so data stay aligned
 POISON_BITS = {"float32": 0x7FC00000, "float16": 0x7E00, "bfloat16": 0x7FC0}  # the canonical quiet NaN
-MARK_BITS = {"float32": 0x47000000, "float16": 0x7800, "bfloat16": 0x4700}  # 32768: shows up if a NaN lands on it
+MARK_BITS = {
+    "float32": 0x47000000,
+    "float16": 0x7800,
+    "bfloat16": 0x4700,
+}  # 32768: shows up if a NaN lands on it
 
 
 @dataclass
@@ -38,7 +42,9 @@ class Array:
     def data(self) -> np.ndarray:
         """The logical array, a view of `base`."""
         step = self.base.itemsize
-        return np.ndarray(self.shape, self.base.dtype, self.base, self.offset * step, [s * step for s in self.strides])
+        return np.ndarray(
+            self.shape, self.base.dtype, self.base, self.offset * step, [s * step for s in self.strides]
+        )
 
     @property
     def typed(self) -> TypedArray:
@@ -89,7 +95,9 @@ def place(array: TypedArray, layout: str, poison: int | None = None) -> Array:
     offset = GUARD + {"misaligned": 1, "slice": 8}.get(layout, 0)
     sparse = layout.startswith("huge_pitch_")
     count = offset + extent + GUARD
-    base = np.zeros(count, storage_dtype(array.dtype)) if sparse else _surroundings(array.dtype, count, poison)
+    base = (
+        np.zeros(count, storage_dtype(array.dtype)) if sparse else _surroundings(array.dtype, count, poison)
+    )
     placed = Array(array.dtype, base, offset, tuple(shape), tuple(strides), sparse)
     placed.data[...] = array.data
     return placed

@@ -66,7 +66,9 @@ class Case:
         names = {f.name for f in fields(cls)}
         required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         if not isinstance(data, Mapping) or set(data) - names or required - set(data):
-            raise ValueError(f"case: expected an object with {sorted(required)} and fields of {sorted(names)}, got {str(data)[:80]}")
+            raise ValueError(
+                f"case: expected an object with {sorted(required)} and fields of {sorted(names)}, got {str(data)[:80]}"
+            )
         return cls(**{**data, "flags": tuple(data.get("flags", ()))})
 
     @property

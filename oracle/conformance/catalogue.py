@@ -207,7 +207,14 @@ def _arithmetic() -> list[Case]:
     for dim in (1, 2, 3, 7, 8, 17, 24, 31, 33, 63, 64, 65, 100, 127, 128, 130, 255, 257, 520, 1032, 2064):
         tier = "core" if dim in (1, 65, 130) else "full"
         cases += [
-            fn(f"dim-{dim}", "channel-tail-unmasked", lengths=(1, 9, 2), dim=dim, tier=tier, group="prefill linear"),
+            fn(
+                f"dim-{dim}",
+                "channel-tail-unmasked",
+                lengths=(1, 9, 2),
+                dim=dim,
+                tier=tier,
+                group="prefill linear",
+            ),
             update(f"dim-{dim}", "channel-tail-unmasked", batch=3, dim=dim, tier=tier, group="update linear"),
         ]
     return cases
@@ -222,10 +229,23 @@ def _dtypes() -> list[Case]:
         for weight in SHORT:
             for states in SHORT:
                 name = f"dtypes-x_{SHORT[x]}-w_{SHORT[weight]}-s_{SHORT[states]}"
-                kinds = {"x": x, "weight": weight, "bias": weight, "conv_states": states}
+                kinds: dict[str, Any] = {"x": x, "weight": weight, "bias": weight, "conv_states": states}
                 tier = "core" if (x, weight, states) in core else "full"
-                cases.append(fn(name, flag, dtypes=kinds, lengths=(5, 2, 1, 9), tier=tier, group="prefill mixed dtypes"))
-                cases.append(update(name, flag, dtypes=kinds, seqlen=2, batch=3, tier=tier, group="update mixed dtypes"))
+                cases.append(
+                    fn(
+                        name,
+                        flag,
+                        dtypes=kinds,
+                        lengths=(5, 2, 1, 9),
+                        tier=tier,
+                        group="prefill mixed dtypes",
+                    )
+                )
+                cases.append(
+                    update(
+                        name, flag, dtypes=kinds, seqlen=2, batch=3, tier=tier, group="update mixed dtypes"
+                    )
+                )
     kinds = {"x": "bfloat16", "weight": "bfloat16", "bias": "float32", "conv_states": "float32"}
     cases += [
         fn("dtypes-bias-f32", flag, dtypes=kinds | {"conv_states": "bfloat16"}, group="prefill mixed dtypes"),
@@ -300,8 +320,8 @@ def _boundaries() -> list[Case]:
                dtype="float16", activation="silu", group="prefill silu"),
         ]  # fmt: skip
     for start in (1, 81, 161):
-        lengths = tuple(range(start, start + 80, 8)) + tuple(range(start + 1, start + 80, 27))
-        cases.append(fn(f"length-sweep-{start}", "hang-on-specific-lengths tile-halo-wrong", lengths=lengths, dim=4,
+        sweep = tuple(range(start, start + 80, 8)) + tuple(range(start + 1, start + 80, 27))
+        cases.append(fn(f"length-sweep-{start}", "hang-on-specific-lengths tile-halo-wrong", lengths=sweep, dim=4,
                         group="prefill linear"))  # fmt: skip
     return cases
 
@@ -351,7 +371,9 @@ def _slots() -> list[Case]:
         group = f"{name} linear"
 
         def rows(*slots, op=op, **more):
-            sized = {"lengths": (4, 2, 5, 3, 1, 6, 2, 9)[: len(slots)]} if op is fn else {"batch": len(slots)}
+            sized: dict[str, Any] = (
+                {"lengths": (4, 2, 5, 3, 1, 6, 2, 9)[: len(slots)]} if op is fn else {"batch": len(slots)}
+            )
             return {"slots": slots, **sized, **more}
 
         cases += [
@@ -433,7 +455,7 @@ def _layouts() -> list[Case]:
         for layout in layouts:
             for dim in (16, 5) if name in ("x", "conv_states") else (16,):
                 tier = "core" if (name, layout) in core and dim == 16 else "full"
-                more = {"layout": {name: layout}, "dim": dim, "tier": tier}
+                more: dict[str, Any] = {"layout": {name: layout}, "dim": dim, "tier": tier}
                 label = f"layout-{name}-{layout}-{dim}"
                 cases.append(fn(label, flags[name], activation="silu", group="prefill layouts", **more))
                 if name not in ("query_start_loc", "has_initial_state"):
@@ -513,7 +535,7 @@ def _errors() -> list[Case]:
     flag = "bad-call-accepted"
 
     def bad(op, name, error, argument, **more):
-        sized = {"lengths": (3, 2), "dim": 4} if op is fn else {"batch": 2, "dim": 4}
+        sized: dict[str, Any] = {"lengths": (3, 2), "dim": 4} if op is fn else {"batch": 2, "dim": 4}
         cases.append(op(f"error-{name}", flag, **(sized | more), expect={"error": error, "names": argument},
                         group="errors"))  # fmt: skip
 
@@ -541,7 +563,13 @@ def _errors() -> list[Case]:
         bad(op, "pool-small", "ValueError", "conv_states", slots=None, num_slots=1)
         bad(op, "indices-size", "ValueError", "cache_indices", **shape("cache_indices", 3))
         bad(op, "indices-rank", "ValueError", "cache_indices", **shape("cache_indices", 2, 1))
-        bad(op, "indices-dtype", "TypeError", "cache_indices", override={"cache_indices": {"dtype": "float32"}})
+        bad(
+            op,
+            "indices-dtype",
+            "TypeError",
+            "cache_indices",
+            override={"cache_indices": {"dtype": "float32"}},
+        )
         bad(op, "activation", "ValueError", "activation", options={"activation": "relu"})
         bad(op, "activation-true", "ValueError", "activation", options={"activation": True})
         bad(op, "pad-slot-id", "TypeError", "pad_slot_id", options={"pad_slot_id": 0.5})
@@ -557,7 +585,13 @@ def _errors() -> list[Case]:
     bad(update, "pool-none", "ValueError", "conv_states", override={"conv_states": {"none": True}})
     bad(fn, "offsets-rank", "ValueError", "query_start_loc", **shape("query_start_loc", 3, 1))
     bad(fn, "offsets-empty", "ValueError", "query_start_loc", **shape("query_start_loc", 0))
-    bad(fn, "offsets-dtype", "TypeError", "query_start_loc", override={"query_start_loc": {"dtype": "float32"}})
+    bad(
+        fn,
+        "offsets-dtype",
+        "TypeError",
+        "query_start_loc",
+        override={"query_start_loc": {"dtype": "float32"}},
+    )
     bad(fn, "has-size", "ValueError", "has_initial_state", **shape("has_initial_state", 3))
     bad(fn, "has-dtype", "TypeError", "has_initial_state", override={"has_initial_state": {"dtype": "int32"}})
     bad(fn, "indices-without-pool", "ValueError", "cache_indices", override={"conv_states": {"none": True}})
@@ -566,8 +600,13 @@ def _errors() -> list[Case]:
     bad(fn, "max-seqlen-negative", "ValueError", "max_seqlen", options={"max_seqlen": -1})
     bad(fn, "max-seqlen-type", "TypeError", "max_seqlen", options={"max_seqlen": 2.5})
     bad(fn, "schedule", "ValueError", "schedule", options={"schedule": "fast"})
-    validate = {"options": {"validate": True}}
-    for name, offsets in (("start", (1, 3, 5)), ("decreasing", (0, 4, 3)), ("past-end", (0, 3, 6)), ("negative", (0, -1, 5))):
+    validate: dict[str, Any] = {"options": {"validate": True}}
+    for name, offsets in (
+        ("start", (1, 3, 5)),
+        ("decreasing", (0, 4, 3)),
+        ("past-end", (0, 3, 6)),
+        ("negative", (0, -1, 5)),
+    ):
         bad(fn, f"validate-offsets-{name}", "ValueError", "query_start_loc", **validate,
             override={"query_start_loc": {"values": offsets}})  # fmt: skip
     bad(fn, "validate-max-seqlen", "ValueError", "max_seqlen", options={"validate": True, "max_seqlen": 2})
@@ -601,7 +640,7 @@ def _undefined() -> list[Case]:
 
 
 def _large() -> list[Case]:
-    small = {"width": 4, "bias": False, "group": "large", "tier": "large"}
+    small: dict[str, Any] = {"width": 4, "bias": False, "group": "large", "tier": "large"}
     return [
         fn("pitch-2-31", "int32-token-offset", lengths=(3,), dim=5, layout={"x": "huge_pitch_30"}, **small),
         fn("pitch-2-32", "uint32-silent-wrap int32-token-offset", lengths=(3,), dim=5, layout={"x": "huge_pitch_31"},
@@ -637,7 +676,11 @@ def _wide() -> list[Case]:
 def _serving() -> list[Case]:
     """Batches as an engine sends them; the demo shows these."""
     cases = []
-    mixed = {"lengths": (17, 1, 1, 6, 1, 0, 1), "has": (False, True, True, True, True, True, True), "tail": 3}
+    mixed: dict[str, Any] = {
+        "lengths": (17, 1, 1, 6, 1, 0, 1),
+        "has": (False, True, True, True, True, True, True),
+        "tail": 3,
+    }
     for dtype in SHORT:
         s = SHORT[dtype]
         cases += [

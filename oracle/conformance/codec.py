@@ -35,7 +35,9 @@ def decode(data: Mapping[str, Any] | None) -> TypedArray | None:
     if data is None:
         return None
     if not isinstance(data, Mapping) or "dtype" not in data or "shape" not in data:
-        raise ValueError(f"array: expected an object with dtype, shape and bits or values, got {str(data)[:60]}")
+        raise ValueError(
+            f"array: expected an object with dtype, shape and bits or values, got {str(data)[:60]}"
+        )
     dtype, shape = data["dtype"], tuple(data["shape"])
     try:
         if dtype in FORMATS:
@@ -47,4 +49,6 @@ def decode(data: Mapping[str, Any] | None) -> TypedArray | None:
             return from_bits(bits.reshape(shape), dtype)
         return TypedArray(dtype, np.array(data["values"], dtype=storage_dtype(dtype)).reshape(shape))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"array: {type(error).__name__}: {error} in an array of {dtype} {list(shape)}") from error
+        raise ValueError(
+            f"array: {type(error).__name__}: {error} in an array of {dtype} {list(shape)}"
+        ) from error

@@ -33,10 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--device", help="handed to the adapter, for example cuda")
     _selection(sub)
     sub.add_argument("--report", help="write the report to this JSON Lines file")
-    sub.add_argument("--known-failures", metavar="FILE", help="ledger of cases that are known to fail, with reasons")
+    sub.add_argument(
+        "--known-failures", metavar="FILE", help="ledger of cases that are known to fail, with reasons"
+    )
     sub.add_argument("--case-file", metavar="FILE", help="cases as JSON Lines, as `list --json` prints them")
     sub.add_argument("--time-limit", type=float, default=120.0, help="seconds a case may take (120)")
-    sub.add_argument("--no-probe", action="store_true", help="do not try cases that the implementation denies")
+    sub.add_argument(
+        "--no-probe", action="store_true", help="do not try cases that the implementation denies"
+    )
 
     sub = command("report", _report, "Make one HTML page of reports: implementations by failure modes.")
     sub.add_argument("reports", nargs="+", help="JSON Lines files that `run --report` wrote")
@@ -46,17 +50,23 @@ def main(arguments: list[str] | None = None) -> int:
     _selection(sub)
     sub.add_argument("--json", action="store_true", help="whole cases, one JSON object a line")
     sub.add_argument("--features", action="store_true", help="feature strings that capabilities() may deny")
-    sub.add_argument("--flags", action="store_true", help="failure modes: what goes wrong, the rule, references")
+    sub.add_argument(
+        "--flags", action="store_true", help="failure modes: what goes wrong, the rule, references"
+    )
 
     sub = command("mutants", _mutants, "Show which case fails each wrong-on-purpose reference.")
     sub.add_argument("--only", help="a mutant's name")
 
     sub = command("demo", _demo, "Run serving batches through both twins and compare them with the oracle.")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="where the kernels run (default: what there is)")
+    sub.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where the kernels run (default: what there is)"
+    )
 
     sub = command("freeze", _freeze, "Write the frozen vectors of a new version.")
     sub.add_argument("--folder", default=str(VECTORS), help="a folder that holds none yet")
-    sub = command("verify-vectors", _verify, "Check the frozen vectors: hashes, structure, and the reference.")
+    sub = command(
+        "verify-vectors", _verify, "Check the frozen vectors: hashes, structure, and the reference."
+    )
     sub.add_argument("--folder", default=str(VECTORS))
 
     options = parser.parse_args(arguments)
@@ -68,14 +78,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", action="append", default=[], metavar="GLOB", help="case ids, may be repeated")
+    parser.add_argument(
+        "--cases", action="append", default=[], metavar="GLOB", help="case ids, may be repeated"
+    )
     parser.add_argument("--op", choices=("causal_conv1d_fn", "causal_conv1d_update"))
     parser.add_argument("--flag", action="append", default=[], help="cases that carry this failure mode")
-    parser.add_argument("--tier", action="append", choices=TIERS, help="core, full, large (default: core and full)")
+    parser.add_argument(
+        "--tier", action="append", choices=TIERS, help="core, full, large (default: core and full)"
+    )
 
 
 def _selected(options: Any) -> list[Case]:
-    return select(catalogue(), tiers=options.tier or (), patterns=options.cases, op=options.op, flags=options.flag)
+    return select(
+        catalogue(), tiers=options.tier or (), patterns=options.cases, op=options.op, flags=options.flag
+    )
 
 
 def _run(options: Any) -> int:
@@ -136,7 +152,10 @@ def _mutants(options: Any) -> int:
             raise ValueError(f"only: expected the name of a mutant, got {name!r}")
         found = first_failure(MUTANTS[name])
         missed += found is None
-        print(f"{name:<42} {MUTANTS[name].flag:<36} " + ("NOT CAUGHT" if found is None else f"{found[1]} in {found[0]}"))
+        print(
+            f"{name:<42} {MUTANTS[name].flag:<36} "
+            + ("NOT CAUGHT" if found is None else f"{found[1]} in {found[0]}")
+        )
     print(f"{len(names)} mutants, {len(names) - missed} caught")
     return 1 if missed else 0
 

@@ -37,13 +37,15 @@ def demo(device: str | None = None) -> int:
     """Runs the batches on four implementations and prints how they agree; returns the exit status."""
     device = device or ("cuda" if _has_gpu() else "cpu")
     cases = [replace(catalogue.find(i), group=group) for group, ids in BATCHES.items() for i in ids]
-    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-    lanes = [
+    interpret = {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
+    lanes: list[list[tuple[str, dict[str, str]]]] = [
         [("triton_impl.adapter:adapter", interpret), ("triton_impl.adapter:eager", {})],
         [("pallas_impl.adapter:adapter", {}), ("pallas_impl.adapter:xla", {})],
     ]
     where = "compiled, on the GPU" if device == "cuda" else "on the CPU, kernels in their interpreters"
-    print(f"{len(cases)} serving batches, four implementations, {where}. Reference: NumPy, float64.", flush=True)
+    print(
+        f"{len(cases)} serving batches, four implementations, {where}. Reference: NumPy, float64.", flush=True
+    )
     start = time.perf_counter()
     progress = _SharedProgress(len(cases) * sum(len(lane) for lane in lanes))
 
@@ -71,7 +73,9 @@ def demo(device: str | None = None) -> int:
                 print(f"NOT RUN {result}")
                 continue
             for case in result.failures:
-                print(f"{case['status'].upper()} {result.header['name']} {case['id']}\n    {case['detail']}\n    {case['command']}")
+                print(
+                    f"{case['status'].upper()} {result.header['name']} {case['id']}\n    {case['detail']}\n    {case['command']}"
+                )
         equal, total = _compare(Path(folder) / "0.npz", Path(folder) / "1.npz", cases)
     if total:
         enough = equal >= EQUAL_SHARE * total

@@ -31,7 +31,11 @@ class Flag:
 
 
 _CAUSAL, _VLLM, _SGLANG = "Dao-AILab/causal-conv1d#", "vllm-project/vllm#", "sgl-project/sglang#"
-_ASCEND, _NPU, _FLA = "vllm-project/vllm-ascend#", "sgl-project/sgl-kernel-npu#", "fla-org/flash-linear-attention#"
+_ASCEND, _NPU, _FLA = (
+    "vllm-project/vllm-ascend#",
+    "sgl-project/sgl-kernel-npu#",
+    "fla-org/flash-linear-attention#",
+)
 _XPU, _TPU, _TRT = "vllm-project/vllm-xpu-kernels#", "vllm-project/tpu-inference#", "NVIDIA/TensorRT-LLM#"
 _MAMBA, _GAUDI, _HF = "state-spaces/mamba#", "vllm-project/vllm-gaudi#", "huggingface/transformers#"
 

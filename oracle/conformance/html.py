@@ -79,18 +79,23 @@ def page(reports: Iterable[Report]) -> str:
         "<p class=filter hidden><label>Search <input id=text type=search></label><label>Show <select id=state>"
         "<option value=all>all<option value=bad>with failures<option value=good>without failures</select></label>"
         "<output id=shown></output></p>",
-        "<table id=matrix><thead><tr><th scope=col>failure mode" + "".join(f"<th scope=col>{_e(n)}" for n in names),
+        "<table id=matrix><thead><tr><th scope=col>failure mode"
+        + "".join(f"<th scope=col>{_e(n)}" for n in names),
         "<tbody>",
     ]
     kind = None
     for flag in flags:
         if flag.kind != kind:
             kind = flag.kind
-            parts.append(f"<tr class=kind><th colspan={len(reports) + 1} scope=colgroup><small>{kind}</small>")
+            parts.append(
+                f"<tr class=kind><th colspan={len(reports) + 1} scope=colgroup><small>{kind}</small>"
+            )
         cells = [_cell(flag.id, number, report) for number, report in enumerate(reports)]
         state = "bad" if any("class='cell bad'" in cell for cell in cells) else "good"
         searched = _e(f"{flag.id} {flag.kind} {flag.wrong} {flag.rule} {' '.join(flag.references)}".lower())
-        parts.append(f"<tr data-flag='{flag.id}' data-state={state} data-text='{searched}'><th scope=row>{flag.id}{''.join(cells)}")
+        parts.append(
+            f"<tr data-flag='{flag.id}' data-state={state} data-text='{searched}'><th scope=row>{flag.id}{''.join(cells)}"
+        )
     parts.append("</table><h2>Cases</h2>")
     for flag in flags:
         seen = f"<p><small>seen: {_e(', '.join(flag.references))}</small>" if flag.references else ""
@@ -99,7 +104,9 @@ def page(reports: Iterable[Report]) -> str:
         for number, report in enumerate(reports):
             cases = [case for case in report.cases if flag.id in case["flags"]]
             if cases:
-                parts.append(f"<details id='cell-{flag.id}-{number}'><summary>{_e(names[number])}: {_count(cases)}</summary>")
+                parts.append(
+                    f"<details id='cell-{flag.id}-{number}'><summary>{_e(names[number])}: {_count(cases)}</summary>"
+                )
                 parts += [_case(case) for case in sorted(cases, key=lambda c: c["status"] in GOOD)]
                 parts.append("</details>")
         parts.append("</section>")
@@ -134,7 +141,9 @@ def _count(cases: list[dict[str, Any]]) -> str:
     if not ran:
         return "unsupported"
     word = "pass" if passed == len(ran) else "FAIL" if any(c["status"] not in GOOD for c in ran) else "known"
-    return f"{word} {passed}/{len(ran)}" + (f", {len(cases) - len(ran)} unsupported" if len(ran) < len(cases) else "")
+    return f"{word} {passed}/{len(ran)}" + (
+        f", {len(cases) - len(ran)} unsupported" if len(ran) < len(cases) else ""
+    )
 
 
 def _case(case: dict[str, Any]) -> str:

@@ -55,7 +55,8 @@ def hash_uint32(seed: int, name: str, count: int) -> np.ndarray:
 
 def random_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Float64 values of mean 0 and standard deviation 1.2: the sum of four uniform numbers in (-1, 1)... each
-    a 32-bit integer over 2**31, so that the sums are exact."""
+    a 32-bit integer over 2**31, so that the sums are exact.
+    """
     count = int(np.prod(shape))
     parts = hash_uint32(seed, name, 4 * count).reshape(4, count).astype(np.int64).sum(axis=0)
     return ((parts - 2**33) / 2.0**31).reshape(shape)
@@ -145,7 +146,9 @@ def _overridden(array: TypedArray | None, change: Mapping[str, Any]) -> TypedArr
     dtype = change.get("dtype", array.dtype if array else "int32")
     if "values" in change:
         return _integers(change["values"], dtype)
-    return TypedArray(dtype, np.zeros(tuple(change.get("shape", array.shape if array else ())), storage_dtype(dtype)))
+    return TypedArray(
+        dtype, np.zeros(tuple(change.get("shape", array.shape if array else ())), storage_dtype(dtype))
+    )
 
 
 def _put_nans(array: TypedArray, seed: int, name: str) -> None:
@@ -195,7 +198,9 @@ def _one_hot(name: str, values: np.ndarray) -> np.ndarray:
 def _ladder(name: str, values: np.ndarray) -> np.ndarray:
     """One newest tap of weight 1 and inputs from -104 to 104, dense around 0: both ends of SiLU."""
     if name == "weight":
-        return np.broadcast_to(np.arange(values.shape[1]) == values.shape[1] - 1, values.shape).astype(np.float64)
+        return np.broadcast_to(np.arange(values.shape[1]) == values.shape[1] - 1, values.shape).astype(
+            np.float64
+        )
     if name == "x":
         steps = np.linspace(-1.0, 1.0, values.size).reshape(values.shape)
         return 104.0 * np.sign(steps) * np.abs(steps) ** 1.5

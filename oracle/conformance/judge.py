@@ -104,9 +104,13 @@ def _judge_error(error: Exception, expect: Any) -> Verdict:
         verdict.fail("unsupported", str(error))
     elif not isinstance(expect, Mapping):
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        verdict.fail("wrong_error", f"expected a result, got {kind}: {error} ({frame.filename}:{frame.lineno})")
+        verdict.fail(
+            "wrong_error", f"expected a result, got {kind}: {error} ({frame.filename}:{frame.lineno})"
+        )
     elif not isinstance(error, {"ValueError": ValueError, "TypeError": TypeError}[expect["error"]]):
-        verdict.fail("wrong_error", f"expected {expect['error']} that names {expect['names']}, got {kind}: {error}")
+        verdict.fail(
+            "wrong_error", f"expected {expect['error']} that names {expect['names']}, got {kind}: {error}"
+        )
     elif expect["names"] not in str(error):
         verdict.fail("wrong_error", f"expected a message that names {expect['names']}, got {kind}: {error}")
     return verdict
@@ -115,13 +119,18 @@ def _judge_error(error: Exception, expect: Any) -> Verdict:
 def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[str, np.ndarray]) -> bool:
     """Checks shapes and dtypes of a result and unpacks it; False when there is nothing more to judge."""
     if not isinstance(result, Mapping) or "out" not in result:
-        verdict.fail("wrong_dtype", f"expected a mapping with out and conv_states, got {type(result).__name__}")
+        verdict.fail(
+            "wrong_dtype", f"expected a mapping with out and conv_states, got {type(result).__name__}"
+        )
         return False
     for name, like in (("out", problem.arrays["x"]), ("conv_states", problem.arrays["conv_states"])):
         value = result.get(name)
         if like is None or value is None:
             if (value is None) != (like is None):
-                verdict.fail("wrong_shape", f"{name}: expected {'None' if like is None else 'an array'}, got the opposite")
+                verdict.fail(
+                    "wrong_shape",
+                    f"{name}: expected {'None' if like is None else 'an array'}, got the opposite",
+                )
                 return False
             continue
         try:
@@ -149,7 +158,9 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
     return verdict.status == "passed"
 
 
-def _judge(verdict: Verdict, problem: Problem, memory: dict[str, np.ndarray], promises: Promises, expect: Any) -> None:
+def _judge(
+    verdict: Verdict, problem: Problem, memory: dict[str, np.ndarray], promises: Promises, expect: Any
+) -> None:
     arguments = problem.typed()
     pool = problem.arrays["conv_states"]
     with np.errstate(all="ignore"):
@@ -195,8 +206,14 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
     wrong = fraction > 1.0
     if wrong.any():
         unwritten = wrong & ~computed
-        where = "where the contract demands zero" if unwritten.any() else f"worst {fraction[at]:.3g} times the bound"
-        verdict.fail("wrong_value", f"out: {int(wrong.sum())} of {wrong.size} elements outside the bound, {where}")
+        where = (
+            "where the contract demands zero"
+            if unwritten.any()
+            else f"worst {fraction[at]:.3g} times the bound"
+        )
+        verdict.fail(
+            "wrong_value", f"out: {int(wrong.sum())} of {wrong.size} elements outside the bound, {where}"
+        )
 
     if (bits := exact_bits(problem.op, arguments)) is None:
         return
@@ -220,7 +237,9 @@ def exact_bits(op: str, arguments: Mapping[str, Any]) -> np.ndarray | None:
 
     None if a float32 argument makes products inexact; then the order of operations is all that is fixed.
     """
-    used = [arguments[n].dtype for n in ("x", "weight", "bias", "conv_states") if arguments.get(n) is not None]
+    used = [
+        arguments[n].dtype for n in ("x", "weight", "bias", "conv_states") if arguments.get(n) is not None
+    ]
     if "float32" in used:
         return None
     ordered, _ = reference.preactivation(op, dict(arguments), "float32")

@@ -42,7 +42,9 @@ def read(path: str | Path) -> list[Entry]:
     entries = []
     for number, entry in enumerate(data.get("failure", []), 1):
         if set(entry) != {"cases", "reason"}:
-            raise ValueError(f"{path}: failure {number}: expected the fields cases and reason, got {sorted(entry)}")
+            raise ValueError(
+                f"{path}: failure {number}: expected the fields cases and reason, got {sorted(entry)}"
+            )
         for field, value in entry.items():
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{path}: failure {number}: {field}: expected text, got {value!r}")
@@ -57,7 +59,9 @@ def apply(report: Report, entries: list[Entry]) -> Report:
         reasons = [entry.reason for entry in entries if fnmatch.fnmatchcase(case["id"], entry.cases)]
         if reasons and case["status"] != "unsupported":
             known = case["status"] not in GOOD
-            detail = f"known: {'; '.join(reasons)}" + (f" ({case['status']}: {case['detail']})" if known else ", but it passes")
+            detail = f"known: {'; '.join(reasons)}" + (
+                f" ({case['status']}: {case['detail']})" if known else ", but it passes"
+            )
             case = {**case, "status": "xfailed" if known else "xpassed", "detail": detail}
         cases.append(case)
     for entry in entries:

@@ -76,7 +76,9 @@ class Model:
     def capabilities(self) -> Mapping[str, Any]:
         return {"device": "cpu"}
 
-    def run(self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(
+        self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         with np.errstate(all="ignore"):
             self.check(op, arrays, options)
             call = self.prepare(op, arrays, dict(options))
@@ -88,10 +90,8 @@ class Model:
     # Steps, in the order in which they happen.
 
     def check(self, op, arrays, options) -> None:
-        if op == "causal_conv1d_fn":
-            sizes = contract.check_causal_conv1d_fn(**arrays, **options)
-        else:
-            sizes = contract.check_causal_conv1d_update(**arrays, **options)
+        check = getattr(contract, f"check_{op}")
+        sizes = check(**arrays, **options)
         contract.check_backend(options.get("backend", "auto"), ("model",))
         if options.get("validate"):
             self.check_values(op, arrays, options, sizes)

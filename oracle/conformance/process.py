@@ -25,7 +25,11 @@ from oracle.conformance.arrays import Array
 from oracle.contract import Unsupported
 
 PROTOCOL = 1
-ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError, "Unsupported": Unsupported}
+ERRORS: dict[str, type[Exception]] = {
+    "ValueError": ValueError,
+    "TypeError": TypeError,
+    "Unsupported": Unsupported,
+}
 
 
 class ProtocolError(RuntimeError):
@@ -47,13 +51,18 @@ class ProcessAdapter:
     def capabilities(self) -> Mapping[str, Any]:
         return self._capabilities
 
-    def run(self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def run(
+        self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         encoded = {name: codec.encode(None if a is None else a.typed) for name, a in arrays.items()}
         answer = self._ask({"request": "run", "op": op, "arrays": encoded, "options": dict(options)})
         if "error" in answer:
             kind = ERRORS.get(answer["error"], ProtocolError)
             raise kind(str(answer.get("message", answer["error"])))
-        return {"out": codec.decode(answer.get("out")), "conv_states": codec.decode(answer.get("conv_states"))}
+        return {
+            "out": codec.decode(answer.get("out")),
+            "conv_states": codec.decode(answer.get("conv_states")),
+        }
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         line = ""

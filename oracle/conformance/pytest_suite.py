@@ -37,7 +37,7 @@ def conformance_tests(
     total_limit: float = 1800.0,
     environment: dict[str, str] | None = None,
     report: str | Path | None = None,
-) -> Callable:
+) -> Callable[..., None]:
     """Makes a parametrised test function; assign it to a name that starts with test_.
 
     Args:
@@ -77,7 +77,9 @@ def conformance_tests(
             pytest.skip(record["detail"])
         if record["status"] == "xfailed":
             pytest.xfail(record["detail"])
-        assert record["status"] == "passed", f"{record['status']}: {record['detail']}\nrepeat: {record['command']}"
+        assert record["status"] == "passed", (
+            f"{record['status']}: {record['detail']}\nrepeat: {record['command']}"
+        )
 
     has_timeouts = importlib.util.find_spec("pytest_timeout") is not None
     return pytest.mark.timeout(total_limit)(test) if has_timeouts else test

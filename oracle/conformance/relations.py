@@ -50,7 +50,10 @@ class Batch:
         arrays = self.problem.arrays
         x = np.concatenate([*self.rows, self.poison(tail)])
         offsets = np.cumsum([0] + [len(row) for row in self.rows])
-        kinds = {name: arrays[name].dtype if arrays.get(name) else "int32" for name in ("query_start_loc", "cache_indices")}
+        kinds = {
+            name: arrays[name].dtype if arrays.get(name) else "int32"
+            for name in ("query_start_loc", "cache_indices")
+        }
         return Problem(FN, {
             "x": plain(from_bits(x, arrays["x"].dtype)), "weight": arrays["weight"], "bias": arrays["bias"],
             "conv_states": plain(from_bits(self.pool, arrays["conv_states"].dtype)),
@@ -118,7 +121,9 @@ def split(problem: Problem, call: Call) -> Iterator[str]:
     whole = batch_of(problem)
     reference = call(whole.to_fn())
     longest = max(len(row) for row in whole.rows)
-    for at in sorted({*range(1, min(longest, 10)), 16, 31, 32, 33, 63, 64, 65, 128, longest // 2, longest - 1}):
+    for at in sorted(
+        {*range(1, min(longest, 10)), 16, 31, 32, 33, 63, 64, 65, 128, longest // 2, longest - 1}
+    ):
         if not 0 < at < longest:
             continue
         first = replace(whole, rows=[row[:at] for row in whole.rows])
@@ -127,7 +132,9 @@ def split(problem: Problem, call: Call) -> Iterator[str]:
                          pool=head.conv_states.bits)  # fmt: skip
         tail = call(second.to_fn())
         parts = zip(first.outputs(head), second.outputs(tail), strict=True)
-        yield from _differences(f"split at {at}", whole, reference, [np.concatenate(p) for p in parts], tail.conv_states)
+        yield from _differences(
+            f"split at {at}", whole, reference, [np.concatenate(p) for p in parts], tail.conv_states
+        )
 
 
 def chain(problem: Problem, call: Call) -> Iterator[str]:
@@ -210,7 +217,9 @@ def reorder_rows(problem: Problem, call: Call) -> Iterator[str]:
     turned = replace(whole, rows=whole.rows[::-1], slots=whole.slots[::-1], has=whole.has[::-1],
                      counts=whole.counts and whole.counts[::-1])  # fmt: skip
     verdict = call(turned.again())
-    yield from _differences("rows reversed", whole, reference, turned.outputs(verdict)[::-1], verdict.conv_states)
+    yield from _differences(
+        "rows reversed", whole, reference, turned.outputs(verdict)[::-1], verdict.conv_states
+    )
 
 
 def add_padding(problem: Problem, call: Call) -> Iterator[str]:
@@ -308,7 +317,9 @@ def repeat(problem: Problem, call: Call) -> Iterator[str]:
     reference = call(whole.again())
     for attempt in (2, 3):
         verdict = call(whole.again())
-        yield from _differences(f"call {attempt}", whole, reference, whole.outputs(verdict), verdict.conv_states)
+        yield from _differences(
+            f"call {attempt}", whole, reference, whole.outputs(verdict), verdict.conv_states
+        )
 
 
 RELATIONS = {

@@ -16,6 +16,8 @@ from oracle.conformance import schema
 
 FORMAT_VERSION = 1
 GOOD = ("passed", "unsupported", "xfailed")
+
+
 class ReportError(ValueError):
     """A report file that cannot be trusted; the text names file, line and field."""
 
@@ -39,7 +41,9 @@ class Report:
         return bool(self.cases) and not self.failures and not self.footer["findings"]
 
 
-def close(header: dict[str, Any], cases: list[dict[str, Any]], seconds: float, findings: Iterable[str]) -> Report:
+def close(
+    header: dict[str, Any], cases: list[dict[str, Any]], seconds: float, findings: Iterable[str]
+) -> Report:
     """Builds a report from its parts."""
     counts = dict(Counter(case["status"] for case in cases))
     footer = {"kind": "footer", "cases": len(cases), "counts": counts, "seconds": round(seconds, 2),
@@ -69,9 +73,11 @@ def read(path: str | Path) -> Report:
         ended = bool(records) and records[-1]["kind"] == "footer"
         expected = ["header"] if number == 1 else [] if ended else ["case", "footer"]
         if kind not in expected:
-            raise ReportError(f"{path}:{number}: kind: expected {' or '.join(expected) or 'nothing more'}, got {kind!r}")
-        for error in schema.errors(record, "report_v1.json", kind):
-            raise ReportError(f"{path}:{number}: {error}")
+            raise ReportError(
+                f"{path}:{number}: kind: expected {' or '.join(expected) or 'nothing more'}, got {kind!r}"
+            )
+        for wrong in schema.errors(record, "report_v1.json", kind):
+            raise ReportError(f"{path}:{number}: {wrong}")
         records.append(record)
     if not records:
         raise ReportError(f"{path}: header: missing, the file is empty")
@@ -79,7 +85,9 @@ def read(path: str | Path) -> Report:
         raise ReportError(f"{path}: footer: missing, so the run did not end")
     report = Report(records[0], records[1:-1], records[-1])
     if report.footer["cases"] != len(report.cases):
-        raise ReportError(f"{path}: cases: the footer counts {report.footer['cases']}, the file has {len(report.cases)}")
+        raise ReportError(
+            f"{path}: cases: the footer counts {report.footer['cases']}, the file has {len(report.cases)}"
+        )
     return report
 
 
@@ -97,7 +105,16 @@ def summary(report: Report) -> str:
 
 def table(reports: Iterable[Report]) -> list[str]:
     """Lines of implementation x case group."""
-    heads = ("implementation", "cases of", "passed", "error/bound", "bit-exact", "silu ulps", "states", "memory")
+    heads = (
+        "implementation",
+        "cases of",
+        "passed",
+        "error/bound",
+        "bit-exact",
+        "silu ulps",
+        "states",
+        "memory",
+    )
     rows = [heads]
     for report in reports:
         for group in dict.fromkeys(case["group"] for case in report.cases):
@@ -109,8 +126,12 @@ def table(reports: Iterable[Report]) -> list[str]:
             bad = {c["status"] for c in ran} - {"passed"}
             text = " ".join(c["detail"] for c in ran)
             judged = bool(worst is not None or "hostile" in group)
-            states = "-" if not judged else "WRONG" if "wrong_state" in bad or "conv_states" in text else "exact"
-            memory = "-" if not judged else "TOUCHED" if "wrong_memory" in bad or "buffer" in text else "untouched"
+            states = (
+                "-" if not judged else "WRONG" if "wrong_state" in bad or "conv_states" in text else "exact"
+            )
+            memory = (
+                "-" if not judged else "TOUCHED" if "wrong_memory" in bad or "buffer" in text else "untouched"
+            )
             rows.append((
                 report.header["name"], group,
                 f"{sum(c['status'] == 'passed' for c in ran)}/{len(cases)}",
@@ -119,5 +140,7 @@ def table(reports: Iterable[Report]) -> list[str]:
                 "-" if not ulps else str(max(ulps)), states, memory,
             ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

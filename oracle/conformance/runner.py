@@ -128,7 +128,11 @@ def run(
     """
     cases = list(cases)
     start = time.perf_counter()
-    arguments = ["--impl", impl] + (["--device", device] if device else []) + (["--outputs", outputs] if outputs else [])
+    arguments = (
+        ["--impl", impl]
+        + (["--device", device] if device else [])
+        + (["--outputs", outputs] if outputs else [])
+    )
     worker = _Worker(arguments, environment or {})
     hello = worker.hello["hello"]
     denied_patterns = dict(hello["capabilities"].get("unsupported", {}))
@@ -137,7 +141,9 @@ def run(
         for number, case in enumerate(cases):
             if progress:
                 progress(number, len(cases), case.id)
-            reasons = [f"{p}: {why}" for p, why in denied_patterns.items() if fnmatch.filter(case.features, p)]
+            reasons = [
+                f"{p}: {why}" for p, why in denied_patterns.items() if fnmatch.filter(case.features, p)
+            ]
             if reasons and not probe:
                 record = _dead("unsupported", "; ".join(reasons), 0.0)
             else:
@@ -146,7 +152,11 @@ def run(
                     worker = _Worker(arguments, environment or {})
                 record = worker.ask(case, time_limit)
                 if reasons:
-                    record |= {"probe": record["status"], "status": "unsupported", "detail": "; ".join(reasons)}
+                    record |= {
+                        "probe": record["status"],
+                        "status": "unsupported",
+                        "detail": "; ".join(reasons),
+                    }
                 elif record["status"] == "unsupported":
                     record["status"] = "wrong_error"
                     record["detail"] = f"Unsupported, though capabilities() claims this: {record['detail']}"
@@ -200,7 +210,9 @@ class Progress:
         if self.terminal:
             filled = 24 * done // max(total, 1)
             end = "\n" if done == total else ""
-            sys.stderr.write(f"\r{self.label:<12} [{'#' * filled:<24}] {done}/{total} {case_id[:48]:<48}{end}")
+            sys.stderr.write(
+                f"\r{self.label:<12} [{'#' * filled:<24}] {done}/{total} {case_id[:48]:<48}{end}"
+            )
         elif (tenth := 10 * done // max(total, 1)) > self.tenth:
             self.tenth = tenth
             sys.stderr.write(f"{self.label}: {done}/{total}\n")

@@ -44,7 +44,9 @@ def _errors(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str) -
         return
     if "type" in schema:
         kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        fits = any(isinstance(value, TYPES[k]) and not (k != "boolean" and isinstance(value, bool)) for k in kinds)
+        fits = any(
+            isinstance(value, TYPES[k]) and not (k != "boolean" and isinstance(value, bool)) for k in kinds
+        )
         if not fits:
             yield f"{where}: expected {' or '.join(kinds)}, got {got}"
             return
@@ -54,7 +56,12 @@ def _errors(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str) -
         yield f"{where}: expected {schema['const']!r}, got {got}"
     if "pattern" in schema and isinstance(value, str) and not re.search(schema["pattern"], value):
         yield f"{where}: expected text like {schema['pattern']}, got {got}"
-    if "minimum" in schema and not isinstance(value, bool) and isinstance(value, int | float) and value < schema["minimum"]:
+    if (
+        "minimum" in schema
+        and not isinstance(value, bool)
+        and isinstance(value, int | float)
+        and value < schema["minimum"]
+    ):
         yield f"{where}: expected at least {schema['minimum']}, got {got}"
     if isinstance(value, dict):
         for field in schema.get("required", ()):

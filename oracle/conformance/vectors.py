@@ -36,12 +36,21 @@ class VectorError(ValueError):
 def chosen() -> list[Case]:
     """For every failure mode that a single call can show, its smallest cases of each operation."""
     found: dict[str, Case] = {}
-    sizes = {c.id: _size(c) for c in catalogue() if c.tier != "large" and c.relation is None and c.expect != "undefined"}
+    sizes = {
+        c.id: _size(c)
+        for c in catalogue()
+        if c.tier != "large" and c.relation is None and c.expect != "undefined"
+    }
     for flag in FLAGS:
         for op in ("causal_conv1d_fn", "causal_conv1d_update"):
-            cases = [c for c in catalogue() if c.id in sizes and c.op == op and flag in c.flags and not c.layout]
+            cases = [
+                c for c in catalogue() if c.id in sizes and c.op == op and flag in c.flags and not c.layout
+            ]
             errors = [c for c in cases if c.expect != "value"]
-            small = sorted((c for c in cases if c.expect == "value" and sizes[c.id] <= LARGEST), key=lambda c: sizes[c.id])
+            small = sorted(
+                (c for c in cases if c.expect == "value" and sizes[c.id] <= LARGEST),
+                key=lambda c: sizes[c.id],
+            )
             found |= {c.id: c for c in small[:2] + errors[:12]}
     return [c for c in catalogue() if c.id in found]
 
@@ -101,7 +110,9 @@ def allowed(op: str, arguments: dict[str, Any]) -> tuple[TypedArray, TypedArray]
     pre, computed = reference.preactivation(op, arguments)
     magnitude, _ = reference.preactivation(op, arguments, "magnitude")
     expected = np.where(computed, silu(pre) if activation else pre, 0.0)
-    bound = np.where(computed, error_bound(pre, magnitude, arguments["weight"].shape[1], dtype, activation), 0.0)
+    bound = np.where(
+        computed, error_bound(pre, magnitude, arguments["weight"].shape[1], dtype, activation), 0.0
+    )
     with np.errstate(invalid="ignore"):
         low, high = expected - bound, expected + bound
     finite = np.isfinite(expected)
@@ -132,19 +143,25 @@ def verify(folder: Path = FOLDER) -> int:
     manifest = _load(folder / "manifest.json", "manifest")
     names = {path.name for path in folder.glob("*.json")} - {"manifest.json"}
     if names != set(manifest["files"]):
-        raise VectorError(f"{folder / 'manifest.json'}: files: expected {sorted(names)}, got {sorted(manifest['files'])}")
+        raise VectorError(
+            f"{folder / 'manifest.json'}: files: expected {sorted(names)}, got {sorted(manifest['files'])}"
+        )
     count = 0
     for name, facts in manifest["files"].items():
         path = folder / name
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != facts["sha256"]:
-            raise VectorError(f"{path}: sha256: expected {facts['sha256']}, got {digest}: frozen files are never edited")
+            raise VectorError(
+                f"{path}: sha256: expected {facts['sha256']}, got {digest}: frozen files are never edited"
+            )
         data = _load(path, "file")
         if len(data["vectors"]) != facts["vectors"]:
             raise VectorError(f"{path}: vectors: expected {facts['vectors']}, got {len(data['vectors'])}")
         for vector in data["vectors"]:
             if missing := set(vector["flags"]) - set(data["notes"]):
-                raise VectorError(f"{path}: notes: nothing about {sorted(missing)}, which {vector['id']} carries")
+                raise VectorError(
+                    f"{path}: notes: nothing about {sorted(missing)}, which {vector['id']} carries"
+                )
             if problem := _disagreement(data["op"], vector):
                 raise VectorError(f"{path}: {vector['id']}: {problem}")
             count += 1
@@ -156,15 +173,17 @@ def _load(path: Path, definition: str) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise VectorError(f"{path}: expected a JSON file, got {error}") from error
-    for error in schema.errors(data, SCHEMA, definition):
-        raise VectorError(f"{path}: {error}")
+    for wrong in schema.errors(data, SCHEMA, definition):
+        raise VectorError(f"{path}: {wrong}")
     return data
 
 
 def _disagreement(op: str, vector: dict[str, Any]) -> str | None:
     """How the reference disagrees with a vector, if it does."""
     try:
-        arguments = {name: codec.decode(value) for name, value in vector["arguments"].items()} | vector["options"]
+        arguments = {name: codec.decode(value) for name, value in vector["arguments"].items()} | vector[
+            "options"
+        ]
     except ValueError as error:
         return str(error)
     expect = vector["expect"]

@@ -41,7 +41,9 @@ def run_case(adapter: Adapter, case: Case, promises: Promises) -> Verdict:
     try:
         for difference in relations.RELATIONS[case.relation](inputs.build(case), call):
             if promises.path_invariant:
-                verdict.fail("wrong_state" if difference.endswith("states differ") else "wrong_value", difference)
+                verdict.fail(
+                    "wrong_state" if difference.endswith("states differ") else "wrong_value", difference
+                )
     except RelationFailed as error:
         status, detail = error.args
         verdict.fail(status, f"in relation {case.relation}: {detail}")
@@ -64,12 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         adapter = load_adapter(options.impl, options.device)
-        hello = {"name": adapter.name, "version": str(adapter.version), "capabilities": dict(adapter.capabilities())}
+        hello = {
+            "name": adapter.name,
+            "version": str(adapter.version),
+            "capabilities": dict(adapter.capabilities()),
+        }
         promises = promises_of(adapter)
     except Exception as error:
         say({"failed": f"{type(error).__name__}: {error}"})
         raise
-    environment = {"python": platform.python_version(), "numpy": np.__version__, "platform": platform.platform()}
+    environment = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
     say({"hello": hello, "environment": environment})
 
     outputs: dict[str, np.ndarray] = {}

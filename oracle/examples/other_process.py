@@ -9,6 +9,7 @@ import json
 import math
 import struct
 import sys
+from typing import Any
 
 CAPABILITIES = {
     "device": "cpu",
@@ -20,20 +21,20 @@ CAPABILITIES = {
 FRACTION_EMIN_EMAX = {"float32": (23, -126, 127), "float16": (10, -14, 15), "bfloat16": (7, -126, 127)}
 
 
-def float32(value):
+def float32(value: float) -> float:
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
         return math.copysign(math.inf, value)
 
 
-def to_float(bits, dtype):
+def to_float(bits: int, dtype: str) -> float:
     if dtype == "float16":
         return struct.unpack("e", struct.pack("H", bits))[0]
     return struct.unpack("f", struct.pack("I", bits << 16 if dtype == "bfloat16" else bits))[0]
 
 
-def to_bits(value, dtype):
+def to_bits(value: float, dtype: str) -> int:
     """Rounds a float once, to nearest even."""
     fraction, emin, emax = FRACTION_EMIN_EMAX[dtype]
     infinity = (emax - emin + 2) << fraction
@@ -49,7 +50,7 @@ def to_bits(value, dtype):
     return sign | min(((exponent - emin) << fraction) + kept, infinity)
 
 
-def decode(array):
+def decode(array: Any) -> Any:
     """An array as (dtype, shape, flat list): floats as bits."""
     if array is None:
         return None
@@ -58,18 +59,18 @@ def decode(array):
     return array["dtype"], array["shape"], array["values"]
 
 
-def encode(dtype, shape, bits):
+def encode(dtype: str, shape: list[int], bits: list[int]) -> dict[str, Any]:
     digits = 8 if dtype == "float32" else 4
     return {"dtype": dtype, "shape": shape, "bits": " ".join(f"{b:0{digits}x}" for b in bits)}
 
 
-def silu(z):
+def silu(z: float) -> float:
     if z >= 0:
         return z / (1.0 + math.exp(-z))
     return z * math.exp(z) / (1.0 + math.exp(z)) if z > -700 else z * 0.0
 
 
-def run(op, arrays, options):
+def run(op: str, arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     x_type, x_shape, x = decode(arrays["x"])
     w_type, (dim, width), weight = decode(arrays["weight"])
     taps = [to_float(bits, w_type) for bits in weight]
@@ -115,7 +116,9 @@ def run(op, arrays, options):
                 left = entries[len(arrived) :] if counts is None else entries[1:] if width > 1 else []
                 for i, bits in zip(at, left, strict=False):
                     states[i] = bits
-            e = [to_float(b, pool[0]) if pool else 0.0 for b in window] + [to_float(b, x_type) for b in column]
+            e = [to_float(b, pool[0]) if pool else 0.0 for b in window] + [
+                to_float(b, x_type) for b in column
+            ]
             for t in range(end - start):
                 acc = bias[d]
                 for j in range(width):
@@ -124,7 +127,7 @@ def run(op, arrays, options):
     return {"out": encode(x_type, x_shape, out), "conv_states": pool and encode(pool[0], pool[1], states)}
 
 
-def main():
+def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["request"] == "hello":

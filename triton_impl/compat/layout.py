@@ -5,7 +5,7 @@ import operator
 import torch
 
 from oracle.contract import INDEX_DTYPES, WIDTH_MAX, WIDTH_MIN, Unsupported, dtype_name
-from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
+from triton_impl.api import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_update_
 
 MAX_COLUMNS = WIDTH_MAX - 1  # the widest window
 
@@ -116,7 +116,7 @@ def folded_channels(x, weight, bias, states=None, has_state=False, *, activation
     return out.t().view(batch, dim, seqlen)
 
 
-def update_at_back(x, weight, bias, states, slots, *, activation, pad_slot_id=-1):
+def update_at_back(x, weight, bias, states, slots, *, activation, pad_slot_id=-1, in_place=False):
     """A decode step on slots whose window is their LAST width-1 columns, and which shift as a whole.
 
     The window is a narrow view. Columns before it are history that no output needs; they are moved along by
@@ -125,11 +125,14 @@ def update_at_back(x, weight, bias, states, slots, *, activation, pad_slot_id=-1
     Args:
       x: [batch, dim] or [batch, seqlen, dim].
       states: [num_slots, dim, state_len], state_len >= width-1.
+      in_place: whether the result replaces x, and x is returned.
     """
     older = states.shape[2] - (weight.shape[1] - 1)
     if older and x.numel():
         _shift_history(x if x.dim() == 3 else x[:, None], states, slots, older, pad_slot_id)
     window = states[:, :, older:].transpose(1, 2)
+    if in_place:
+        return causal_conv1d_update_(x, weight, bias, window, slots, activation, pad_slot_id)
     return causal_conv1d_update(
         x, weight, bias, window, slots, activation=activation, pad_slot_id=pad_slot_id
     ).out  # fmt: skip

@@ -131,12 +131,10 @@ def causal_conv1d_update(
     dim = token_axes(x)
     expect_states("conv_state", conv_state, dim, expect_weight(weight, dim))
     expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
-    tokens = x if x.dim() == 2 else x.transpose(1, 2)
-    out = update_at_back(
-        tokens, weight, bias, conv_state, conv_state_indices,
-        activation=activation_name(activation), pad_slot_id=pad_slot_id,
+    update_at_back(
+        x if x.dim() == 2 else x.transpose(1, 2), weight, bias, conv_state, conv_state_indices,
+        activation=activation_name(activation), pad_slot_id=pad_slot_id, in_place=True,
     )  # fmt: skip
-    tokens.copy_(out)
     return x
 
 

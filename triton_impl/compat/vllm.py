@@ -13,6 +13,7 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.api import causal_conv1d_update as packed_update
+from triton_impl.api import causal_conv1d_update_
 from triton_impl.compat.layout import (
     activation_name,
     expect,
@@ -145,17 +146,19 @@ def causal_conv1d_update(
     )
     expect_slots("conv_state_indices", slots, batch)
     states = conv_state.transpose(1, 2)
-    options = dict(
-        activation=activation_name(activation), pad_slot_id=null_block_id, validate=bool(validate_data)
-    )
+    activation, validate = activation_name(activation), bool(validate_data)
     if query_start_loc is not None:
         continues = torch.ones(max(batch, 0), dtype=torch.bool, device=x.device)
-        bound = max_query_len if max_query_len >= 0 else None
         result = packed_fn(
-            x, weight, bias, states, query_start_loc, slots, continues, max_seqlen=bound, **options
+            x, weight, bias, states, query_start_loc, slots, continues, activation=activation,
+            pad_slot_id=null_block_id, max_seqlen=max_query_len if max_query_len >= 0 else None, validate=validate,
         ).out  # fmt: skip
-    elif x.dim() == 2:
-        result = packed_update(x, weight, bias, states, slots, **options).out
-    else:
-        result = packed_update(x.transpose(1, 2), weight, bias, states, slots, **options).out.transpose(1, 2)
-    return (x if out is None else out).copy_(result)
+        return (x if out is None else out).copy_(result)
+    tokens = x if x.dim() == 2 else x.transpose(1, 2)
+    if out is None:
+        causal_conv1d_update_(tokens, weight, bias, states, slots, activation, null_block_id, validate)
+        return x
+    result = packed_update(
+        tokens, weight, bias, states, slots, activation=activation, pad_slot_id=null_block_id, validate=validate
+    ).out  # fmt: skip
+    return out.copy_(result if x.dim() == 2 else result.transpose(1, 2))

@@ -22,7 +22,9 @@ class HistoryTapsReversed(Mutant):
     """Only the taps of the history are mirrored."""
 
     def weight(self, call, row):
-        return np.concatenate([call.weight[:, : call.history][:, ::-1], call.weight[:, call.history :]], axis=1)
+        return np.concatenate(
+            [call.weight[:, : call.history][:, ::-1], call.weight[:, call.history :]], axis=1
+        )
 
 
 @mutant("product-rounded-before-accumulate")
@@ -38,7 +40,9 @@ class SumRoundedAfterEachTap(Mutant):
     """The accumulator is 16-bit."""
 
     def multiply_add(self, call, w, e, acc):
-        return rounded_to(super().multiply_add(call, w, e, acc), "bfloat16" if call.x.dtype == "float32" else call.x.dtype)
+        return rounded_to(
+            super().multiply_add(call, w, e, acc), "bfloat16" if call.x.dtype == "float32" else call.x.dtype
+        )
 
 
 @mutant("product-rounded-before-accumulate")
@@ -268,7 +272,10 @@ class OutputsOfPaddedLength(Mutant):
     def finish(self, call, out):
         if call.fn and len(call.slots) == 1 and call.history:
             longer = np.concatenate([out, out[-call.history :]])
-            return {"out": from_bits(round_bits(longer, call.x.dtype), call.x.dtype), "conv_states": call.pool}
+            return {
+                "out": from_bits(round_bits(longer, call.x.dtype), call.x.dtype),
+                "conv_states": call.pool,
+            }
         return super().finish(call, out)
 
 

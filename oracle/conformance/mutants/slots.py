@@ -277,7 +277,11 @@ class SlotsReadAsSignedBytes(Mutant):
 
     def slot(self, call, i):
         slot = call.slots[i]
-        return slot - 256 if call.arrays["cache_indices"] and call.arrays["cache_indices"].dtype == "uint8" and slot > 127 else slot
+        return (
+            slot - 256
+            if call.arrays["cache_indices"] and call.arrays["cache_indices"].dtype == "uint8" and slot > 127
+            else slot
+        )
 
 
 @mutant("index-dtype-narrowed")

@@ -81,7 +81,10 @@ class UpdateDiscarded(Mutant):
     """The update goes to a copy of the pool that nobody sees."""
 
     def finish(self, call, out):
-        return {**super().finish(call, out), "conv_states": call.arrays["conv_states"] and call.arrays["conv_states"].typed}
+        return {
+            **super().finish(call, out),
+            "conv_states": call.arrays["conv_states"] and call.arrays["conv_states"].typed,
+        }
 
 
 @mutant("state-holds-post-activation")
@@ -249,7 +252,9 @@ class WeightsCastToInput(Mutant):
 
     def prepare(self, op, arrays, options):
         call = super().prepare(op, arrays, options)
-        call.weight = from_bits(round_bits(call.weight, call.x.dtype), call.x.dtype).values().astype(np.float32)
+        call.weight = (
+            from_bits(round_bits(call.weight, call.x.dtype), call.x.dtype).values().astype(np.float32)
+        )
         return call
 
 

@@ -1,0 +1,125 @@
+"""The Mosaic GPU kernels lowered for CUDA on a machine that need not have a GPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update
+
+
+def spec(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def lower(function, *arguments, **options):
+    jitted = jax.jit(functools.partial(function, backend="mosaic_gpu", **options))
+    return jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def lower_prefill(
+    tokens=100,
+    dim=512,
+    batch=5,
+    width=4,
+    dtype="bfloat16",
+    pool_dtype=None,
+    slots=9,
+    index="int32",
+    **options,
+):
+    return lower(
+        causal_conv1d_fn,
+        spec((tokens, dim), dtype), spec((dim, width), dtype), spec((dim,), dtype),
+        spec((slots, width, dim), pool_dtype or dtype), spec((batch + 1,), "int32"), spec((batch,), index),
+        spec((batch,), bool), **options,
+    )  # fmt: skip
+
+
+def lower_update(*shape, width=4, dtype="bfloat16", slots=2000, **options):
+    dim = shape[-1]
+    return lower(
+        causal_conv1d_update,
+        spec(shape, dtype), spec((dim, width), dtype), None, spec((slots, width, dim), dtype),
+        spec((shape[0],), "int32"), **options,
+    )  # fmt: skip
+
+
+def operations(text):
+    """The operations of the lowered module; a custom call by the name of what it calls."""
+    return [called or name for name, called in re.findall(r"(?<!#)stablehlo\.(\w+)(?: @(\w+))?", text)]
+
+
+@pytest.mark.parametrize("schedule", ["flat", "per_sequence", "auto"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_prefill_is_one_kernel_that_writes_the_pool_in_place(schedule, activation):
+    text = lower_prefill(schedule=schedule, activation=activation)
+    assert operations(text) == ["mosaic_gpu_v2"]
+    # Outputs: out, pool. The pool is the last operand of x, weight, starts, bias, slots, has_state, pool.
+    assert re.search(r"output_tuple_indices = \[1\], operand_index = 6,", text)
+
+
+@pytest.mark.parametrize("shape", [(1, 8192), (256, 2048), (5, 200)])
+def test_a_decode_step_is_one_kernel_that_writes_the_pool_in_place(shape):
+    text = lower_update(*shape, activation="silu")
+    assert operations(text) == ["mosaic_gpu_v2"]
+    assert re.search(r"output_tuple_indices = \[1\], operand_index = 3,", text)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *(dict(width=width) for width in range(1, 9)),
+        dict(dtype="float32", pool_dtype="bfloat16"),
+        dict(dtype="float16", pool_dtype="float32", width=3),
+        *(dict(dim=dim) for dim in (1, 100, 128, 136, 200, 384, 4352)),
+        dict(tokens=1, batch=1),
+        dict(tokens=7, batch=3),
+        dict(batch=1, schedule="per_sequence"),
+        *(dict(batch=batch) for batch in (7, 8, 129, 3000)),  # the row search: descent, vote, both
+        dict(slots=4000, batch=3000, index="uint16"),
+        dict(tokens=1 << 20, dim=8192, batch=256),  # 2**33 elements
+        dict(slots=1 << 20, dim=8192),
+    ],
+    ids=str,
+)
+def test_every_size_lowers(sizes):
+    assert "mosaic_gpu_v2" in operations(lower_prefill(**sizes))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 128), (2, 100), (1, 1), (7, 128), (1 << 20, 8192)])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_every_decode_size_lowers(shape, width):
+    assert "mosaic_gpu_v2" in operations(lower_update(*shape, width=width, slots=1 << 20))
+
+
+def test_only_rows_that_tma_cannot_address_are_padded():
+    assert "pad" not in operations(lower_prefill(dim=200))
+    assert "pad" in operations(lower_prefill(dim=100))
+    assert "pad" in operations(lower_prefill(dim=201))
+
+
+def test_the_pool_is_never_padded():
+    text = lower_prefill(dim=100, slots=7777)
+    assert re.findall(r"stablehlo\.pad[^\n]*7777", text) == []
+    assert re.search(r"tensor<7777x4x100xbf16>", text)
+
+
+def test_without_a_pool_nothing_is_aliased():
+    text = lower(
+        causal_conv1d_fn,
+        spec((64, 256), "bfloat16"),
+        spec((256, 4), "bfloat16"),
+        None,
+        None,
+        spec((3,), "int32"),
+    )
+    assert operations(text) == ["mosaic_gpu_v2"]
+    assert "operand_index" not in text
+
+
+def test_a_grid_beyond_32_bits_is_unsupported():
+    with pytest.raises(Unsupported, match=r"^backend: 'mosaic_gpu' needs fewer than 2\*\*31 programs"):
+        lower_prefill(tokens=2**31 - 2, dim=8192)
