@@ -13,6 +13,7 @@ a grid in float64, where no order of a sum rounds, and the recurrence is written
 """
 
 import argparse
+import itertools
 import random
 import time
 from dataclasses import dataclass, field
@@ -71,8 +72,8 @@ class Model:
         q, k, v = convolved.float().view(-1, 3, HEADS, HEAD_DIM).unbind(1)
         decay, beta = gate(decay.float() + 2)[..., None, None], gate(beta.float())[..., None]
 
-        ends = torch.tensor(lengths).cumsum(0)
-        starts, lengths_on_host = ends - torch.tensor(lengths), torch.tensor(lengths)
+        lengths_on_host = torch.tensor(lengths)
+        starts = torch.tensor([0, *itertools.accumulate(lengths[:-1])], device=device)
         where = torch.tensor(slots, device=device)
         state = torch.where(
             torch.tensor(continues, device=device)[:, None, None, None], caches.delta[where], 0.0
@@ -80,7 +81,7 @@ class Model:
         last = torch.empty(rows, INNER, device=device)
         for t in range(max(lengths)):
             here = (lengths_on_host > t).nonzero().squeeze(1).to(device)
-            token = (starts.to(device)[here] + t).to(device)
+            token = starts[here] + t
             state[here], out = delta_step(
                 state[here], q[token], k[token], v[token], decay[token], beta[token]
             )
@@ -103,7 +104,8 @@ class Model:
             (-(-tokens // 16) * 16, x.shape[1]), torch.nan, dtype=self.conv.weight.dtype, device=device
         )
         padded[:tokens] = x
-        starts = torch.tensor([0, *lengths, *[0] * (padded_rows - rows)], device=device).cumsum(0)
+        lengths = [*lengths, *[0] * (padded_rows - rows)]
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
         has = torch.tensor([*continues, *[False] * (padded_rows - rows)], device=device)
         out = self.conv.prefill(padded, starts, pool, indices, has, max_seqlen=max(lengths))
         return out[:tokens]

@@ -18,8 +18,9 @@ from oracle.contract import (
     check_update_values,
 )
 from pallas_impl import prefill, rolling, update, xla
-from pallas_impl.config import prefill_config, tma_dim, update_config
+from pallas_impl.config import choose_lanes, prefill_config, tma_dim, update_config
 
+CLIPS = hasattr(plgpu, "InterpretGPUParams")  # the interpreter of JAX 0.10 does not clip boxes as TMA does
 BACKENDS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 
 
@@ -187,7 +188,7 @@ def _prefill(
             x, weight, bias, pool, starts, slots, has_initial_state,
             silu=silu, pad_slot_id=pad_slot_id, config=config, interpret=_interpreter(interpret),
         ),
-        x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, weight.shape[1] - 1,
+        x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, weight.shape[1] - 1, interpret,
     )  # fmt: skip
 
 
@@ -227,11 +228,13 @@ def _update(
             x, weight, bias, pool, starts, slots, None, pad_slot_id=pad_slot_id, always_state=True, **options
         )
 
-    out, pool = _on_tma(launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns)
+    out, pool = _on_tma(
+        launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret
+    )
     return out.reshape(x.shape), pool
 
 
-def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns):
+def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret):
     """Calls `launch` with arrays that TMA can address, and with int32 slots.
 
     A dim whose rows are no multiple of 16 bytes is padded, which copies x and out; of the pool only the first
@@ -244,6 +247,8 @@ def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, st
         pad_slot_id = -1
     itemsizes = tuple(a.dtype.itemsize for a in (x, conv_states) if a is not None)
     extra = tma_dim(dim, itemsizes) - dim
+    if interpret and not CLIPS:
+        extra = -dim % choose_lanes(dim)
     if not extra:
         return launch(x, weight, bias, conv_states, slots, pad_slot_id)
 
@@ -271,7 +276,7 @@ def _interpreter(interpret):
     """False, or the parameters of Pallas' GPU interpreter; JAX 0.10 has them only under a private name."""
     if not interpret:
         return False
-    if hasattr(plgpu, "InterpretGPUParams"):
+    if CLIPS:
         params = plgpu.InterpretGPUParams
     else:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params

@@ -14,7 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, load_rows, row_slot, store_rows, store_zeros
+from pallas_impl.prefill import (
+    COMPILER_PARAMS,
+    check_grid,
+    copy_out,
+    load_rows,
+    row_slot,
+    store_rows,
+    store_zeros,
+)
 from pallas_impl.taps import convolve, div, load_taps, rem
 
 BLOCK_T = 8  # tokens of a row on their way at a time

@@ -64,7 +64,7 @@ def prefill(
     if num_accepted_tokens is not None:
         kept = write_windows(conv_states, jnp.where(starts[1:] > starts[:-1], slots, -1), windows[:, 1:])
         column = jnp.where(computed, position + history - 1, conv_states.shape[1])
-        return out, kept.at[slots[owner], column].set(x.astype(conv_states.dtype), mode="drop")
+        return out, _scatter(kept, (slots[owner], column), x.astype(conv_states.dtype))
 
     # Entry lengths + i of window ++ x, for i in 0 .. history-1.
     lengths = starts[1:] - starts[:-1]
@@ -145,7 +145,12 @@ def read_windows(conv_states, slots, stateful, history, column=None):
 def write_windows(conv_states, slots, windows):
     """The pool with the windows of rows with a slot >= 0 stored; in place where XLA owns the pool."""
     target = jnp.where(slots < 0, conv_states.shape[0], slots)
-    store = lambda pool, new: pool.at[target, : new.shape[1]].set(new, mode="drop")  # noqa: E731
-    if WIDENS_SCATTERS and conv_states.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(store(to_bits(conv_states), to_bits(windows)), conv_states.dtype)
-    return store(conv_states, windows)
+    return _scatter(conv_states, (target, slice(windows.shape[1])), windows)
+
+
+def _scatter(pool, place, new):
+    """The pool with `new` stored at `place`, outside the pool dropped."""
+    if WIDENS_SCATTERS and pool.dtype == jnp.bfloat16:
+        stored = to_bits(pool).at[place].set(to_bits(new), mode="drop")
+        return lax.bitcast_convert_type(stored, pool.dtype)
+    return pool.at[place].set(new, mode="drop")

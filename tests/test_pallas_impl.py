@@ -265,14 +265,15 @@ def chunked(backend, dtype, cuts, lengths=(23,), dim=128):
     return (jnp.concatenate(outs), pool), one
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("backend", "cuts"),
+    ("backend", "dtype", "cuts"),
     [
-        ("xla", (1, 2, 11)),
-        ("xla", tuple(range(2, 23))),
-        ("xla", (22,)),
-        ("mosaic_gpu_interpret", (2, 11, 12)),
+        *(
+            ("xla", dtype, cuts)
+            for dtype in ("bfloat16", "float32")
+            for cuts in [(1, 2, 11), range(2, 23), (22,)]
+        ),
+        ("mosaic_gpu_interpret", "float32", (2, 11, 12)),
     ],
 )
 def test_chunks_equal_the_whole_bit_for_bit(backend, dtype, cuts):
@@ -297,8 +298,13 @@ def test_rows_alone_equal_rows_in_a_batch(dtype):
         same_bits(result.out, together.out[starts[row] : starts[row + 1]])
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *(("xla", dtype) for dtype in ("int8", "uint8", "int16", "uint16", "uint32")),
+        ("mosaic_gpu_interpret", "uint8"),
+    ],
+)
 def test_slots_of_any_integer_dtype(backend, dtype):
     problem = prefill_problem((4, 2, 1), dim=128)
     signed = np.array([1, 4, 0])
@@ -318,11 +324,12 @@ def test_wide_index_dtypes():
             check(causal_conv1d_fn(**problem, backend=backend), "causal_conv1d_fn", problem)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("pad_slot_id", [0, 2**40, -7])
+@pytest.mark.parametrize(
+    ("backend", "pad_slot_id"), [("xla", 0), ("xla", 2**40), ("xla", -7), ("mosaic_gpu_interpret", 0)]
+)
 def test_pad_slot_id_is_any_integer(backend, pad_slot_id):
-    problem = prefill_problem((3, 2, 1))
-    problem["cache_indices"] = jnp.asarray([0, 3, 1], jnp.int32)
+    problem = prefill_problem((3, 2, 1), dim=24)  # rows that TMA cannot address: slots are renumbered
+    problem["cache_indices"] = jnp.asarray([3, 0, 1], jnp.int32)
     problem["has_initial_state"] = jnp.asarray([False, False, False])
     check(
         causal_conv1d_fn(**problem, backend=backend, pad_slot_id=pad_slot_id),
@@ -340,7 +347,7 @@ def test_a_max_seqlen_that_is_too_small_skips_no_token(backend, schedule):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
-@pytest.mark.parametrize("starts", [(0, 12, 5, 20), (7, 9, 10, 11), (0, -4, 50, 2**31 - 1), (0, 20, 20, 0)])
+@pytest.mark.parametrize("starts", [(7, 12, 5, 20), (0, -4, 50, 2**31 - 1)])
 def test_bad_offsets_do_not_fault_or_touch_other_slots(backend, schedule, starts):
     problem = prefill_problem((4, 8, 8), tail=0)
     problem["query_start_loc"] = jnp.asarray(starts, jnp.int32)

@@ -1,6 +1,7 @@
 """The drop-in adapters: signatures, values against plain torch, in-place behaviour, refusals, and installing."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import subprocess
@@ -402,15 +403,15 @@ def test_rows_of_different_lengths_in_an_update_of_vllm():
 @pytest.mark.parametrize("residual", [False, True])
 def test_fla_dense_and_packed(residual, with_state):
     weight, bias = taps()
-    x = random(1, 9, DIM)
-    more = random(1, 9, DIM) if residual else None
-    starts = torch.tensor([0, 2, 2, 7])
-    initial = random(3, DIM, WIDTH) if with_state else None
+    x = random(1, 13, DIM)
+    more = random(1, 13, DIM) if residual else None
+    starts = torch.tensor([0, 2, 2, 6, 11])
+    initial = random(4, DIM, WIDTH) if with_state else None
     kept = None if initial is None else initial.clone()
     y, final = fla.causal_conv1d(
         x, weight, bias, more, initial, True, "silu", cu_seqlens=starts, cu_seqlens_cpu=starts.cpu()
     )
-    for row, (start, end) in enumerate([(0, 2), (2, 2), (2, 7)]):
+    for row, (start, end) in enumerate([(0, 2), (2, 2), (2, 6), (6, 11)]):
         history = torch.zeros(DIM, WIDTH) if initial is None else kept[row]
         tokens = x[0, start:end].t()
         want = convolve(tokens, weight, bias, history, "silu")
@@ -529,7 +530,8 @@ def installed():
 def test_install_as_causal_conv1d(installed):
     module = importlib.import_module("causal_conv1d")
     assert importlib.util.find_spec("causal_conv1d") is module.__spec__
-    assert module.__version__ == dao.__version__
+    assert module.__version__ == dao.__version__ == importlib.metadata.version("causal_conv1d")
+    assert importlib.metadata.version("causal-conv1d") == dao.__version__
     assert module.causal_conv1d_fn is dao.causal_conv1d_fn
     low = importlib.import_module("causal_conv1d.cpp_functions")
     assert low.causal_conv1d_fwd_function is cpp_functions.causal_conv1d_fwd_function
@@ -541,10 +543,20 @@ def test_install_as_causal_conv1d(installed):
         importlib.import_module("causal_conv1d.no_such_part")
 
 
-def test_uninstall(installed):
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def test_uninstall():
+    before = importlib.util.find_spec("causal_conv1d"), version("causal_conv1d")
+    triton_impl.compat.install("causal_conv1d")
     triton_impl.compat.install("causal_conv1d")  # a second time: nothing more to undo
     triton_impl.compat.uninstall("causal_conv1d")
-    assert importlib.util.find_spec("causal_conv1d") is None
+    assert importlib.util.find_spec("causal_conv1d") is before[0]
+    assert version("causal_conv1d") == before[1]
     triton_impl.compat.uninstall("causal_conv1d")
 
 

@@ -1,16 +1,21 @@
 """The serving example checks itself, and its check sees what it is there for."""
 
 import importlib.util
+import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import triton_impl.compat
 from triton_impl.module import CausalConv1d
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products warn in deterministic mode
 torch.set_num_threads(1)  # the tensors are tiny
-PATH = Path(__file__).resolve().parent.parent / "examples" / "torch_serving.py"
+ROOT = Path(__file__).resolve().parent.parent
+PATH = ROOT / "examples" / "torch_serving.py"
 
 
 @pytest.fixture
@@ -33,6 +38,27 @@ def test_serving(example, device, dtype, capsys):
     assert "tokens/s" in said
     assert "up to 5 rows a step, 19 slots reused" in said
     assert "every logit is the same bits" in said
+
+
+def readme_blocks():
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "triton_impl" / "README.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("block", range(len(readme_blocks())))
+def test_the_readme_runs(block, capsys):
+    """Every block runs, the lines that switch a program over included, and prints what it says."""
+    code = readme_blocks()[block]
+    try:
+        exec(compile(code, f"README block {block}", "exec"), {})
+    finally:
+        triton_impl.compat.uninstall("causal_conv1d")
+    assert capsys.readouterr().out.splitlines() == re.findall(r"# prints (.*)", code)
+
+
+def test_the_readme_has_a_block_for_every_peer():
+    text = "".join(readme_blocks())
+    for peer in triton_impl.compat.PEERS:
+        assert f"from triton_impl.compat.{peer} import" in text
 
 
 SMALL = ["--device", "cpu", "--requests", "12", "--slots", "3"]

@@ -52,12 +52,12 @@ def capture(call, device):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")  # any synchronising call is an error, also in the capture
-    try:
-        with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):
+        torch.cuda.set_sync_debug_mode("error")  # any synchronising call
+        try:
             out = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def replay():
         torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from triton_impl.module import CausalConv1d
 from triton_impl.state_pool import ConvStatePool, PoolExhausted
 
 torch.set_num_threads(1)  # the tensors are tiny
+torch.backends.cudnn.allow_tf32 = False  # nn.Conv1d is to compute in float32
 DIM, WIDTH = 6, 4
 DEVICES = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]

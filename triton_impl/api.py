@@ -111,7 +111,7 @@ def causal_conv1d_update_(
     """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of."""
     dense = x.is_contiguous() or x.mT.is_contiguous()
     if dense and not (_traced(x) or (torch.is_grad_enabled() and _asks_for_gradient(x, weight, bias))):
-        args = x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, "auto", validate
+        args = x, weight, bias, conv_states, cache_indices, None, None, None, activation, pad_slot_id, "auto", validate
         return run.step(*args, out=x)
     out, _ = causal_conv1d_update(
         x, weight, bias, conv_states, cache_indices,

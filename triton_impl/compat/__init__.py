@@ -11,6 +11,6 @@ Peers' layouts become views of ours, never copies, but where a docstring says so
 Importing this package patches nothing.
 """
 
-from triton_impl.compat.install import install, uninstall
+from triton_impl.compat.install import PEERS, install, uninstall
 
-__all__ = ["install", "uninstall"]
+__all__ = ["PEERS", "install", "uninstall"]

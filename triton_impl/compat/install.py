@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.machinery
+import importlib.metadata
 import sys
 import types
 import warnings
@@ -47,7 +48,7 @@ _undo = {}
 def install(peer):
     """Makes programs that import `peer` get the adapter.
 
-    "causal_conv1d": registers modules under that name in `sys.modules`, in front of an installed package or in place of
+    "causal_conv1d": registers modules under that name, and its version, in front of an installed package or in place of
     a missing one. Programs bind the functions when they are imported, transformers when it imports a model's
     file: call this first.
     "sglang", "vllm", "fla": imports the engine's own module and replaces its functions there, and wherever a loaded
@@ -106,6 +107,7 @@ def _register():
         },
         "causal_conv1d.cpp_functions": {name: getattr(functions, name) for name in functions.__all__},
     }
+    metadata = _Metadata("causal_conv1d", adapter.__version__)
     hidden = {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "causal_conv1d"}
     for name in hidden:
         del sys.modules[name]
@@ -122,14 +124,41 @@ def _register():
             setattr(modules[parent], child, module)
         modules[name] = module
     sys.modules.update(modules)
+    sys.meta_path.insert(0, metadata)
 
     def restore():
+        sys.meta_path.remove(metadata)
         for name, module in modules.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
         sys.modules.update(hidden)
 
     return [restore]
+
+
+class _Metadata(importlib.metadata.DistributionFinder):
+    """Tells importlib.metadata the version of a module that no installed distribution provides."""
+
+    def __init__(self, name, version):
+        self._name, self._version = name, version
+
+    def find_spec(self, *args):
+        return None
+
+    def find_distributions(self, context=None):
+        if context and context.name and context.name.replace("-", "_").lower() == self._name:
+            yield _Distribution(self._name, self._version)
+
+
+class _Distribution(importlib.metadata.Distribution):
+    def __init__(self, name, version):
+        self._text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+
+    def read_text(self, filename):
+        return self._text if filename == "METADATA" else None
+
+    def locate_file(self, path):
+        return path
 
 
 def _replace(peer):

@@ -1,0 +1,36 @@
+"""Errors that say what to do where `jax.vmap` or a derivative meets a kernel, which knows neither."""
+
+import jax
+
+from oracle.contract import Unsupported
+
+
+def refuse_transforms(*arrays):
+    """The arrays (or None) as they are; under `jax.vmap` or a derivative the trace stops with `Unsupported`."""
+    return _no_derivative(arrays)
+
+
+@jax.custom_batching.custom_vmap
+def _no_vmap(arrays):
+    return arrays
+
+
+@_no_vmap.def_vmap
+def _explain_vmap(size, batched, arrays):
+    raise Unsupported(
+        "backend: a kernel takes no jax.vmap; expected one call on one packed batch (x, query_start_loc and "
+        "cache_indices joined along axis 0, the pools as one pool), or backend='xla', which jax.vmap understands"
+    )
+
+
+@jax.custom_jvp
+def _no_derivative(arrays):
+    return _no_vmap(arrays)
+
+
+@_no_derivative.defjvp
+def _explain_derivative(primals, tangents):
+    raise Unsupported(
+        "backend: the kernels have no derivative; expected backend='xla' where one is taken, or "
+        "jax.lax.stop_gradient around every argument"
+    )
