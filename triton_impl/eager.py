@@ -109,10 +109,11 @@ def update(
         live &= end > start
         conv_states[slot[live], : history - 1] = window[live, 1:]
         token = torch.arange(tokens.shape[0], device=device)
-        token = token[token < end.max()] if end.numel() else token[:0]
         row = _row_of(token, end)
-        place = token - start[row] + history - 1
-        token, row, place = (kept[live[row] & (place < state_len)] for kept in (token, row, place))
+        token, row = token[row < slot.shape[0]], row[row < slot.shape[0]]
+        place = token - start[row]
+        fits = live[row] & (place >= 0) & (place + history - 1 < state_len)
+        token, row, place = token[fits], row[fits], place[fits] + history - 1
         conv_states[slot[row], place] = tokens[token].to(conv_states.dtype)
     return out
 

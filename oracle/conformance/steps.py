@@ -19,7 +19,7 @@ def _packed(update: Callable[..., Case]) -> list[Case]:
     """Rows of different lengths, all tokens committed."""
     halo = "history-dropped-on-continuation sequence-leak"
     cases = [
-        update(f"packed-width-{width}", f"{halo} short-sequence-state-shift fixed-draft-width-assumed",
+        update(f"packed-width-{width}", f"{halo} short-sequence-state-shift fixed-draft-width-assumed tail-padding-enters-state",
                lengths=(1, 9, 2, 0, 4), width=width, dim=5 if width % 2 else 16, tail=2, activation="silu",
                tier="core" if width in (2, 4) else "full", group="update packed")
         for width in range(1, 9)
