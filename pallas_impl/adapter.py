@@ -30,18 +30,16 @@ class JaxAdapter:
         self.device = device
 
     def capabilities(self):
-        reason = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
-        unsupported = {
-            f"{name}:{dtype}": reason for name in ("cache_indices", "query_start_loc") for dtype in WIDE
-        }
-        unsupported["tier:large"] = "strides and pitches are not visible to JAX"
-        return {
-            "device": self.device.device_kind,
-            "unsupported": {} if jax.config.jax_enable_x64 else unsupported,
-        }
+        unsupported = {"*.layout:huge_pitch_*": "JAX arrays have no strides"}
+        if not jax.config.jax_enable_x64:
+            for dtype in WIDE:
+                unsupported[f"*:{dtype}"] = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
+        return {"device": self.device.device_kind, "unsupported": unsupported}
 
     def run(self, op, arrays, options):
         for name, array in arrays.items():
+            if array is not None and array.sparse:
+                raise Unsupported(f"{name}: JAX arrays have no strides")
             if array is not None and array.dtype in WIDE and not jax.config.jax_enable_x64:
                 raise Unsupported(f"{name}: {array.dtype} arrays need jax_enable_x64")
         options = {"backend": self.backend, **options}

@@ -7,6 +7,7 @@ python -m oracle run --impl triton_impl.adapter:eager
 
 import numpy as np
 import torch
+import triton
 
 import triton_impl
 from oracle.numerics import TypedArray
@@ -54,7 +55,10 @@ class TorchAdapter:
 
 def adapter(device=None):
     """The kernels, on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter."""
-    return TorchAdapter("triton", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError("device: expected a GPU, or TRITON_INTERPRET=1 in the environment, got cpu")
+    return TorchAdapter("triton", device)
 
 
 def eager(device=None):

@@ -1,6 +1,8 @@
 """The public operations of the Torch twin. A plain call goes straight to the kernel, a traced one through an operator."""
 
 import torch
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from oracle.contract import ConvOutput, Unsupported
 from triton_impl import ops, run
@@ -126,7 +128,7 @@ def _call(direct, operator, args, validate):
     traced = _traced(x)
     if traced and validate:
         raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
-    if torch.is_grad_enabled() and _asks_for_gradient(x, weight, bias):
+    if is_grad_enabled() and _asks_for_gradient(x, weight, bias):
         with torch.no_grad():
             out = operator(*args) if traced else direct(*args, validate)
         return ops.NoGradient.apply(out, x, weight, bias)
@@ -134,8 +136,8 @@ def _call(direct, operator, args, validate):
 
 
 def _traced(x):
-    return torch.compiler.is_compiling() or (type(x) is not torch.Tensor and isinstance(x, torch.Tensor))
+    return is_compiling() or (type(x) is not Tensor and isinstance(x, Tensor))
 
 
 def _asks_for_gradient(*tensors):
-    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Verdict:
     Attributes:
       status: "passed" or the first thing that is wrong.
       detail: what is wrong, in words; every finding, the first first.
+      found: the status of every finding.
       worst: the worst output element, if values were compared.
       bit_exact: equal to the contract's float32 order in every bit; None where that is not defined.
       ulps: largest distance from the rounded SiLU of that sum, on 16-bit outputs; None elsewhere.
@@ -57,6 +58,7 @@ class Verdict:
 
     status: str = "passed"
     detail: str = ""
+    found: list[str] = field(default_factory=list)
     worst: Worst | None = None
     bit_exact: bool | None = None
     ulps: int | None = None
@@ -67,6 +69,7 @@ class Verdict:
         """Notes a finding; the first one decides the status."""
         if self.status == "passed":
             self.status = status
+        self.found.append(status)
         self.detail += ("; " if self.detail else "") + detail
 
     def numbers(self) -> dict[str, Any]:
@@ -75,7 +78,7 @@ class Verdict:
         for name in ("expected", "got"):
             if worst and not np.isfinite(worst[name]):
                 worst[name] = str(worst[name])  # JSON has no NaN
-        return {"worst": worst, "bit_exact": self.bit_exact, "ulps": self.ulps}
+        return {"found": self.found, "worst": worst, "bit_exact": self.bit_exact, "ulps": self.ulps}
 
 
 def evaluate(adapter: Adapter, problem: Problem, promises: Promises, expect: Any = "value") -> Verdict:

@@ -123,21 +123,17 @@ def table(reports: Iterable[Report]) -> list[str]:
             worst = max((c["worst"]["fraction"] for c in ran if c["worst"]), default=None)
             exact = [c["bit_exact"] for c in ran if c["bit_exact"] is not None]
             ulps = [c["ulps"] for c in ran if c["ulps"] is not None]
-            bad = {c["status"] for c in ran} - {"passed"}
-            text = " ".join(c["detail"] for c in ran)
-            judged = bool(worst is not None or "hostile" in group)
-            states = (
-                "-" if not judged else "WRONG" if "wrong_state" in bad or "conv_states" in text else "exact"
-            )
-            memory = (
-                "-" if not judged else "TOUCHED" if "wrong_memory" in bad or "buffer" in text else "untouched"
-            )
+            found = {status for c in ran for status in c["found"]}
+            judged = any(c["worst"] or c["expect"] == "undefined" for c in ran)
+            left = f", {len(cases) - len(ran)} left out" if len(ran) < len(cases) else ""
             rows.append((
                 report.header["name"], group,
-                f"{sum(c['status'] == 'passed' for c in ran)}/{len(cases)}",
+                f"{sum(c['status'] == 'passed' for c in ran)}/{len(ran)}{left}",
                 "-" if worst is None else f"{worst:.3f}" if worst < 1e6 else "inf",
                 "-" if not exact else "yes" if all(exact) else f"{sum(exact)}/{len(exact)}",
-                "-" if not ulps else str(max(ulps)), states, memory,
+                "-" if not ulps else str(max(ulps)),
+                "-" if not judged else "WRONG" if "wrong_state" in found else "exact",
+                "-" if not judged else "TOUCHED" if "wrong_memory" in found else "untouched",
             ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     lines = [

@@ -96,7 +96,7 @@ class _Worker:
 
 
 def _dead(status: str, detail: str, seconds: float) -> dict[str, Any]:
-    return {"status": status, "detail": detail, "seconds": round(seconds, 3), "worst": None, "bit_exact": None,
+    return {"status": status, "detail": detail, "found": [status], "seconds": round(seconds, 3), "worst": None, "bit_exact": None,
             "ulps": None}  # fmt: skip
 
 

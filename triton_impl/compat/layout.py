@@ -15,9 +15,12 @@ def expect(name, value, axes, **sizes):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     shape = value.shape
-    if len(shape) != len(axes) or any(
-        axis in sizes and size != sizes[axis] for axis, size in zip(axes, shape, strict=True)
-    ):
+    fits = len(shape) == len(axes)
+    if fits:
+        for axis, size in sizes.items():
+            if shape[axes.index(axis)] != size:
+                fits = False
+    if not fits:
         text = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
         raise ValueError(f"{name}: expected shape [{text}], got {list(shape)}")
     return shape
@@ -25,9 +28,9 @@ def expect(name, value, axes, **sizes):
 
 def token_axes(x):
     """Checks x [batch, dim] or [batch, dim, seqlen]; returns dim."""
-    if isinstance(x, torch.Tensor) and x.dim() not in (2, 3):
-        raise ValueError(f"x: expected shape [batch, dim] or [batch, dim, seqlen], got {list(x.shape)}")
-    return expect("x", x, ("batch", "dim", "seqlen")[: x.dim() if isinstance(x, torch.Tensor) else 3])[1]
+    if isinstance(x, torch.Tensor) and x.dim() in (2, 3):
+        return x.shape[1]
+    return expect("x", x, ("batch", "dim", "seqlen, or none"))[1]
 
 
 def expect_weight(weight, dim):
@@ -128,9 +131,11 @@ def update_at_back(x, weight, bias, states, slots, *, activation, pad_slot_id=-1
       in_place: whether the result replaces x, and x is returned.
     """
     older = states.shape[2] - (weight.shape[1] - 1)
-    if older and x.numel():
-        _shift_history(x if x.dim() == 3 else x[:, None], states, slots, older, pad_slot_id)
-    window = states[:, :, older:].transpose(1, 2)
+    window = states.transpose(1, 2)
+    if older:
+        window = window[:, older:]
+        if x.numel():
+            _shift_history(x if x.dim() == 3 else x[:, None], states, slots, older, pad_slot_id)
     if in_place:
         return causal_conv1d_update_(x, weight, bias, window, slots, activation, pad_slot_id)
     return causal_conv1d_update(

@@ -1,0 +1,107 @@
+"""The HTML page: every link leads somewhere, nothing is loaded, a failure shows bits and the command."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from oracle.conformance import html, report, runner
+from oracle.conformance.cases import select
+from oracle.conformance.catalogue import catalogue
+from oracle.conformance.commands import main
+
+VOID = {"meta", "br", "input", "link"}
+OPTIONAL_END = {"html", "body", "p", "tr", "td", "th", "thead", "tbody", "option"}
+
+
+class Page(HTMLParser):
+    """Collects ids, links and text, and checks that tags that must be closed are."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.stack, self.resources, self.words = [], [], [], [], []
+        self.feed(text)
+        assert [tag for tag in self.stack if tag not in OPTIONAL_END] == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        self.resources += [attributes[name] for name in ("src", "data", "action") if name in attributes]
+        self.resources += [tag] * (tag in ("link", "iframe", "img", "object"))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.stack and self.stack[-1] != tag:
+            assert self.stack[-1] in OPTIONAL_END, f"<{self.stack[-1]}> is open where </{tag}> comes"
+            self.stack.pop()
+        self.stack.pop()
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    cases = select(catalogue(), tiers=["core"], patterns=["fn/se*", "fn/silu*", "update/no-bias", "fn/tail*"])
+    good = runner.run("oracle.conformance.model:Model", cases)
+    wrong = runner.run("oracle.conformance.mutants.arithmetic:NeverSilu", cases)
+    return [good, wrong]
+
+
+def test_the_page(reports):
+    text = html.page(reports)
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert page.resources == []
+    assert not re.search(r"url\(|@import|fetch\(|https?:", text)
+    failure = reports[1].failures[0]
+    for part in (
+        failure["command"],
+        failure["worst"]["got_bits"],
+        failure["worst"]["expected_bits"],
+        failure["id"],
+    ):
+        assert part in "".join(page.words)
+    assert "FAIL" in text
+    assert text.count("<details") == text.count("</details>") > 10
+    assert "<p class=filter hidden>" in text, "without a script there is no filter that does nothing"
+
+
+def test_cells_count_what_ran(reports):
+    cell = html._cell("activation-hardwired", 1, reports[1])
+    cases = [c for c in reports[1].cases if "activation-hardwired" in c["flags"]]
+    passed = sum(c["status"] == "passed" for c in cases)
+    assert f"FAIL {passed}/{len(cases)}" in cell
+    assert "class='cell bad'" in cell
+    assert "class='cell good'" in html._cell("activation-hardwired", 0, reports[0])
+    assert "not run" in html._cell("int32-slot-offset", 0, reports[0])
+
+
+def test_text_from_reports_is_escaped(reports):
+    header = {**reports[0].header, "name": "<script>alert(1)</script>", "device": "a & b"}
+    text = html.page([replace(reports[0], header=header)])
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+    assert "a &amp; b" in text
+
+
+def test_the_command(reports, tmp_path, capsys):
+    files = []
+    for number, one in enumerate(reports):
+        files.append(str(tmp_path / f"{number}.jsonl"))
+        report.write(one, files[-1])
+    assert main(["report", *files, "-o", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == html.page(reports)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{}")
+    assert main(["report", str(broken), "-o", str(tmp_path / "other.html")]) == 2
+    assert "broken.jsonl:1: kind" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="at least one"):
+        html.page([])
