@@ -142,7 +142,9 @@ def check_causal_conv1d_fn(
     if conv_states is None:
         for name, value in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
             if value is not None:
-                raise ValueError(f"{name}: expected None, since conv_states is None and there is no slot to name")
+                raise ValueError(
+                    f"{name}: expected None, since conv_states is None and there is no slot to name"
+                )
     _check_indices(cache_indices, batch, num_slots, conv_states is not None)
     if has_initial_state is not None:
         _shape("has_initial_state", has_initial_state, ("batch",), (batch,))
@@ -424,7 +426,9 @@ def _check_pool(conv_states: Any, dim: int, width: int) -> tuple[int, int]:
     num_slots, state_len, _ = _shape("conv_states", conv_states, axes, (None, None, dim))
     _dtype("conv_states", conv_states, FLOAT_DTYPES)
     if state_len < width - 1:
-        raise ValueError(f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}")
+        raise ValueError(
+            f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}"
+        )
     return num_slots, state_len
 
 

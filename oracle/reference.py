@@ -120,7 +120,9 @@ def preactivation(
         )  # fmt: skip
         rows = fn_rows(optional["conv_states"], offsets, optional["cache_indices"], has, sizes, pad_slot_id)
     else:
-        packing = {name: arguments.get(name) for name in ("query_start_loc", "num_accepted_tokens", "max_seqlen")}
+        packing = {
+            name: arguments.get(name) for name in ("query_start_loc", "num_accepted_tokens", "max_seqlen")
+        }
         update_sizes = contract.check_causal_conv1d_update(
             arguments["x"], arguments["weight"], optional["bias"], optional["conv_states"],
             optional["cache_indices"], **packing,

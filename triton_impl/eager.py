@@ -74,7 +74,9 @@ def prefill(
         window = torch.zeros((slot.shape[0], history, x.shape[1]), device=device)
         return _packed(x, weight, bias, silu, start, end, live, window)
     live = _live(slot, conv_states.shape[0], pad_slot_id)
-    window = conv_states.new_zeros((slot.shape[0], history, x.shape[1]))  # a row without a state starts from zeros
+    window = conv_states.new_zeros(
+        (slot.shape[0], history, x.shape[1])
+    )  # a row without a state starts from zeros
     if has_initial_state is not None:
         kept = live & has_initial_state
         window[kept] = conv_states[slot[kept], :history]

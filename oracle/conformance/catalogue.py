@@ -106,7 +106,7 @@ def _case(
     options: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Case:
-    kinds: dict[str, Any] = {k: dtype for k in ("x", "weight", "bias", "conv_states")}
+    kinds: dict[str, Any] = dict.fromkeys(("x", "weight", "bias", "conv_states"), dtype)
     kinds["cache_indices"] = "int32"
     if "lengths" in axes:
         kinds["query_start_loc"] = "int32"

@@ -108,7 +108,9 @@ def build(case: Case) -> Problem:
         arrays["has_initial_state"] = None if mask is None else TypedArray("bool", np.array(mask, dtype=bool))
     else:
         counts = axes.get("counts")
-        arrays["num_accepted_tokens"] = None if counts is None else _integers(counts, dtypes["num_accepted_tokens"])
+        arrays["num_accepted_tokens"] = (
+            None if counts is None else _integers(counts, dtypes["num_accepted_tokens"])
+        )
     for name, change in case.override.items():
         arrays[name] = _overridden(arrays[name], change)
 

@@ -148,7 +148,12 @@ class Model:
         rows = []
         for i in range(len(call.slots)):
             row = Row(
-                i, call.offsets[i], call.offsets[i + 1], self.slot(call, i), self.has(call, i), self.column(call, i)
+                i,
+                call.offsets[i],
+                call.offsets[i + 1],
+                self.slot(call, i),
+                self.has(call, i),
+                self.column(call, i),
             )
             if self.live(call, row):
                 rows.append(row)
@@ -185,7 +190,10 @@ class Model:
     def window(self, call: Call, row: Row) -> TypedArray:
         dtype = call.x.dtype if call.pool is None else call.pool.dtype
         if call.pool is None or not row.has:
-            return from_bits(np.zeros((call.history, call.x.shape[1]), np.uint32 if dtype == "float32" else np.uint16), dtype)
+            return from_bits(
+                np.zeros((call.history, call.x.shape[1]), np.uint32 if dtype == "float32" else np.uint16),
+                dtype,
+            )
         return TypedArray(dtype, call.pool.data[row.slot, row.column : row.column + call.history].copy())
 
     def inputs(self, call: Call, row: Row) -> TypedArray:

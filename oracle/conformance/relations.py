@@ -74,7 +74,9 @@ class Batch:
 
     def _step(self, x: np.ndarray, query_start_loc) -> Problem:
         arrays = self.problem.arrays
-        options = {k: v for k, v in self.problem.options.items() if k in ("activation", "pad_slot_id", "backend")}
+        options = {
+            k: v for k, v in self.problem.options.items() if k in ("activation", "pad_slot_id", "backend")
+        }
         counts = None
         if self.counts is not None:
             before = arrays.get("num_accepted_tokens")
@@ -112,7 +114,9 @@ def batch_of(problem: Problem) -> Batch:
         offsets = arrays["query_start_loc"].data
         rows = [x[offsets[i] : offsets[i + 1]] for i in range(len(slots))]
     has = arrays["has_initial_state"].data.tolist() if problem.op == FN else [True] * len(slots)
-    counts = None if arrays.get("num_accepted_tokens") is None else arrays["num_accepted_tokens"].data.tolist()
+    counts = (
+        None if arrays.get("num_accepted_tokens") is None else arrays["num_accepted_tokens"].data.tolist()
+    )
     return Batch(problem, rows, slots, has, arrays["conv_states"].typed.bits, counts, packed)
 
 
@@ -296,7 +300,11 @@ def serving(problem: Problem, call: Call) -> Iterator[str]:
     while any(done[row] < len(whole.rows[row]) for row in rows):
         groups: dict[str, list[int]] = {"prefill": [], "decode": [], "verify": []}
         for row in rows:
-            kinds = ["prefill"] * (counts[row] == 1) + ["decode"] * (counts[row] == 1 and has[row]) + ["verify"] * 2 * has[row]
+            kinds = (
+                ["prefill"] * (counts[row] == 1)
+                + ["decode"] * (counts[row] == 1 and has[row])
+                + ["verify"] * 2 * has[row]
+            )
             if done[row] < len(whole.rows[row]):
                 groups[kinds[next(chance) % len(kinds)]].append(row)
         for kind, members in groups.items():
@@ -308,7 +316,9 @@ def serving(problem: Problem, call: Call) -> Iterator[str]:
         ends[whole.slots[row], :history] = window
         ends[whole.slots[row], history:] = reference.conv_states.bits[whole.slots[row], history:]
     joined = [np.concatenate(parts) for parts in outs]
-    yield from _differences("served in steps", whole, reference, joined, from_bits(ends, reference.conv_states.dtype))
+    yield from _differences(
+        "served in steps", whole, reference, joined, from_bits(ends, reference.conv_states.dtype)
+    )
 
 
 def repeat(problem: Problem, call: Call) -> Iterator[str]:
@@ -325,15 +335,26 @@ def repeat(problem: Problem, call: Call) -> Iterator[str]:
 RELATIONS = {
     f.__name__: f
     for f in (
-        split, chain, tokens_one_by_one, separate, schedules, permute_slots, reorder_rows, add_padding, packed_steps,
-        serving, repeat,
+        split,
+        chain,
+        tokens_one_by_one,
+        separate,
+        schedules,
+        permute_slots,
+        reorder_rows,
+        add_padding,
+        packed_steps,
+        serving,
+        repeat,
     )
 }
 
 
 def _row_alone(batch: Batch, i: int, pool: np.ndarray) -> Batch:
     counts = batch.counts and [batch.counts[i]]
-    return replace(batch, rows=[batch.rows[i]], slots=[batch.slots[i]], has=[batch.has[i]], pool=pool, counts=counts)
+    return replace(
+        batch, rows=[batch.rows[i]], slots=[batch.slots[i]], has=[batch.has[i]], pool=pool, counts=counts
+    )
 
 
 def _has_after(batch: Batch) -> list[bool]:

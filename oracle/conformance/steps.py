@@ -21,7 +21,7 @@ def _packed(update: Callable[..., Case]) -> list[Case]:
     cases = [
         update(f"packed-width-{width}", f"{halo} short-sequence-state-shift fixed-draft-width-assumed tail-padding-enters-state",
                lengths=(1, 9, 2, 0, 4), width=width, dim=5 if width % 2 else 16, tail=2, activation="silu",
-               tier="core" if width in (2, 4) else "full", group="update packed")
+               tier="core" if width == 4 else "full", group="update packed")
         for width in range(1, 9)
     ]  # fmt: skip
     cases += [
@@ -58,7 +58,7 @@ def _rolling(update: Callable[..., Case]) -> list[Case]:
     cases = [
         update(f"rolling-width-{width}", f"{offset} overlapping-shift-without-ordering fixed-draft-width-assumed",
                **mixed, width=width, dim=5 if width % 2 else 16, tail=2, activation="silu",
-               tier="core" if width in (2, 4) else "full", group="update rolling")
+               tier="core" if width == 4 else "full", group="update rolling")
         if width > 1 else
         update("rolling-width-1", "width-one-negative-zero-slice fixed-draft-width-assumed", **mixed, width=1, dim=5,
                group="update rolling")
@@ -78,8 +78,7 @@ def _rolling(update: Callable[..., Case]) -> list[Case]:
         update("rolling-every-count", "accepted-offset-ignored overlapping-shift-without-ordering",
                lengths=(3,) * 6, counts=(1, 2, 3, 4, 5, 6), dim=64, data="positions", group="update rolling"),
         update("rolling-exact-slots", offset, lengths=(3, 3), counts=(3, 1), state_len=5, group="update rolling"),
-        update("rolling-wide-slots", "wide-slot-window-misplaced", **mixed, state_len=11, tier="core",
-               group="update rolling"),
+        update("rolling-wide-slots", "wide-slot-window-misplaced", **mixed, state_len=11, group="update rolling"),
         update("rolling-count-zero", "accepted-zero", lengths=(2, 2, 1), counts=(0, 2, 0), state_len=6,
                tier="core", group="update rolling"),
         update("rolling-counts-far-out", "accepted-zero offsets-trusted", lengths=(2, 2, 1),
@@ -94,7 +93,7 @@ def _rolling(update: Callable[..., Case]) -> list[Case]:
         update("rolling-null-block", "null-block-processed", lengths=(2, 1, 3), counts=(2, 3, 1), slots=(3, 0, 1),
                num_slots=5, options={"pad_slot_id": 0}, dim=5, group="update rolling"),
         update("rolling-empty-rows", "empty-sequence-mishandled duplicate-slot-write", lengths=(2, 0, 1, 0),
-               counts=(2, 3, 1, 2), slots=(3, 3, 1, 6), num_slots=8, tier="core", group="update rolling"),
+               counts=(2, 3, 1, 2), slots=(3, 3, 1, 6), num_slots=8, group="update rolling"),
         update("rolling-identity-slots", "wrong-index-namespace", **mixed, slots=None, group="update rolling"),
         update("rolling-pool-f32", "state-dtype-differs-from-input", **mixed, dtypes={"conv_states": "float32"},
                group="update rolling"),
@@ -163,10 +162,29 @@ def _errors(update: Callable[..., Case]) -> list[Case]:
     bad("packed-indices-size", "ValueError", "cache_indices", **override("cache_indices", shape=(3,)))
     bad("packed-max-seqlen-negative", "ValueError", "max_seqlen", options={"max_seqlen": -1})
     bad("packed-max-seqlen-type", "TypeError", "max_seqlen", options={"max_seqlen": 1.5})
-    bad("max-seqlen-without-offsets", "ValueError", "max_seqlen", lengths=None, batch=2, options={"max_seqlen": 1})
+    bad(
+        "max-seqlen-without-offsets",
+        "ValueError",
+        "max_seqlen",
+        lengths=None,
+        batch=2,
+        options={"max_seqlen": 1},
+    )
     counts = {"counts": (1, 2)}
-    bad("counts-size", "ValueError", "num_accepted_tokens", **counts, **override("num_accepted_tokens", shape=(3,)))
-    bad("counts-rank", "ValueError", "num_accepted_tokens", **counts, **override("num_accepted_tokens", shape=(2, 1)))
+    bad(
+        "counts-size",
+        "ValueError",
+        "num_accepted_tokens",
+        **counts,
+        **override("num_accepted_tokens", shape=(3,)),
+    )
+    bad(
+        "counts-rank",
+        "ValueError",
+        "num_accepted_tokens",
+        **counts,
+        **override("num_accepted_tokens", shape=(2, 1)),
+    )
     bad("counts-dtype", "TypeError", "num_accepted_tokens", **counts,
         **override("num_accepted_tokens", dtype="float32"))  # fmt: skip
     bad("counts-without-bound", "ValueError", "max_seqlen", **counts, options={"max_seqlen": None})
@@ -181,7 +199,14 @@ def _errors(update: Callable[..., Case]) -> list[Case]:
     bad("validate-packed-max-seqlen", "ValueError", "max_seqlen", options=validate | {"max_seqlen": 2})
     bad("validate-packed-duplicate", "ValueError", "cache_indices", slots=(3, 3), options=validate)
     bad("validate-count-zero", "ValueError", "num_accepted_tokens", counts=(1, 0), options=validate)
-    bad("validate-count-high", "ValueError", "num_accepted_tokens", counts=(4, 1), state_len=5, options=validate)
+    bad(
+        "validate-count-high",
+        "ValueError",
+        "num_accepted_tokens",
+        counts=(4, 1),
+        state_len=5,
+        options=validate,
+    )
     good = {"flags": "valid-call-rejected accepted-exceeds-current-length", "options": validate}
     cases += [
         update("validate-rolling-good", **good, lengths=(1, 2, 1, 0), counts=(3, 1, 0, 0), slots=(3, 0, -1, 3),
@@ -201,7 +226,7 @@ def _hostile(update: Callable[..., Case]) -> list[Case]:
         "very-negative": (0, -big - 1, 8), "start": (3, 5, 8), "swapped": (8, 4, 0),
     }.items():  # fmt: skip
         for kind, counts in (("packed", None), ("rolling", (2, 1))):
-            tier = "core" if name == "decreasing" else "full"
+            tier = "core" if name == "decreasing" and counts else "full"
             cases.append(update(f"hostile-offsets-{name}-{kind}", "offsets-trusted", lengths=(4, 4), counts=counts,
                                 slots=(1, 2), num_slots=4, override={"query_start_loc": {"values": offsets}},
                                 expect="undefined", tier=tier, group="hostile data"))  # fmt: skip

@@ -111,7 +111,9 @@ def run(op: str, arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, A
                 if has[row]:
                     first = 0 if counts is None else min(max(counts[2][row] - 1, 0), state_len - width + 1)
                     window = [states[i] for i in at[first : first + width - 1]]
-                arrived = column if x_type == pool[0] else [to_bits(to_float(b, x_type), pool[0]) for b in column]
+                arrived = (
+                    column if x_type == pool[0] else [to_bits(to_float(b, x_type), pool[0]) for b in column]
+                )
                 entries = window + arrived
                 left = entries[len(arrived) :] if counts is None else entries[1:] if width > 1 else []
                 for i, bits in zip(at, left, strict=False):

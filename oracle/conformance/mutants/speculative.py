@@ -40,7 +40,9 @@ class SlotShiftsByAccepted(Mutant):
 
     def rolled(self, call, row, window, out):
         left = super().rolled(call, row, window, out)
-        return np.concatenate([left[min(row.column, len(left) - 1) :], left[: min(row.column, len(left) - 1)]])
+        return np.concatenate(
+            [left[min(row.column, len(left) - 1) :], left[: min(row.column, len(left) - 1)]]
+        )
 
 
 @mutant("rollback-snapshot-never-written")
@@ -60,7 +62,9 @@ class ZeroReadsBeforeSlot(Mutant):
             return super().window(call, row)
         columns = call.pool.data.reshape(-1, call.pool.shape[2])
         first = row.slot * call.pool.shape[1] - 1
-        return TypedArray(call.pool.dtype, np.take(columns, range(first, first + call.history), axis=0, mode="wrap"))
+        return TypedArray(
+            call.pool.dtype, np.take(columns, range(first, first + call.history), axis=0, mode="wrap")
+        )
 
 
 @mutant("accepted-zero")
