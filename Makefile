@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env312 demo test test-gpu lint bench clean
+.PHONY: help env env312 demo test test-gpu test-multi-gpu lint bench clean
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
@@ -19,7 +19,7 @@ install = $(1)/bin/python $(PIP_INSTALL) --constraint $(2) setuptools && \
   $(1)/bin/python $(PIP_INSTALL) --constraint $(2) --no-build-isolation --editable '.[$(3)]'
 
 help: ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: .venv/.installed env312 ## make or update the environments
 
@@ -29,7 +29,7 @@ env: .venv/.installed env312 ## make or update the environments
 	  if [ -z "$$python" ]; then echo "make: expected Python 3.11 or later with venv on PATH, found none" >&2; exit 1; fi; \
 	  echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "installing into .venv (requirements/cpu-jax-0.10.txt)"
-	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)test$(comma)models$(comma)bench$(comma)lint)
+	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)flax$(comma)equinox$(comma)test$(comma)models$(comma)bench$(comma)lint)
 	@touch $@
 
 # Never fails for want of an interpreter: the newer JAX is an addition.
@@ -42,7 +42,7 @@ env312: .venv/.installed
 
 .venv312/.installed: pyproject.toml requirements/cpu-jax-0.11.txt
 	@echo "installing into .venv312 (requirements/cpu-jax-0.11.txt)"
-	@$(call install,.venv312,requirements/cpu-jax-0.11.txt,pallas$(comma)test)
+	@$(call install,.venv312,requirements/cpu-jax-0.11.txt,pallas$(comma)flax$(comma)equinox$(comma)test)
 	@touch $@
 
 comma := ,
@@ -55,6 +55,10 @@ test: .venv/.installed env312 ## the whole suite on a CPU; ONLY="core triton" fo
 
 test-gpu: ## the tests marked gpu, with PYTHON=the interpreter that holds the CUDA builds
 	$(on_gpu) tests/run_groups.py --gpu $(ONLY)
+
+test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communicator a GPU
+	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/test_multi_gpu_torch.py
+	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/test_multi_gpu_jax.py
 
 lint: .venv/.installed ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .

@@ -213,7 +213,9 @@ def _update(
         starts = xla.offsets(starts, x.shape[0])
     columns = weight.shape[1] - 1
     if num_accepted_tokens is not None:
-        counts = xla.first_columns(num_accepted_tokens, conv_states.shape[1] - columns) + 1
+        counts = num_accepted_tokens  # the kernel clamps them
+        if counts.dtype != jnp.int32:
+            counts = xla.first_columns(counts, conv_states.shape[1] - columns) + 1
         columns = conv_states.shape[1] if columns else 0
 
     def launch(x, weight, bias, pool, slots, pad_slot_id):

@@ -1,8 +1,12 @@
-"""Errors that say what to do where `jax.vmap` or a derivative meets a kernel, which knows neither."""
+"""What JAX's transformations need to know: errors for vmap and derivatives of kernels, a name for export."""
 
 import jax
+from jax import export
 
-from oracle.contract import Unsupported
+from oracle.contract import ConvOutput, Unsupported
+
+# So that an exported program returns a ConvOutput where it is loaded; that process imports pallas_impl as well.
+export.register_namedtuple_serialization(ConvOutput, serialized_name="twinconv.ConvOutput")
 
 
 def refuse_transforms(*arrays):

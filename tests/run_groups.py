@@ -27,6 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
 LIMIT = 1200  # seconds a process; single tests have their own limit in pyproject.toml
+RUNNING: set[subprocess.Popen] = (
+    set()
+)  # each leads a process group of its own, so that it can be stopped whole
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def run_part(part: Part, root: Path) -> Outcome:
         process = subprocess.Popen(
             command, cwd=root, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
+        RUNNING.add(process)
         try:
             code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
@@ -109,6 +113,8 @@ def run_part(part: Part, root: Path) -> Outcome:
             process.wait()
             sink.write(f"\nstopped after {LIMIT} s\n")
             code = 124
+        finally:
+            RUNNING.discard(process)
     outcome = Outcome(code, time.monotonic() - begin, log)
     if junit.exists():
         for case in ElementTree.parse(junit).iter("testcase"):
@@ -131,8 +137,9 @@ def run(groups: dict[str, list[Part]], root: Path, jobs: int) -> int:
     (root / "reports").mkdir(exist_ok=True)
     parts = [part for group in groups.values() for part in group]
     outcomes: dict[str, list[Outcome]] = {group: [] for group in groups}
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run_part, part, root): part for part in parts}
+    pool = ThreadPoolExecutor(jobs)
+    running = {pool.submit(run_part, part, root): part for part in parts}
+    try:
         for done, future in enumerate(as_completed(running), 1):
             part, outcome = running[future], future.result()
             outcomes[part.group].append(outcome)
@@ -143,6 +150,10 @@ def run(groups: dict[str, list[Part]], root: Path, jobs: int) -> int:
             )
             if outcome.code != 0:
                 print(outcome.log.read_text(errors="replace"), flush=True)
+    finally:  # interrupted: leave nothing behind
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            os.killpg(process.pid, signal.SIGKILL)
 
     empty = [group for group, found in outcomes.items() if not any(outcome.passed for outcome in found)]
     for group in empty:
@@ -174,4 +185,5 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

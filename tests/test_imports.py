@@ -58,15 +58,29 @@ def test_the_contract_loads_the_standard_library_only():
     )
 
 
+# Helpers for a test tool; nothing else of the oracle may load them.
+TOOLS = {"oracle.conformance.pytest_suite": "pytest", "oracle.conformance.strategies": "hypothesis"}
+
+
 def oracle_modules():
     files = (ROOT / "oracle").rglob("*.py")
     names = (file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in files)
-    return sorted(name.removesuffix(".__init__") for name in names if not name.endswith("__main__"))
+    return sorted(
+        {name.removesuffix(".__init__") for name in names if not name.endswith("__main__")} - set(TOOLS)
+    )
 
 
 def test_the_oracle_loads_numpy_only():
     code = "".join(f"import {module}\n" for module in oracle_modules()) + "print(third_party())"
     assert python(code, [*TORCH, *JAX, *OTHERS]) == "['numpy']"
+
+
+@pytest.mark.parametrize("module", TOOLS)
+def test_a_tools_helper_loads_no_framework(module):
+    assert (
+        python(f"import {module}; print({TOOLS[module]!r} in third_party())", [*TORCH, *JAX, "onnx"])
+        == "True"
+    )
 
 
 def test_the_oracles_command_runs_with_numpy_only():

@@ -22,7 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 def test_metadata():
     assert (PROJECT["name"], PROJECT["version"]) == ("twinconv", importlib.metadata.version("twinconv"))
     assert [Requirement(text).name for text in PROJECT["dependencies"]] == ["numpy"]
-    assert set(EXTRAS) == {"triton", "pallas", "test", "models", "bench", "lint"}
+    assert set(EXTRAS) == {"triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint"}
     assert not {Requirement(text).name for text in EXTRAS["triton"]} & {"jax", "jaxlib"}
     assert not {Requirement(text).name for text in EXTRAS["pallas"]} & {"torch", "triton"}
 
@@ -40,8 +40,8 @@ def pins(file):
 @pytest.mark.parametrize(
     ("file", "extras"),
     [
-        ("cpu-jax-0.10.txt", ("triton", "pallas", "test", "models", "bench", "lint")),
-        ("cpu-jax-0.11.txt", ("pallas", "test")),
+        ("cpu-jax-0.10.txt", ("triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint")),
+        ("cpu-jax-0.11.txt", ("pallas", "flax", "equinox", "test")),
     ],
 )
 def test_every_requirement_is_pinned_inside_its_range(file, extras):
@@ -93,7 +93,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
         file.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
-        if file.suffix in {".py", ".json", ".md", ".toml"} or file.name == "py.typed"
+        if file.is_file() and file.suffix != ".pyc"
     }
     info = f"twinconv-{PROJECT['version']}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == wanted

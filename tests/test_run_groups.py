@@ -1,8 +1,10 @@
 """The test runner and conftest.py themselves: nothing that went wrong, or did not run, may look like success."""
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,29 @@ def test_two_modes_of_triton_in_one_process_are_refused(project):
     )
     assert done.returncode == 4
     assert "test_triton_compile.py needs TRITON_INTERPRET=0 from the start" in done.stderr
+
+
+def test_an_interrupted_run_leaves_no_process_behind(project):
+    sleeper = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    root = project(test_hang=sleeper)
+    command = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from pathlib import Path; from tests import run_groups\n"
+    command += f"sys.exit(run_groups.main(['core'], Path({str(root)!r})))"
+    runner = subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pid = root / "pid"
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGINT)
+    assert runner.wait(20) != 0
+    status = Path(f"/proc/{pid.read_text()}/status")
+
+    def alive():
+        return (
+            status.exists() and "State:\tZ" not in status.read_text()
+        )  # a zombie is gone, but not yet collected
+
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive()

@@ -219,8 +219,6 @@ def test_low_level_functions():
     token = random(2, DIM)
     step = cpp_functions.causal_conv1d_update_function(token, final.clone(), weight, bias, False, None, None)
     assert torch.equal(step, dao.causal_conv1d_update(token, final, weight, bias))
-    with pytest.raises(Unsupported, match="backward"):
-        cpp_functions.causal_conv1d_bwd_function()
 
 
 # The serving engines: a packed batch of rows of 3, 0, 1, 5 (padding) and 4 tokens, and 2 tokens of tail.
@@ -437,6 +435,102 @@ def test_fla_update(shape):
     for row in range(3):
         close(y.reshape(3, DIM, 1)[row], convolve(tokens[row], weight, bias, before[row, :, 1:], "silu"))
     assert torch.equal(cache, torch.cat([before, tokens], dim=2)[:, :, 1:])
+
+
+# Gradients: the dense and packed prefills of the training peers.
+
+
+def reference(x, weight, bias, initial=None, activation=None):
+    """x [batch, dim, seqlen] behind initial [batch, dim, any], differentiable, in the library's operations."""
+    before = F.pad(x.new_zeros(*x.shape[:2], 0) if initial is None else initial, (weight.shape[1], 0))
+    extended = torch.cat([before, x], dim=2)
+    out = F.conv1d(extended, weight[:, None], bias, groups=x.shape[1])[:, :, -x.shape[2] :]
+    return (F.silu(out) if activation else out), extended
+
+
+def gradients(call, inputs):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    results = call(*leaves)
+    torch.manual_seed(7)
+    upstream = [torch.randn(result.shape).to(result) for result in results]
+    return torch.autograd.grad(results, leaves, upstream)
+
+
+def same_gradients(call, want, inputs):
+    for got, expected in zip(gradients(call, inputs), gradients(want, inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@DEVICES
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_gradients_of_causal_conv1d(channel_last, device):
+    weight, bias = taps(device)
+    x, initial = random(2, DIM, 7, device=device), random(2, DIM, WIDTH - 1, device=device)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if channel_last else x
+    same_gradients(
+        lambda x, w, b: [dao.causal_conv1d_fn(x, w, b, activation="silu")],
+        lambda x, w, b: [reference(x, w, b, None, "silu")[0]],
+        [x, weight, bias],
+    )
+
+    def want(x, w, b, initial):
+        out, extended = reference(x, w, b, initial)
+        return out, extended[:, :, -(WIDTH - 1) :]
+
+    same_gradients(
+        lambda x, w, b, i: dao.causal_conv1d_fn(x, w, b, None, i, True), want, [x, weight, bias, initial]
+    )
+
+    ids = torch.tensor([[0, 0, 0, -1, 4, 4, 4]] * 2, dtype=torch.int32, device=device)
+    same_gradients(
+        lambda x, w, b: [dao.causal_conv1d_fn(x, w, b, ids)],
+        lambda x, w, b: [
+            torch.cat(
+                [reference(x[:, :, :3], w, b)[0], x[:, :, 3:4] * 0, reference(x[:, :, 4:], w, b)[0]], dim=2
+            )
+        ],
+        [x, weight, bias],
+    )
+
+    upstream, dfinal = random(2, DIM, 7, device=device), random(2, DIM, WIDTH - 1, device=device)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, initial)]
+    expected = torch.autograd.grad(want(*leaves), leaves, [upstream, dfinal])
+    dx = torch.empty_like(x)
+    found = cpp_functions.causal_conv1d_bwd_function(
+        x, weight, bias, upstream, None, initial, dfinal, dx, True, False
+    )
+    assert found[0] is dx
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    found = cpp_functions.causal_conv1d_bwd_function(
+        x, weight, None, upstream, None, None, None, None, False, True
+    )
+    assert [gradient is None for gradient in found] == [False, False, True, True]
+
+
+@DEVICES
+def test_gradients_of_fla(device):
+    weight, bias = taps(device)
+    x, initial, residual = (
+        random(1, 9, DIM, device=device),
+        random(2, DIM, WIDTH, device=device),
+        random(1, 9, DIM, device=device),
+    )
+    starts = torch.tensor([0, 2, 9], device=device)
+
+    def call(x, w, b, residual, initial):
+        return fla.causal_conv1d(x, w, b, residual, initial, True, "silu", cu_seqlens=starts)
+
+    def want(x, w, b, residual, initial):
+        tokens, parts, finals = x.transpose(1, 2), [], []
+        for row, (start, end) in enumerate([(0, 2), (2, 9)]):
+            # column 0 of the cache enters the new cache, but no output
+            out, _ = reference(tokens[:, :, start:end], w, b, initial[row : row + 1, :, 1:], "silu")
+            parts.append(out)
+            finals.append(torch.cat([initial[row : row + 1], tokens[:, :, start:end]], dim=2)[:, :, -WIDTH:])
+        return torch.cat(parts, dim=2).transpose(1, 2) + residual, torch.cat(finals)
+
+    same_gradients(call, want, [x, weight, bias, residual, initial])
 
 
 # What is refused, and how bad input is named.

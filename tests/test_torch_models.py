@@ -204,6 +204,29 @@ def test_model_in_bfloat16(model, adapter, device):
         assert mine[key] <= 1.25 * own[key], key
 
 
+@DEVICES
+@pytest.mark.parametrize("model", MODELS)
+def test_model_trains(model, adapter, device):
+    """A training step's gradients, of every parameter, with the adapter's convolution and with the model's own."""
+    network = build(model, device).train()
+    ids = torch.randint(1, 97, (2, PROMPT), generator=torch.Generator().manual_seed(3)).to(device)
+
+    def step():
+        network.zero_grad()
+        network(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+    adapter.calls = dict.fromkeys(NAMES, 0)
+    got = step()
+    assert adapter.calls == {NAMES[0]: MODELS[model][2], NAMES[1]: 0}
+    want = without_adapter(model, step)
+    assert got.keys() == want.keys()
+    assert sum("conv" in name and bool(gradient.any()) for name, gradient in got.items()) >= MODELS[model][2]
+    for name, gradient in got.items():
+        scale = want[name].abs().max().item()
+        torch.testing.assert_close(gradient, want[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
 MUTANTS = {
     "taps reversed": (NAMES[0], lambda real: lambda x, w, b=None, **kw: real(x, w.flip(1), b, **kw)),
     "no activation": (NAMES[0], lambda real: lambda x, w, b=None, activation=None: real(x, w, b)),

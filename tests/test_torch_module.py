@@ -141,8 +141,22 @@ def test_bad_modules_and_calls():
         module(x[0], has_initial_state=torch.ones(3, dtype=torch.bool), decode=True)
     with pytest.raises(ValueError, match="conv_states"):
         module(x[0], decode=True)
-    with pytest.raises(triton_impl.Unsupported, match="no_grad"):
-        module(x).sum().backward()
+    out = module(x, None, torch.zeros(2, WIDTH - 1, DIM))
+    with pytest.raises(triton_impl.Unsupported, match="no_grad"):  # a pool is written, not differentiated
+        out.sum().backward()
+
+
+@DEVICES
+def test_a_module_without_a_pool_trains(device):
+    conv, x = conv1d(device=device), torch.randn(2, 7, DIM, device=device)
+    module = CausalConv1d.from_conv1d(conv)
+    conv(x.transpose(1, 2))[:, :, :7].square().sum().backward()
+    module(x).square().sum().backward()
+    torch.testing.assert_close(module.weight.grad, conv.weight.grad.squeeze(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.bias.grad, conv.bias.grad, rtol=1e-4, atol=1e-5)
+    module.zero_grad()
+    module(x.view(14, DIM), torch.tensor([0, 7, 14], device=device)).square().sum().backward()
+    torch.testing.assert_close(module.weight.grad, conv.weight.grad.squeeze(1), rtol=1e-4, atol=1e-5)
 
 
 # The pool

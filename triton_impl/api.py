@@ -112,8 +112,10 @@ def causal_conv1d_update_(
 ):
     """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of."""
     dense = x.is_contiguous() or x.mT.is_contiguous()
-    if dense and not (_traced(x) or (torch.is_grad_enabled() and _asks_for_gradient(x, weight, bias))):
-        args = x, weight, bias, conv_states, cache_indices, None, None, None, activation, pad_slot_id, "auto", validate
+    if dense and not (_traced(x) or asks_for_gradient(x, weight, bias)):
+        args = (
+            x, weight, bias, conv_states, cache_indices, None, None, None, activation, pad_slot_id, "auto", validate,
+        )  # fmt: skip
         return run.step(*args, out=x)
     out, _ = causal_conv1d_update(
         x, weight, bias, conv_states, cache_indices,
@@ -128,7 +130,7 @@ def _call(direct, operator, args, validate):
     traced = _traced(x)
     if traced and validate:
         raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
-    if is_grad_enabled() and _asks_for_gradient(x, weight, bias):
+    if asks_for_gradient(x, weight, bias):
         with torch.no_grad():
             out = operator(*args) if traced else direct(*args, validate)
         return ops.NoGradient.apply(out, x, weight, bias)
@@ -139,5 +141,8 @@ def _traced(x):
     return is_compiling() or (type(x) is not Tensor and isinstance(x, Tensor))
 
 
-def _asks_for_gradient(*tensors):
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+def asks_for_gradient(*tensors):
+    """Whether a call with these tensors, or None, is to be differentiated."""
+    return is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors
+    )

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN
-from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
+from triton_impl.api import asks_for_gradient, causal_conv1d_fn, causal_conv1d_update
 from triton_impl.dense import dense_rows
+from triton_impl.functional import causal_conv1d
 
 
 class CausalConv1d(nn.Module):
-    """Causal depthwise conv1d with optional SiLU, for inference.
+    """Causal depthwise conv1d with optional SiLU; calls without a pool can be differentiated.
 
     `weight` [dim, width] and `bias` [dim] are plain parameters. `load_state_dict` also takes weights of
     shape [dim, 1, width], as nn.Conv1d and model checkpoints hold them. Under autocast x is cast to the autocast
@@ -114,11 +115,16 @@ class CausalConv1d(nn.Module):
                 if value is not None:
                     raise ValueError(f"{name}: expected None with decode, got {type(value).__name__}")
             return causal_conv1d_update(x, self.weight, self.bias, conv_states, cache_indices, **options).out
+        if query_start_loc is None and x.dim() != 3:
+            raise ValueError(
+                f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(x.shape)}"
+            )
+        if conv_states is None and cache_indices is None and has_initial_state is None:
+            if asks_for_gradient(x, self.weight, self.bias):
+                return causal_conv1d(
+                    x, self.weight, self.bias, None, query_start_loc, activation=self.activation, max_seqlen=max_seqlen
+                ).out  # fmt: skip
         if query_start_loc is None:
-            if x.dim() != 3:
-                raise ValueError(
-                    f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(x.shape)}"
-                )
             return dense_rows(
                 x, self.weight, self.bias, conv_states, cache_indices, has_initial_state, **options
             )

@@ -51,5 +51,5 @@ class NoGradient(torch.autograd.Function):
     def backward(ctx, *grads):
         raise Unsupported(
             "backward: expected a call under torch.no_grad() or torch.inference_mode(), got one whose gradient is "
-            "asked for (these operations serve, they have no gradient)"
+            "asked for (the differentiable form is triton_impl.functional.causal_conv1d)"
         )

@@ -5,13 +5,14 @@
 or, for programs that import `causal_conv1d` themselves, `triton_impl.compat.install("causal_conv1d")`.
 
 Beyond the peer: any strides and any `dim`, initial and final states in either memory layout, widths 1 to 8, every
-mix of float dtypes, slots past the pool are padding rather than a fault. Less than the peer: no gradient, and no
-circular buffer (`cache_seqlens`); both are refused, not ignored.
+mix of float dtypes, slots past the pool are padding rather than a fault. Less than the peer: no circular buffer
+(`cache_seqlens`), which is refused, not ignored. The prefill has gradients; the update, as the peer's, has none.
 """
 
 import torch
 
 from oracle.contract import Unsupported
+from triton_impl.api import asks_for_gradient
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
     expect,
@@ -25,6 +26,7 @@ from triton_impl.compat.layout import (
     update_at_back,
 )
 from triton_impl.dense import dense_rows
+from triton_impl.functional import causal_conv1d
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
 __version__ = "1.6.1"  # of the interface
@@ -60,7 +62,7 @@ def causal_conv1d_fn(
 
     Raises:
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`.
-      Unsupported: `seq_idx` with states; a backward pass.
+      Unsupported: `seq_idx` with states.
     """
     batch, dim, _ = expect("x", x, ("batch", "dim", "seqlen"))
     width = expect_weight(weight, dim)
@@ -79,6 +81,11 @@ def causal_conv1d_fn(
         )
         return _packed_by_ids(x, weight, bias, seq_idx, activation)
 
+    if asks_for_gradient(x, weight, bias, initial_states):
+        rows = None if initial_states is None else initial_states.transpose(1, 2)
+        out, final = causal_conv1d(x.transpose(1, 2), weight, bias, rows, activation=activation)
+        return _results(out, final, return_final_states, final_states_out)
+
     folded = folds_into_channels(x)
     states = None
     if initial_states is not None or return_final_states:
@@ -91,13 +98,11 @@ def causal_conv1d_fn(
             by_channel.copy_(initial_states)
     if folded:
         out = folded_channels(x, weight, bias, states, initial_states is not None, activation=activation)
+        out, states = out.transpose(1, 2), None if states is None else by_channel.transpose(1, 2)
     else:
         has_state = None if initial_states is None else x.new_ones(batch, dtype=torch.bool)
         out = dense_rows(x.transpose(1, 2), weight, bias, states, None, has_state, activation=activation)
-        out = out.transpose(1, 2)
-    if not return_final_states:
-        return out
-    return out, by_channel.to(x.dtype) if final_states_out is None else final_states_out.copy_(by_channel)
+    return _results(out, states, return_final_states, final_states_out)
 
 
 def causal_conv1d_update(
@@ -157,6 +162,15 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
     return torch.where((source >= starts)[:, :, None], states, 0).transpose(1, 2)
 
 
+def _results(out, states, return_final_states, final_states_out):
+    """What the peer returns, from token-major out [batch, seqlen, dim] and states [batch, width-1, dim]."""
+    out = out.transpose(1, 2)
+    if not return_final_states:
+        return out
+    final = states.transpose(1, 2)
+    return out, final.to(out.dtype) if final_states_out is None else final_states_out.copy_(final)
+
+
 def _packed_by_ids(x, weight, bias, seq_idx, activation):
     """Each run of equal ids as a packed row; how many runs there are stays on the device."""
     batch, dim, seqlen = x.shape
@@ -168,9 +182,10 @@ def _packed_by_ids(x, weight, bias, seq_idx, activation):
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     position = torch.arange(tokens + 1, dtype=torch.int32, device=x.device)
     starts = torch.where(begins.reshape(tokens), position[:-1], tokens).sort().values
-    out = packed_fn(
+    convolve = causal_conv1d if asks_for_gradient(x, weight, bias) else packed_fn
+    out = convolve(
         x.transpose(1, 2).reshape(tokens, dim), weight, bias, None, torch.cat([starts, position[-1:]]),
         activation=activation, schedule="flat",
     ).out  # fmt: skip
-    out.masked_fill_(seq_idx.reshape(tokens, 1) < 0, 0)
+    out = out.masked_fill(seq_idx.reshape(tokens, 1) < 0, 0)
     return out.view(batch, seqlen, dim).transpose(1, 2)

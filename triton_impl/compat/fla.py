@@ -8,6 +8,7 @@ FLA's cache holds the last `width` inputs, one more than an output needs; the wi
 import torch
 
 from oracle.contract import Unsupported
+from triton_impl.api import asks_for_gradient
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
     expect,
@@ -18,6 +19,7 @@ from triton_impl.compat.layout import (
     update_at_back,
 )
 from triton_impl.dense import dense_rows
+from triton_impl.functional import causal_conv1d as differentiable
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
@@ -37,7 +39,7 @@ def causal_conv1d(
     cp_context=None,
     **kwargs,
 ):
-    """Dense or packed prefill; nothing given is written.
+    """Dense or packed prefill, with gradients; nothing given is written.
 
     Args:
       x: [batch, seqlen, dim], any strides; with `cu_seqlens`, batch is 1 and seqlen counts the packed tokens.
@@ -60,7 +62,7 @@ def causal_conv1d(
 
     Raises:
       ValueError, TypeError: bad shapes, dtypes or values; an unknown keyword.
-      Unsupported: another backend, `cp_context`; a backward pass.
+      Unsupported: another backend, `cp_context`.
     """
     refuse("context parallelism", cp_context=cp_context)
     refuse_unknown("causal_conv1d", kwargs)
@@ -78,30 +80,45 @@ def causal_conv1d(
     if initial_state is not None:
         expect("initial_state", initial_state, ("rows", "dim", "width"), rows=rows, dim=dim, width=width)
 
-    final = states = has_state = None
-    if output_final_state or initial_state is not None:
-        final = x.new_zeros(rows, dim, width)
-        states = final[:, :, 1:].transpose(1, 2)
-        if initial_state is not None:
-            final.copy_(initial_state)
-            has_state = x.new_ones(rows, dtype=torch.bool)
     if cu_seqlens is None:
-        y = dense_rows(x, weight, bias, states, None, has_state, activation=activation)
         ends = torch.arange(1, rows + 1, device=x.device) * seqlen
-        lengths = torch.full_like(ends, seqlen)
+        lengths, bound = torch.full_like(ends, seqlen), seqlen
     else:
         ends, lengths = cu_seqlens[1:], cu_seqlens.diff()
-        bounds = None if cu_seqlens_cpu is None else cu_seqlens_cpu.diff()
-        y = packed_fn(
-            x[0], weight, bias, states, cu_seqlens, None, has_state,
-            activation=activation, max_seqlen=longest("cu_seqlens_cpu", bounds),
-        ).out[None]  # fmt: skip
+        bound = longest("cu_seqlens_cpu", None if cu_seqlens_cpu is None else cu_seqlens_cpu.diff())
+    window = None if initial_state is None else initial_state[:, :, 1:].transpose(1, 2)
+    if asks_for_gradient(x, weight, bias, initial_state):
+        tokens = x if cu_seqlens is None else x[0]
+        y, states = differentiable(
+            tokens, weight, bias, window, cu_seqlens, activation=activation, max_seqlen=bound
+        )
+        y = y.view(x.shape)
+    else:
+        y, states = _prefill(x, weight, bias, window, output_final_state, cu_seqlens, bound, rows, activation)
     if residual is not None:
-        y = y.add_(residual)
+        y = y + residual
     if not output_final_state:
         return y, None
-    final[:, :, 0] = _oldest(x.reshape(batch * seqlen, dim), initial_state, ends, lengths, width)
-    return y, final
+    oldest = _oldest(x.reshape(batch * seqlen, dim), initial_state, ends, lengths, width)
+    return y, torch.cat([oldest[:, :, None], states.transpose(1, 2).to(x.dtype)], dim=2)
+
+
+def _prefill(x, weight, bias, window, output_final_state, cu_seqlens, bound, rows, activation):
+    """The forward pass alone; returns y and the new windows [rows, width-1, dim], or None if there are none."""
+    states = has_state = None
+    if window is not None:
+        states, has_state = (
+            window.to(torch.promote_types(x.dtype, window.dtype), copy=True),
+            x.new_ones(rows).bool(),
+        )
+    elif output_final_state:
+        states = x.new_zeros(rows, weight.shape[1] - 1, x.shape[2])
+    if cu_seqlens is None:
+        return dense_rows(x, weight, bias, states, None, has_state, activation=activation), states
+    y = packed_fn(
+        x[0], weight, bias, states, cu_seqlens, None, has_state, activation=activation, max_seqlen=bound
+    ).out  # fmt: skip
+    return y[None], states
 
 
 def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activation=None):

@@ -1,0 +1,373 @@
+"""Gradients of the Torch twin: the kernels in Triton's interpreter, the eager path, autograd and torch.compile."""
+
+import numpy as np
+import pytest
+import torch
+
+import triton_impl
+from oracle.conformance import gradients
+from oracle.numerics import TypedArray
+from oracle.reference_grad import Gradients
+from triton_impl import backward, functional
+from triton_impl.functional import causal_conv1d
+
+CASES = {case.id: case for case in gradients.CASES}
+KERNELS = [{"backend": "triton", "schedule": schedule} for schedule in ("flat", "per_sequence")]
+FLOATS = ("x", "weight", "bias", "initial_states")
+# NumPy warns where exp2 overflows to infinity, of which the reciprocal is the zero that is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+
+
+def to_torch(array, device="cpu"):
+    if array is None:
+        return None
+    if array.dtype == "bfloat16":
+        return torch.from_numpy(array.data.view(np.int16).copy()).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array.data.copy()).to(device)
+
+
+def to_typed(tensor):
+    if tensor is None:
+        return None
+    tensor = tensor.detach().contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return TypedArray("bfloat16", tensor.view(torch.int16).numpy().view(np.uint16))
+    return TypedArray(str(tensor.dtype).removeprefix("torch."), tensor.numpy())
+
+
+def tensors(problem, device="cpu"):
+    """Arguments that ask for gradients, and the upstream gradients of both results."""
+    arguments = {name: to_torch(array, device) for name, array in problem.arguments.items()}
+    for name in FLOATS:
+        if arguments[name] is not None:
+            arguments[name].requires_grad_()
+    return arguments, to_torch(problem.dout, device), to_torch(problem.dfinal_states, device)
+
+
+def run(arguments, dout, dfinal, activation="silu", **options):
+    """The gradients, as tensors in the order of Gradients."""
+    out, states = causal_conv1d(**arguments, activation=activation, **options)
+    results = [(out, dout), (states, dfinal)]
+    results = [
+        (result, gradient) for result, gradient in results if gradient is not None and result.requires_grad
+    ]
+    leaves = [arguments[name] for name in FLOATS if arguments[name] is not None]
+    outputs, upstream = zip(*results, strict=True)
+    found = torch.autograd.grad(outputs, leaves, upstream)
+    found = dict(zip((name for name in FLOATS if arguments[name] is not None), found, strict=True))
+    return [found.get(name) for name in FLOATS]
+
+
+def assert_same(a, b):
+    for name, left, right in zip(FLOATS, a, b, strict=True):
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right), name
+
+
+def wide(**changes):
+    """Float32 rows over several blocks; any change of GradientCase's fields."""
+    case = gradients.GradientCase(**{"id": "wide", "lengths": (40, 3, 0, 33), "dim": 24, "tail": 5} | changes)
+    return gradients.build(case)
+
+
+@pytest.mark.parametrize("options", [{"backend": "eager"}, *KERNELS], ids=["eager", "flat", "per_sequence"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_the_reference(case, options):
+    problem = gradients.build(case)
+    found = run(*tensors(problem), problem.activation, **options)
+    assert gradients.judge(problem, Gradients(*map(to_typed, found))) == []
+
+
+def test_forward_is_the_prefill_bit_for_bit():
+    problem = gradients.build(CASES["bfloat16-silu"])
+    a, _, _ = tensors(problem)
+    for options in ({"backend": "eager"}, *KERNELS):
+        out, states = causal_conv1d(**a, activation="silu", **options)
+        with torch.no_grad():
+            pool = a["initial_states"].clone()
+            same = triton_impl.causal_conv1d_fn(
+                a["x"], a["weight"], a["bias"], pool, a["query_start_loc"], None, torch.ones(9, dtype=torch.bool),
+                activation="silu", **options,
+            )  # fmt: skip
+        assert torch.equal(out, same.out)
+        assert torch.equal(states, pool)
+
+
+def test_both_schedules_give_the_same_bits():
+    problem = wide()
+    first = run(*tensors(problem), **KERNELS[0])
+    assert_same(run(*tensors(problem), **KERNELS[1]), first)
+    assert_same(run(*tensors(problem), **KERNELS[1], max_seqlen=1), first)  # too small: programs stride on
+
+
+def test_block_sizes_do_not_change_dx(monkeypatch):
+    problem = wide()
+    plain = run(*tensors(problem), **KERNELS[0])
+    choose = backward.backward_config
+    for changes in ({"block_t": 16, "group": 2}, {"block_t": 64, "block_d": 16, "group": 8, "search": 2}):
+        with monkeypatch.context() as patch:
+            patch.setattr(backward, "backward_config", lambda *a, c=changes: choose(*a)._replace(**c))
+            patch.setattr(functional.run, "_calls", {})
+            other = run(*tensors(problem), **KERNELS[0])
+        assert torch.equal(other[0], plain[0])
+        assert torch.equal(other[3], plain[3])
+        assert gradients.judge(problem, Gradients(*map(to_typed, other))) == []
+
+
+UPSTREAM = {
+    "slice": lambda g: torch.cat([g, g, g], dim=-1)[..., g.shape[-1] : 2 * g.shape[-1]],
+    "transposed": lambda g: g.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every other": lambda g: torch.stack([g, torch.full_like(g, torch.nan)], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("options", [{"backend": "eager"}, *KERNELS], ids=["eager", "flat", "per_sequence"])
+@pytest.mark.parametrize("layout", UPSTREAM.values(), ids=UPSTREAM)
+@pytest.mark.parametrize("dense", [False, True], ids=["packed", "dense"])
+def test_strides_of_upstream_gradients_do_not_change_a_bit(dense, layout, options):
+    case = dict(lengths=(9, 9), tail=0, dense=True) if dense else dict(lengths=(9, 2, 4))
+    arguments, dout, dfinal = tensors(wide(**case))
+    plain = run(arguments, dout, dfinal, **options)
+    assert_same(run(arguments, layout(dout), layout(dfinal), **options), plain)
+
+
+@pytest.mark.parametrize("options", [{"backend": "eager"}, KERNELS[0]], ids=["eager", "triton"])
+def test_an_expanded_upstream_gradient(options):
+    arguments, dout, _ = tensors(wide(lengths=(9, 2, 4), dfinal=False))
+    one = torch.ones(()).expand(dout.shape)
+    assert one.stride() == (0, 0)
+    assert_same(run(arguments, one, None, **options), run(arguments, torch.ones(dout.shape), None, **options))
+
+
+def test_strides_of_arguments_do_not_change_a_bit():
+    arguments, dout, dfinal = tensors(wide(lengths=(9, 2, 4)))
+    plain = run(arguments, dout, dfinal, **KERNELS[0])
+    for name in ("x", "initial_states", "weight"):
+        for layout in (UPSTREAM["transposed"], UPSTREAM["slice"]):
+            changed = arguments | {name: layout(arguments[name].detach()).requires_grad_()}
+            assert_same(run(changed, dout, dfinal, **KERNELS[0]), plain)
+
+
+def test_dense_rows_are_packed_rows_of_equal_length():
+    problem = wide(lengths=(9, 9, 9), tail=0, dense=True)
+    arguments, dout, dfinal = tensors(problem)
+    dense = run(arguments, dout, dfinal, **KERNELS[0])
+    packed = arguments | {
+        "x": arguments["x"].detach().flatten(0, 1).requires_grad_(),
+        "query_start_loc": torch.arange(4) * 9,
+    }
+    other = run(packed, dout.flatten(0, 1), dfinal, **KERNELS[0])
+    assert_same([dense[0].flatten(0, 1), *dense[1:]], other)
+
+
+@pytest.mark.parametrize("options", [{"backend": "eager"}, KERNELS[0]], ids=["eager", "triton"])
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("initial_states",), ("x", "bias")])
+def test_only_what_is_asked_for(wanted, options):
+    """What is asked for does not change a bit of it; the rest gets no gradient."""
+    problem = wide(lengths=(9, 2, 4))
+    arguments, dout, dfinal = tensors(problem)
+    everything = dict(zip(FLOATS, run(arguments, dout, dfinal, **options), strict=True))
+    some = {
+        name: a.detach().requires_grad_(name in wanted) if name in FLOATS else a
+        for name, a in arguments.items()
+    }
+    results = causal_conv1d(**some, activation="silu", **options)
+    torch.autograd.backward(results, (dout, dfinal))
+    for name in FLOATS:
+        if name in wanted:
+            assert torch.equal(some[name].grad, everything[name])
+        else:
+            assert some[name].grad is None
+
+
+@pytest.mark.parametrize("options", [{"backend": "eager"}, KERNELS[0]], ids=["eager", "triton"])
+def test_a_loss_of_the_final_states_alone(options):
+    problem = wide(lengths=(9, 2, 0))
+    arguments, dout, dfinal = tensors(problem)
+    states = causal_conv1d(**arguments, activation="silu", **options).conv_states
+    dx, dinitial = torch.autograd.grad(states, [arguments["x"], arguments["initial_states"]], dfinal)
+    everything = run(arguments, torch.zeros_like(dout), dfinal, **options)
+    assert torch.equal(dx, everything[0])
+    assert torch.equal(dinitial, everything[3])
+    assert torch.equal(dinitial[2], dfinal[2])  # a row of zero tokens
+
+
+def test_nothing_is_mutated_and_no_result_shares_memory():
+    problem = wide(lengths=(9, 0))
+    arguments, _, _ = tensors(problem)
+    before = {name: a.detach().clone() for name, a in arguments.items()}
+    for options in ({"backend": "eager"}, KERNELS[0]):
+        _, states = causal_conv1d(**arguments, **options)
+        states.detach().fill_(7)
+        for name, a in arguments.items():
+            assert torch.equal(a.detach().nan_to_num(), before[name].nan_to_num())
+
+
+@pytest.mark.filterwarnings("ignore:Input .* is not a double precision:UserWarning")
+@pytest.mark.parametrize(
+    ("options", "activation", "fast"),
+    [({"backend": "eager"}, None, False), ({"backend": "eager"}, "silu", False), (KERNELS[0], "silu", True)],
+    ids=["eager-linear", "eager-silu", "triton"],
+)
+def test_gradcheck(options, activation, fast):
+    """Float32: a step of 1/64 leaves rounding errors of about 2**-24 * 64 and a cubic term of about 64**-2 / 6."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    starts = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    arguments = draw(6, 2), draw(2, 4), draw(2), draw(3, 3, 2)
+    assert torch.autograd.gradcheck(
+        lambda *a: tuple(causal_conv1d(*a, starts, activation=activation, **options)),
+        arguments, eps=2**-6, atol=5e-4, rtol=1e-3, nondet_tol=0.0, fast_mode=fast,
+    )  # fmt: skip
+
+
+def test_double_backward_is_refused():
+    arguments, _, _ = tensors(wide(lengths=(5,), tail=0))
+    out = causal_conv1d(**arguments, activation="silu").out
+    (dx,) = torch.autograd.grad(out.sum(), arguments["x"], create_graph=True)
+    with pytest.raises(triton_impl.Unsupported, match="a first gradient"):
+        dx.sum().backward()
+
+
+def test_torch_func():
+    arguments, _, _ = tensors(wide(lengths=(5, 2), tail=0))
+    arguments = {name: a.detach() for name, a in arguments.items()}
+
+    def loss(weight):
+        return causal_conv1d(**arguments | {"weight": weight}, activation="silu").out.sum()
+
+    weight = arguments["weight"].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(weight), weight)
+    assert torch.equal(torch.func.grad(loss)(arguments["weight"]), want)
+    with pytest.raises(triton_impl.Unsupported, match="vmap"):
+        torch.func.vmap(loss)(torch.stack([arguments["weight"]] * 2))
+    with pytest.raises(triton_impl.Unsupported, match="a first gradient"):
+        torch.func.grad(lambda w: torch.func.grad(loss)(w).sum())(arguments["weight"])
+
+
+def test_checkpoint():
+    arguments, dout, dfinal = tensors(wide(lengths=(5, 2)))
+    plain = run(arguments, dout, dfinal)
+    again = torch.utils.checkpoint.checkpoint(
+        lambda *a: tuple(causal_conv1d(*a, activation="silu")), *arguments.values(), use_reentrant=False
+    )
+    leaves = [arguments[name] for name in FLOATS]
+    assert_same(torch.autograd.grad(again, leaves, (dout, dfinal)), plain)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graph_without_breaks(dynamic):
+    arguments, dout, dfinal = tensors(wide(lengths=(5, 2)))
+
+    def loss(x, weight, bias, initial_states, query_start_loc):
+        out, states = causal_conv1d(x, weight, bias, initial_states, query_start_loc, activation="silu")
+        return (out.nan_to_num() * dout.nan_to_num()).sum() + (states * dfinal).sum()
+
+    leaves = [arguments[name] for name in FLOATS]
+    plain = torch.autograd.grad(loss(**arguments), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert_same(torch.autograd.grad(compiled(**arguments), leaves), plain)
+
+
+@pytest.mark.parametrize("operator", ["forward", "backward"])
+def test_registered_operators(operator):
+    arguments, dout, dfinal = tensors(wide(lengths=(5, 2)))
+    a = [None if t is None else t.detach().nan_to_num() for t in arguments.values()]
+    a += ["silu", None, "auto", "eager"]
+    if operator == "backward":
+        a = [dout.nan_to_num(), dfinal, *a, True, True]
+    torch.library.opcheck(getattr(torch.ops.twinconv, f"causal_conv1d_{operator}").default, tuple(a))
+
+
+def test_errors_name_the_argument():
+    arguments, _, _ = tensors(wide(lengths=(5,)))
+    with pytest.raises(ValueError, match="initial_states: expected shape"):
+        causal_conv1d(**arguments | {"initial_states": arguments["initial_states"][:, :2]})
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        causal_conv1d(**arguments, backend="cuda")
+    with pytest.raises(TypeError, match=r"weight: expected a torch\.Tensor"):
+        causal_conv1d(**arguments | {"weight": np.zeros((24, 4), np.float32)})
+    with pytest.raises(ValueError, match="since query_start_loc is None"):
+        causal_conv1d(arguments["x"], arguments["weight"])
+
+
+def test_bad_offsets_do_no_harm():
+    """Undefined values, but no fault and nothing written outside."""
+    arguments, dout, _ = tensors(wide(lengths=(9, 2, 4), dfinal=False))
+    for starts in ([0, 12, 5, 99], [-7, -7, 99, 3], [5, 5, 5, 5]):
+        bad = arguments | {"query_start_loc": torch.tensor(starts)}
+        for options in ({"backend": "eager"}, *KERNELS):
+            run(bad, dout, None, **options)
+
+
+@pytest.mark.parametrize("places", [1, 7, 33])
+def test_workspace_size_depends_on_shapes_alone(places):
+    config = backward.backward_config(places * 32 - 32, 64, 0, 4)
+    x, weight = torch.zeros(places * 32 - 32, 64), torch.zeros(64, 4)
+    found, _, _ = backward.prepare(
+        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, False, config
+    )
+    assert found == places
+
+
+# Compiled, on a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gpu_against_the_reference(case, schedule):
+    problem = gradients.build(case)
+    found = run(*tensors(problem, "cuda"), problem.activation, schedule=schedule)
+    assert gradients.judge(problem, Gradients(*map(to_typed, found))) == []
+
+
+@pytest.mark.gpu
+def test_gpu_same_bits_in_every_run_and_no_synchronisation():
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(4 * 2048, 4128, device="cuda", generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(4128, 4, device="cuda", generator=generator).bfloat16().requires_grad_()
+    bias = torch.zeros(4128, device="cuda").requires_grad_()
+    starts = torch.arange(5, device="cuda", dtype=torch.int32) * 2048
+    dout = torch.randn(x.shape, device="cuda", generator=generator).bfloat16()
+
+    def gradients_of(schedule):
+        out = causal_conv1d(x, weight, bias, None, starts, activation="silu", schedule=schedule).out
+        return torch.autograd.grad(out, (x, weight, bias), dout)
+
+    first = gradients_of("flat")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for schedule in ["flat", "per_sequence"] * 5:
+            for a, b in zip(gradients_of(schedule), first, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_training_step_in_a_graph():
+    x = torch.randn(256, 512, device="cuda").requires_grad_()
+    weight = torch.randn(512, 4, device="cuda").requires_grad_()
+    starts = torch.tensor([0, 100, 256], device="cuda", dtype=torch.int32)
+
+    def step():
+        out = causal_conv1d(x, weight, None, None, starts, activation="silu", schedule="flat").out
+        return torch.autograd.grad(out.square().sum(), (x, weight))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+        starts.copy_(torch.tensor([0, 17, 200]))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,150 @@
+"""The backward kernels compiled with no GPU: no spills, wide accesses, no atomics, no inexact SiLU instructions."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from triton_impl import backward
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def compile_kernel(kernel, target, pointers, constants, integers, aligned, **options):
+    """Compiles as a launch would with these argument types, constants and alignments."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    assert set(pointers) | set(constants) | set(integers) == set(names), "an argument is not described"
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attrs=attributes),
+        target=target,
+        options={name: value for name, value in options.items() if value is not None},
+    )
+
+
+def compiled_walk(target, dtype="bf16", width=4, flat=True, states=True, **changes):
+    chosen = backward.backward_config(
+        16384, 8192, 8, width, 16384, "flat" if flat else "per_sequence", target.warp_size
+    )
+    chosen = chosen._replace(**changes)
+    floats = ["dout", "x", "weight", "bias", "dx"]
+    pointers = dict.fromkeys(floats, "*" + dtype) | {"query_start_loc": "*i32", "partial": "*fp32"}
+    integers = ["tokens", "dim", "batch", "stride_g_t", "stride_x_t", "stride_w_d"]
+    constants = dict.fromkeys(["stride_g_d", "stride_x_d", "stride_w_j", "stride_b"], 1)
+    state_strides = ["stride_f_n", "stride_f_l", "stride_i_n", "stride_i_l"]
+    if states:
+        pointers |= dict.fromkeys(["dfinal", "initial_states", "dinitial"], "*" + dtype)
+        constants |= dict.fromkeys(["stride_f_d", "stride_i_d"], 1)
+        integers += state_strides
+    else:
+        constants |= dict.fromkeys(["dfinal", "initial_states", "dinitial"])
+        constants |= dict.fromkeys([*state_strides, "stride_f_d", "stride_i_d"], 0)
+    bits = 8 * ITEMSIZE[dtype] * width
+    constants |= dict(
+        WIDTH=width, SILU=True, HAS_BIAS=True, HAS_INITIAL=states, HAS_DFINAL=states, HAS_DINITIAL=states, HAS_SUMS=True,
+        FLAT=flat, PTX=target.backend == "cuda", WORD_BITS=bits if bits in (32, 64) and width > 1 else 0,
+        BLOCK_T=chosen.block_t, BLOCK_D=chosen.block_d, GROUP=chosen.group, SEARCH=chosen.search,
+    )  # fmt: skip
+    aligned = [*pointers, *(name for name in integers if name not in ("tokens", "batch", "stride_w_d"))]
+    if target.backend == "hip":
+        chosen = chosen._replace(maxnreg=None)
+    return compile_kernel(
+        backward._backward_kernel,
+        target,
+        pointers,
+        constants,
+        integers,
+        aligned,
+        num_warps=chosen.num_warps,
+        maxnreg=chosen.maxnreg,
+    )
+
+
+def compiled_reduce(target, dtype="bf16", width=4):
+    pointers = {"partial": "*fp32", "dweight": "*" + dtype, "dbias": "*" + dtype}
+    constants = dict(WIDTH=width, HAS_BIAS=True, ROWS=32, BLOCK_D=64)
+    return compile_kernel(
+        backward._reduce_kernel,
+        target,
+        pointers,
+        constants,
+        ["places", "dim"],
+        [*pointers, "dim"],
+        num_warps=4,
+    )
+
+
+def resources(compiled, target):
+    """(registers a thread, bytes spilled)"""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        spilled = sum(map(int, re.findall(r"_spill_count:\s*(\d+)", text)))
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)), spilled
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(compiled.asm["ptx"])
+        tools = triton.knobs.nvidia
+        ptxas = (tools.ptxas_blackwell if target.arch >= 100 else tools.ptxas).path
+        architecture = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"]).group(1)
+        command = [ptxas, "-v", f"-arch={architecture}", str(path), "-o", str(path) + ".cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+
+
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_no_spills(target, states):
+    registers, spilled = resources(compiled_walk(target, states=states), target)
+    assert spilled == 0
+    assert registers <= 168 or target.backend == "hip"
+    assert resources(compiled_reduce(target), target)[1] == 0
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "per_sequence"])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 6), ("fp32", 4), ("fp32", 8), ("bf16", 8)],
+)
+def test_no_spills_in_other_variants(dtype, width, flat):
+    target = TARGETS["sm_90"]
+    assert resources(compiled_walk(target, dtype, width, flat), target)[1] == 0
+
+
+def test_the_spill_check_can_fail():
+    target = TARGETS["sm_90"]
+    assert resources(compiled_walk(target, maxnreg=64), target)[1] > 0
+
+
+def test_every_token_is_read_and_written_once():
+    """Eight bytes a thread; the loop of four tokens, three tokens before it and three of history."""
+    ptx = compiled_walk(TARGETS["sm_90"], states=False).asm["ptx"]
+    found = re.findall(r"(ld|st|atom|red)\.global\.(?:[a-z_]\w*\.)*?(?:v(\d)\.)?b(\d+)", ptx)
+    counts = [(kind, int(n or 1) * int(bits) // 8) for kind, n, bits in found]
+    assert counts.count(("ld", 8)) == 2 * (4 + 3) + 3 + 1, "x and dout, history, bias"
+    assert counts.count(("st", 8)) == 4 + 1, "dx, and the zeros of the tail"
+    assert counts.count(("st", 16)) == 4 + 1, "the sums of taps and bias"
+    assert not {kind for kind, _ in counts} & {"atom", "red"}
+
+
+def test_the_silu_instructions():
+    ptx = compiled_walk(TARGETS["sm_90"]).asm["ptx"]
+    assert ptx.count("ex2.approx.ftz.f32") == ptx.count("rcp.approx.ftz.f32") == 4 * (4 + 3)
+    assert not re.search(r"div\.\w+\.f32", ptx)
+
+
+def test_the_reduction_has_no_atomics():
+    ptx = compiled_reduce(TARGETS["sm_90"]).asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", ptx)

@@ -1,0 +1,259 @@
+"""The differentiable form for training: it mutates nothing and has gradients through both results.
+
+Forward and backward are PyTorch operators, `torch.ops.twinconv.causal_conv1d_forward` and `..._backward`, so that
+torch.compile and fake tensors see through them. The forward pass keeps nothing for the backward pass but
+its inputs.
+"""
+
+import torch
+
+from oracle.contract import ConvOutput, RowSizes, Unsupported, check_backend, check_causal_conv1d
+from triton_impl import backward, eager_backward, run
+from triton_impl.config import walks
+
+_library = torch.library.Library("twinconv", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? query_start_loc, str? activation,"
+    " SymInt? max_seqlen, str schedule, str backend"
+)
+_library.define(f"causal_conv1d_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
+_library.define(
+    f"causal_conv1d_backward(Tensor? dout, Tensor? dfinal_states, {_ARGUMENTS}, bool need_sums, bool need_initial)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def causal_conv1d(
+    x,
+    weight,
+    bias=None,
+    initial_states=None,
+    query_start_loc=None,
+    *,
+    activation=None,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+):
+    """Causal depthwise convolution of packed or dense rows, for training: differentiable, and it mutates nothing.
+
+    The value is that of `causal_conv1d_fn`, in which each row has a state of its own. Gradients arrive at x, weight,
+    bias and initial_states, through `out` and through the final states; they are summed in float32, in an
+    order that depends on shapes alone, and rounded once: the same bits in every run and in both schedules.
+    Upstream gradients may have any strides. Nothing synchronises.
+
+    Args:
+      x: [tokens, dim] with `query_start_loc`, or [batch, seqlen, dim] without; float32, float16 or bfloat16.
+      weight: [dim, width], any of the three dtypes; width 1 to 8; `weight[:, width-1]` meets the newest token.
+      bias: [dim], any of the three dtypes, or None.
+      initial_states: [batch, width-1, dim], any of the three dtypes, oldest input first; None: zeros.
+      query_start_loc: [batch+1] int32 or int64; row i owns tokens `[i]` to `[i+1]`; may end before `tokens`.
+      activation: None, "silu" or "swish".
+      max_seqlen: host int, an upper bound of the longest row in tokens; lets "auto" pick the per_sequence grid.
+      schedule: "auto", "per_sequence" or "flat"; both give the same bits.
+      backend: "auto" (the kernels on a GPU, eager elsewhere), "triton" or "eager".
+
+    Returns:
+      ConvOutput(out, conv_states): `out` in x's shape and dtype, zero for tokens past `query_start_loc[-1]`;
+      `conv_states` [batch, width-1, dim], the last inputs of each row behind its initial state, in the
+      dtype of `initial_states`, or of x without them.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.check_causal_conv1d`; tensors on different devices.
+      Unsupported: the backend asked for cannot run on these tensors; a gradient of a gradient.
+    """
+    arguments = x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend
+    _check(*arguments)
+    if torch.compiler.is_compiling():
+        return ConvOutput(*torch.ops.twinconv.causal_conv1d_forward.default(*arguments))
+    return ConvOutput(*_Convolution.apply(*arguments))
+
+
+def _check(x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend):
+    check_causal_conv1d(
+        x, weight, bias, initial_states, query_start_loc,
+        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
+    )  # fmt: skip
+    check_backend(backend, run.BACKENDS)
+    run._check_devices(
+        x, weight=weight, bias=bias, initial_states=initial_states, query_start_loc=query_start_loc
+    )
+
+
+def _sizes(x, weight, query_start_loc):
+    """The sizes of a checked call."""
+    batch = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
+    dim, width = weight.shape
+    return RowSizes(x.shape[0] * (x.shape[1] if x.dim() == 3 else 1), dim, width, batch)
+
+
+def _packed(x, sizes, query_start_loc, max_seqlen):
+    """Dense rows as packed ones of equal length; x is copied only if its rows are not evenly spaced."""
+    if query_start_loc is not None:
+        return x, query_start_loc, max_seqlen
+    seqlen = x.shape[1]
+    starts = torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen
+    return x.reshape(sizes.tokens, sizes.dim), starts, seqlen
+
+
+def _states_like(x, initial_states, sizes):
+    """Fresh final states, as the initial ones or zeros; rows of zero tokens keep them."""
+    if initial_states is not None:
+        return initial_states.clone(memory_format=torch.contiguous_format)
+    return x.new_zeros(sizes.batch, sizes.width - 1, sizes.dim)
+
+
+def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend):
+    sizes = _sizes(x, weight, query_start_loc)
+    states = _states_like(x, initial_states, sizes)
+    rows, starts, longest = _packed(x, sizes, query_start_loc, max_seqlen)
+    has_state = None
+    if initial_states is not None:
+        has_state = torch.ones(sizes.batch, dtype=torch.bool, device=x.device)
+    out = run.fn(
+        rows, weight, bias, states, starts, None, has_state, activation, -1, longest, schedule, backend
+    )
+    return out.reshape(x.shape), states
+
+
+def _backward(
+    dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend,
+    need_sums, need_initial,
+):  # fmt: skip
+    sizes = _sizes(x, weight, query_start_loc)
+    if dout is None:
+        dout = x.new_zeros(()).expand(x.shape)
+    rows, starts, longest = _packed(x, sizes, query_start_loc, max_seqlen)
+    dout = dout.reshape(rows.shape)
+    if run._resolve(backend, x) == "eager":
+        dx, dweight, dbias, dinitial = eager_backward.backward(
+            dout, dfinal_states, rows, weight, bias, initial_states, starts, silu=activation is not None
+        )
+    else:
+        dx, dweight, dbias, dinitial = _launch(
+            dout, dfinal_states, rows, weight, bias, initial_states, starts,
+            activation is not None, longest, schedule, need_sums, need_initial,
+        )  # fmt: skip
+    return (
+        dx.view(x.shape),
+        dweight if need_sums else x.new_empty(0),
+        dbias if need_sums and bias is not None else x.new_empty(0),
+        dinitial if need_initial else x.new_empty(0),
+    )
+
+
+def _launch(
+    dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial
+):
+    """Runs the kernels; x of unit token stride is copied first, since they walk along tokens."""
+    if not walks(*x.stride()):
+        x = x.contiguous()
+    (tokens, dim), batch, width = x.shape, starts.shape[0] - 1, weight.shape[1]
+    tensors = dout, dfinal, x, weight, bias, initial_states, starts
+    key, call = run._recall(
+        "backward", (x, weight, *tensors), (silu, max_seqlen, schedule, need_sums, need_initial)
+    )
+    if call is None:
+        config = backward.backward_config(tokens, dim, batch, width, max_seqlen, schedule, run.WARP_SIZE)
+        call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
+        run._remember(key, call)
+    places, walk, reduce = call
+    dx = x.new_empty(tokens, dim)
+    dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
+    dweight = dbias = workspace = None
+    if need_sums:
+        workspace = x.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
+        dweight = weight.new_empty(dim, width)
+        dbias = None if bias is None else bias.new_empty(dim)
+    run._launch(walk, x, *tensors, dx, dinitial, workspace)
+    if need_sums:
+        run._launch(reduce, x, workspace, dweight, dbias)
+    return dx, dweight, dbias, dinitial
+
+
+def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
+    sizes = _sizes(x, weight, query_start_loc)
+    rows, _, _ = _packed(x, sizes, query_start_loc, None)
+    return torch.empty_like(rows).reshape(x.shape), _states_like(x, initial_states, sizes)
+
+
+def _backward_fake(
+    dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend,
+    need_sums, need_initial,
+):  # fmt: skip
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape) if need_sums else x.new_empty(0),
+        bias.new_empty(bias.shape) if need_sums and bias is not None else x.new_empty(0),
+        initial_states.new_empty(initial_states.shape) if need_initial else x.new_empty(0),
+    )
+
+
+def _keep_inputs(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _differentiate(ctx, dout, dfinal_states, backward=torch.ops.twinconv.causal_conv1d_backward.default):
+    nothing = (None,) * 9
+    if dout is None and dfinal_states is None:
+        return nothing
+    needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
+    dx, dweight, dbias, dinitial = backward(
+        dout, dfinal_states, *ctx.saved_tensors, *ctx.options, needs_weight or needs_bias, needs_initial
+    )
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        dinitial if needs_initial else None,
+        *nothing[4:],
+    )
+
+
+def _refuse(ctx, *grads):
+    raise Unsupported(
+        "backward: expected a first gradient, got one of a gradient, which these operations lack"
+    )
+
+
+_library.impl("causal_conv1d_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("causal_conv1d_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("twinconv::causal_conv1d_forward", _forward_fake, lib=_library)
+torch.library.register_fake("twinconv::causal_conv1d_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "twinconv::causal_conv1d_forward", _differentiate, setup_context=_keep_inputs, lib=_library
+)
+torch.library.register_autograd("twinconv::causal_conv1d_backward", _refuse, lib=_library)
+
+
+class _Convolution(torch.autograd.Function):
+    """The operator's autograd again, for torch.func, which does not take it from a registered operator."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.twinconv.causal_conv1d_forward.default(*arguments)
+
+    setup_context = staticmethod(_keep_inputs)
+
+    @staticmethod
+    def backward(ctx, dout, dfinal_states):
+        return _differentiate(ctx, dout, dfinal_states, _Gradients.apply)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise Unsupported("vmap: expected the batch in x's first axis or in packed rows, got a mapped call")
+
+
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.twinconv.causal_conv1d_backward.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_refuse)
+    vmap = _Convolution.vmap
