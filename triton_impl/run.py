@@ -68,7 +68,7 @@ def fn(
         _remember(key, call)
     out = torch.empty_like(x)
     if out.numel():
-        offsets = _unit_stride(query_start_loc)
+        offsets = unit_stride(query_start_loc)
         _launch(call, x, x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, out)
     return out
 
@@ -116,7 +116,7 @@ def step(
     if out is None:
         out = torch.empty_like(x)
     if out.numel():
-        offsets = _unit_stride(query_start_loc)
+        offsets = unit_stride(query_start_loc)
         _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
     return out
 
@@ -149,7 +149,7 @@ def _remember(key, call):
     _calls[key] = call
 
 
-def _unit_stride(offsets):
+def unit_stride(offsets):
     """The offsets as the kernels read them; a copy if they are a strided view."""
     return offsets if offsets is None or offsets.stride(0) == 1 else offsets.contiguous()
 
