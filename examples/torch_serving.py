@@ -2,14 +2,14 @@
 
     python examples/torch_serving.py [--device cuda] [--requests 40] [--slots 8] [--budget 48]
 
-The model is one Gated-DeltaNet-like layer between an embedding and a head: projection, causal convolution with SiLU over
-q, k and v, gated delta rule, projection. Every step packs a chunk of waiting prompts and one token of each running
+The model is one Gated-DeltaNet-like layer between an embedding and a head: projection, causal convolution with SiLU
+over q, k and v, gated delta rule, projection. Every step packs a chunk of waiting prompts and one token of each running
 request into a single `prefill` call; a step that only decodes is a `step` call. Batches are padded, as for a captured
 graph, and slots without an owner hold NaN.
 
 At the end each request runs again alone, unchunked, in a pool of one slot: its logits must be the same bits. That is
-asked of the convolution and the scheduling only, so the rest of the model is made exact: projections multiply values on
-a grid in float64, where no order of a sum rounds, and the recurrence is written in element-wise steps.
+asked of the convolution and the scheduling only, so the rest of the model is made exact: projections multiply values
+on a grid in float64, where no order of a sum rounds, and the recurrence is written in element-wise steps.
 """
 
 import argparse
@@ -235,8 +235,8 @@ def main(argv=None):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     print(
-        f"{options.requests} requests through {options.slots} slots on {options.device}: {figures['steps']} steps, up to "
-        f"{figures['most_rows']} rows a step, {figures['reused']} slots reused, "
+        f"{options.requests} requests through {options.slots} slots on {options.device}: {figures['steps']} steps, "
+        f"up to {figures['most_rows']} rows a step, {figures['reused']} slots reused, "
         f"{figures['tokens']} tokens, {figures['tokens'] / seconds:.0f} tokens/s"
     )
 

@@ -502,10 +502,11 @@ def test_gradients_of_causal_conv1d(channel_last, device):
     assert found[0] is dx
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    found = cpp_functions.causal_conv1d_bwd_function(
-        x, weight, None, upstream, None, None, None, None, False, True
-    )
-    assert [gradient is None for gradient in found] == [False, False, True, True]
+    for given in (None, initial):
+        found = cpp_functions.causal_conv1d_bwd_function(
+            x, weight, None, upstream, None, given, None, None, False, True
+        )
+        assert [gradient is None for gradient in found] == [False, False, True, True]
 
 
 @DEVICES

@@ -101,6 +101,37 @@ def test_every_call_goes_through_forward():
     assert len(calls) == 3
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_fully_sharded(one_rank):
+    """FSDP's hooks gather the sharded parameters for forward, prefill and step, and reduce their gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    module, x = CausalConv1d(DIM, WIDTH), torch.randn(2, 5, DIM)
+    pool, theirs = ConvStatePool(2, DIM, WIDTH), ConvStatePool(2, DIM, WIDTH)
+    slots = pool.allocate(2)
+    assert theirs.allocate(2) == slots
+    twin = copy.deepcopy(module)
+    fully_shard(module, mesh=one_rank)
+    assert isinstance(module.weight, torch.distributed.tensor.DTensor)
+    with torch.no_grad():
+        assert torch.equal(module(x), twin(x))
+        assert torch.equal(module.prefill(x, None, pool, slots), twin.prefill(x, None, theirs, slots))
+        assert torch.equal(module.step(x[:, 0], pool, slots), twin.step(x[:, 0], theirs, slots))
+        assert torch.equal(pool.states, theirs.states)
+    module(x).sum().backward()
+    twin(x).sum().backward()
+    assert torch.equal(module.weight.grad.full_tensor(), twin.weight.grad)
+
+
 @DEVICES
 def test_chunked_prefill_and_steps_are_one_prefill_bit_for_bit(device):
     module = CausalConv1d(DIM, WIDTH, device=device).requires_grad_(False)

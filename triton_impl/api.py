@@ -1,4 +1,4 @@
-"""The public operations of the Torch twin. A plain call goes straight to the kernel, a traced one through an operator."""
+"""The public operations of the Torch twin: plain calls go straight to the kernel, traced ones through an operator."""
 
 import torch
 from torch import Tensor, is_grad_enabled

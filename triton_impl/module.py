@@ -154,7 +154,7 @@ class CausalConv1d(nn.Module):
         )  # fmt: skip
 
     def step(self, x, pool, slots, *, layer=0):
-        """Decode step of sequences in a ConvStatePool: x [batch, dim] or [batch, seqlen, dim]; slots as in `prefill`."""
+        """Decode step of sequences in a ConvStatePool: x [batch, dim] or [batch, seqlen, dim]; see `prefill`."""
         return self(
             x, None, pool.layer(layer), _indices(pool, slots), pad_slot_id=pool.pad_slot_id, decode=True
         )

@@ -1,4 +1,4 @@
-"""A pool of conv states with its bookkeeping: who owns which slot is known on the host, windows stay on the device."""
+"""A pool of conv states: who owns which slot is known on the host, the windows stay on the device."""
 
 import heapq
 import operator
@@ -66,8 +66,8 @@ class ConvStatePool:
         """Gives slots back. Their contents stay until a new owner writes them.
 
         Raises:
-          ValueError: a slot that is not allocated (freed twice, never handed out, outside the pool) or is named twice;
-            none is freed.
+          ValueError: a slot that is not allocated (freed twice, never handed out, outside the pool) or is named
+            twice; none is freed.
         """
         slots = self._check(slots)
         self._owned.difference_update(slots)

@@ -7,8 +7,8 @@ or, without touching the program that imports the peer,
     import triton_impl.compat
     triton_impl.compat.install("causal_conv1d")
 
-Peers' layouts become views of ours, never copies, but where a docstring says so. Every argument is honoured or refused.
-Importing this package patches nothing.
+Peers' layouts become views of ours, never copies, but where a docstring says so. Every argument is honoured or
+refused. Importing this package patches nothing.
 """
 
 from triton_impl.compat.install import PEERS, install, uninstall

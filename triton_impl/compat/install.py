@@ -48,8 +48,8 @@ _undo = {}
 def install(peer):
     """Makes programs that import `peer` get the adapter.
 
-    "causal_conv1d": registers modules under that name, and its version, in front of an installed package or in place of
-    a missing one. Programs bind the functions when they are imported, transformers when it imports a model's
+    "causal_conv1d": registers modules under that name, and its version, in front of an installed package or in
+    place of a missing one. Programs bind the functions when they are imported, transformers when it imports a model's
     file: call this first.
     "sglang", "vllm", "fla": imports the engine's own module and replaces its functions there, and wherever a loaded
     module of the engine already holds them. The engine must be installed.

@@ -2,8 +2,8 @@
 
     from triton_impl.compat.vllm import causal_conv1d_fn, causal_conv1d_update
 
-Slot `null_block_id`, 0 unless told otherwise, is the null block: rows that name it are padding. So are rows whose slot
-lies outside the pool, -1 among them, which vLLM would follow out of bounds. Padding rows and tokens past
+Slot `null_block_id`, 0 unless told otherwise, is the null block: rows that name it are padding. So are rows whose
+slot lies outside the pool, -1 among them, which vLLM would follow out of bounds. Padding rows and tokens past
 `query_start_loc[-1]` come back as zeros; vLLM leaves them uninitialised or keeps x.
 x stays in its own dtype; vLLM rounds it to the dtype of the states first.
 """
@@ -54,7 +54,7 @@ def causal_conv1d_fn(
       cache_indices: [batch] integer slots, or None: row i uses slot i (row 0 then names the null block).
       has_initial_state: [batch] bool, or None: no row has a state.
       activation: None, "silu", "swish", True or False.
-      pad_slot_id: a slot outside the pool, all of which are padding; another slot in it, beside the null block, is refused.
+      pad_slot_id: a slot outside the pool (all of those are padding), or the null block; another slot is refused.
       null_block_id: the slot whose rows are padding.
       metadata: not needed and not read: it holds vLLM's list of blocks, which the flat schedule finds on the device.
       validate_data: read the index data, which synchronises, and raise ValueError on bad values.

@@ -1,0 +1,8 @@
+"""The convolution as a layer of Flax NNX (`pallas_impl.modules.nnx`) and of Equinox (`pallas_impl.modules.equinox`).
+
+Each needs its own package (`pip install 'twinconv[flax]'`, `'twinconv[equinox]'`); nothing here imports either.
+"""
+
+from pallas_impl.modules.layer import load_weight
+
+__all__ = ["load_weight"]

@@ -1,0 +1,106 @@
+"""The convolution as an Equinox module."""
+
+import equinox
+import jax
+import jax.numpy as jnp
+
+from pallas_impl.modules.layer import call_layer, check_bias, check_layer, draw_parameters, load_weight
+
+
+class CausalConv1d(equinox.Module):
+    """Causal depthwise conv1d with optional SiLU, for inference.
+
+    The pool of conv states is no part of the module: it goes in and comes out as a value, so that the caller can
+    donate it, shard it, and share one between requests.
+
+    Attributes:
+      weight: [dim, width].
+      bias: [dim], or None.
+      activation: None, "silu" or "swish".
+      backend: as in `pallas_impl.causal_conv1d_fn`.
+    """
+
+    weight: jax.Array
+    bias: jax.Array | None
+    activation: str | None = equinox.field(static=True)
+    backend: str = equinox.field(static=True)
+
+    def __init__(
+        self, dim, width, *, use_bias=True, activation="silu", dtype=jnp.float32, backend="auto", key
+    ):
+        """Draws the parameters as torch.nn.Conv1d does.
+
+        Args:
+          dim: channels.
+          width: taps, 1 to 8.
+          use_bias: whether there is a bias.
+          activation: None, "silu" or "swish".
+          dtype: of weight and bias; the operations take any mix with x.
+          backend: as in `pallas_impl.causal_conv1d_fn`.
+          key: a JAX random key.
+        """
+        dim, width = check_layer(dim, width, activation)
+        self.weight, self.bias = draw_parameters(key, dim, width, use_bias, dtype)
+        self.activation, self.backend = activation, backend
+
+    @classmethod
+    def from_weights(cls, weight, bias=None, *, activation="silu", layout=None, backend="auto"):
+        """A module with a checkpoint's parameters; see `pallas_impl.modules.load_weight` for shapes and `layout`."""
+        weight = load_weight(weight, layout=layout)
+        dim, width = weight.shape
+        module = cls(
+            dim, width, use_bias=bias is not None, activation=activation, backend=backend, key=jax.random.key(0)
+        )  # fmt: skip
+        return module.load(weight, bias)
+
+    def load(self, weight, bias=None, *, layout=None):
+        """A module like this one with a checkpoint's parameters, in their dtypes; see `pallas_impl.modules.load_weight`.
+
+        Raises:
+          ValueError: a shape does not fit, or a bias comes or is missing against this module's.
+        """
+        if (bias is None) != (self.bias is None):
+            wanted = "None" if self.bias is None else "an array"
+            raise ValueError(f"bias: expected {wanted}, as use_bias says, got {type(bias).__name__}")
+        dim, width = self.weight.shape
+        new = (load_weight(weight, dim=dim, width=width, layout=layout), check_bias(bias, dim))
+        return equinox.tree_at(lambda m: (m.weight, m.bias), self, new, is_leaf=lambda leaf: leaf is None)
+
+    def empty_states(self, num_slots, dtype=jnp.float32):
+        """A pool of zeros, [num_slots, width-1, dim]."""
+        dim, width = self.weight.shape
+        return jnp.zeros((num_slots, width - 1, dim), dtype)
+
+    def __call__(
+        self,
+        x,
+        query_start_loc=None,
+        conv_states=None,
+        cache_indices=None,
+        has_initial_state=None,
+        *,
+        pad_slot_id=-1,
+        max_seqlen=None,
+        decode=False,
+    ):
+        """One convolution.
+
+        Args:
+          x: [tokens, dim] with `query_start_loc`, [batch, seqlen, dim] without; with `decode` [batch, dim] or
+            [batch, seqlen, dim].
+          query_start_loc: [batch+1], or None for a dense x.
+          conv_states: [num_slots, state_len, dim], or None.
+          cache_indices, has_initial_state, pad_slot_id, max_seqlen: as in `pallas_impl.causal_conv1d_fn`.
+          decode: run `causal_conv1d_update`: every row continues from its slot.
+
+        Returns:
+          ConvOutput(out, conv_states): `out` has x's shape; the new pool, or None.
+
+        Raises:
+          ValueError, TypeError, Unsupported: as the operations do.
+        """
+        return call_layer(
+            self.weight, self.bias, x, query_start_loc, conv_states, cache_indices, has_initial_state,
+            activation=self.activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, decode=decode,
+            backend=self.backend,
+        )  # fmt: skip

@@ -1,0 +1,105 @@
+"""The convolution as a Flax NNX module."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_impl.modules.layer import call_layer, check_bias, check_layer, draw_parameters, load_weight
+
+
+class CausalConv1d(nnx.Module):
+    """Causal depthwise conv1d with optional SiLU, for inference.
+
+    The pool of conv states is no part of the module: it goes in and comes out as a value, so that the caller can
+    donate it, shard it, and share one between requests.
+
+    Attributes:
+      weight: nnx.Param [dim, width].
+      bias: nnx.Param [dim], or None.
+    """
+
+    def __init__(
+        self, dim, width, *, use_bias=True, activation="silu", param_dtype=jnp.float32, backend="auto", rngs
+    ):
+        """Draws the parameters as torch.nn.Conv1d does.
+
+        Args:
+          dim: channels.
+          width: taps, 1 to 8.
+          use_bias: whether there is a bias.
+          activation: None, "silu" or "swish".
+          param_dtype: of weight and bias; the operations take any mix with x.
+          backend: as in `pallas_impl.causal_conv1d_fn`.
+          rngs: nnx.Rngs; its "params" stream is used.
+        """
+        self.dim, self.width = check_layer(dim, width, activation)
+        self.activation, self.backend = activation, backend
+        weight, bias = draw_parameters(rngs.params(), self.dim, self.width, use_bias, param_dtype)
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    @classmethod
+    def from_weights(cls, weight, bias=None, *, activation="silu", layout=None, backend="auto"):
+        """A module with a checkpoint's parameters; see `pallas_impl.modules.load_weight` for shapes and `layout`."""
+        weight = load_weight(weight, layout=layout)
+        dim, width = weight.shape
+        module = cls(
+            dim, width, use_bias=bias is not None, activation=activation, param_dtype=weight.dtype, backend=backend,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        module.load(weight, bias)
+        return module
+
+    def load(self, weight, bias=None, *, layout=None):
+        """Takes a checkpoint's parameters, in their dtypes; see `pallas_impl.modules.load_weight`.
+
+        Raises:
+          ValueError: a shape does not fit, or a bias comes or is missing against `use_bias`.
+        """
+        if (bias is None) != (self.bias is None):
+            wanted = "None" if self.bias is None else "an array"
+            raise ValueError(f"bias: expected {wanted}, as use_bias says, got {type(bias).__name__}")
+        weight, bias = (
+            load_weight(weight, dim=self.dim, width=self.width, layout=layout),
+            check_bias(bias, self.dim),
+        )
+        self.weight = nnx.Param(weight)
+        if bias is not None:
+            self.bias = nnx.Param(bias)
+
+    def empty_states(self, num_slots, dtype=jnp.float32):
+        """A pool of zeros, [num_slots, width-1, dim]."""
+        return jnp.zeros((num_slots, self.width - 1, self.dim), dtype)
+
+    def __call__(
+        self,
+        x,
+        query_start_loc=None,
+        conv_states=None,
+        cache_indices=None,
+        has_initial_state=None,
+        *,
+        pad_slot_id=-1,
+        max_seqlen=None,
+        decode=False,
+    ):
+        """One convolution.
+
+        Args:
+          x: [tokens, dim] with `query_start_loc`, [batch, seqlen, dim] without; with `decode` [batch, dim] or
+            [batch, seqlen, dim].
+          query_start_loc: [batch+1], or None for a dense x.
+          conv_states: [num_slots, state_len, dim], or None.
+          cache_indices, has_initial_state, pad_slot_id, max_seqlen: as in `pallas_impl.causal_conv1d_fn`.
+          decode: run `causal_conv1d_update`: every row continues from its slot.
+
+        Returns:
+          ConvOutput(out, conv_states): `out` has x's shape; the new pool, or None.
+
+        Raises:
+          ValueError, TypeError, Unsupported: as the operations do.
+        """
+        return call_layer(
+            self.weight[...], None if self.bias is None else self.bias[...], x, query_start_loc, conv_states,
+            cache_indices, has_initial_state, activation=self.activation, pad_slot_id=pad_slot_id,
+            max_seqlen=max_seqlen, decode=decode, backend=self.backend,
+        )  # fmt: skip
