@@ -130,7 +130,7 @@ def test_every_acceptance_equals_the_plain_run(backend):
     x = normal(rng, (9, dim), "bfloat16")
     starts, no = jnp.asarray([0, 9], jnp.int32), jnp.asarray([False])
     blank = jnp.full((1, 6, dim), jnp.nan, "bfloat16")
-    options = dict(activation="silu", backend=backend)
+    options = dict(backend="xla")
     whole = causal_conv1d_fn(
         x, **shared, conv_states=blank, query_start_loc=starts, has_initial_state=no, **options
     )
@@ -142,7 +142,7 @@ def test_every_acceptance_equals_the_plain_run(backend):
         has_initial_state=no,
         **options,
     )
-    verify = jax.jit(functools.partial(causal_conv1d_update, **options))
+    verify = jax.jit(functools.partial(causal_conv1d_update, backend=backend))
     for accepted in (1, 2, 3, 4) if backend == "xla" else (3,):
         garbage = jnp.full((4 - accepted, dim), jnp.nan, "bfloat16")
         drafts = jnp.concatenate([x[2 : 2 + accepted], garbage])[None]
@@ -222,7 +222,7 @@ def test_validate_reads_offsets_and_counts():
             good(**arguments | {name: jnp.asarray(bad, jnp.int32)})
     with pytest.raises(ValueError, match="max_seqlen"):
         causal_conv1d_update(**arguments, validate=True, max_seqlen=1)
-    with pytest.raises(Unsupported, match="num_accepted_tokens|query_start_loc|cache_indices"):
+    with pytest.raises(Unsupported, match=r"cache_indices"):
         jax.jit(good)(**arguments)
 
 
