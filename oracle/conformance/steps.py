@@ -148,7 +148,8 @@ def _errors(update: Callable[..., Case]) -> list[Case]:
     cases = []
 
     def bad(name: str, error: str, argument: str, **more: Any) -> None:
-        cases.append(update(f"error-{name}", "bad-call-accepted", **({"lengths": (3, 2), "dim": 4} | more),
+        flags = "bad-call-accepted rolled-past-slot" if "narrow" in name else "bad-call-accepted"
+        cases.append(update(f"error-{name}", flags, **({"lengths": (3, 2), "dim": 4} | more),
                             expect={"error": error, "names": argument}, group="errors"))  # fmt: skip
 
     def override(name: str, **change: Any) -> dict[str, Any]:
