@@ -313,6 +313,49 @@ def test_one_batch_through_both_call_styles_of_sglang_gives_the_same_bits():
     assert torch.equal(*pools)
 
 
+@pytest.mark.parametrize(
+    ("options", "bound", "schedule"),
+    [
+        (dict(seq_lens_cpu=LENGTHS), max(LENGTHS), "auto"),
+        (dict(seq_lens_cpu=torch.tensor(LENGTHS)), max(LENGTHS), "auto"),
+        (dict(seq_lens_cpu=[]), 0, "auto"),
+        (dict(), None, "auto"),
+        (dict(block_table=torch.zeros(3, 2, dtype=torch.int32)), None, "flat"),
+    ],
+)
+def test_host_lengths_choose_the_grid(options, bound, schedule, monkeypatch):
+    """SGLang's host lengths reach the schedule as a bound; nothing has to be read from the device for it."""
+    seen = []
+    real = sglang.packed_fn
+    monkeypatch.setattr(sglang, "packed_fn", lambda *args, **kw: (seen.append(kw), real(*args, **kw))[1])
+    x, pool, starts, slots, has = packed(-1)
+    sglang.causal_conv1d_fn(x.t(), *taps(), starts, slots, has, pool, **options)
+    assert [(kw["max_seqlen"], kw["schedule"], kw["validate"]) for kw in seen] == [(bound, schedule, False)]
+
+
+@pytest.mark.gpu
+def test_no_call_synchronises():
+    weight, bias = taps("cuda")
+    x, pool, starts, slots, has = packed(-1, "cuda")
+    token = x[: len(SLOTS)].clone()
+    calls = [
+        lambda: sglang.causal_conv1d_fn(x.t(), weight, bias, starts, slots, has, pool, seq_lens_cpu=LENGTHS),
+        lambda: sglang.causal_conv1d_fn_triton(x.t(), weight, bias, pool, starts, LENGTHS, slots, has),
+        lambda: vllm.causal_conv1d_fn(x.t(), weight, bias, pool, starts, slots, has),
+        lambda: vllm.causal_conv1d_update(token, pool, weight, bias, "silu", slots),
+        lambda: dao.causal_conv1d_fn(x[None].mT, weight, bias, starts.new_zeros(1, x.shape[0])),
+        lambda: dao.causal_conv1d_update(token, pool, weight, bias, None, None, slots),
+        lambda: fla.causal_conv1d(x[None], weight, bias, None, None, True, cu_seqlens=starts),
+    ]
+    for call in calls:
+        call()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_dense_prefill_of_sglang():
     weight, bias = taps()
     x, pool = random(2, 5, DIM).transpose(1, 2), random(4, DIM, WIDTH - 1)
@@ -392,6 +435,32 @@ def test_rows_of_different_lengths_in_an_update_of_vllm():
         row = tokens[start:end].t()
         close(out[start:end].t(), convolve(row, weight, bias, before[slot]))
         assert torch.equal(pool[slot], torch.cat([before[slot], row], dim=1)[:, -(WIDTH - 1) :])
+
+
+ON_KERNELS = {
+    "prefill token-major": lambda: test_packed_prefill("vllm", True, "cpu"),
+    "prefill channel-major": lambda: test_packed_prefill("sglang-triton", False, "cpu"),
+    "prefill in place": lambda: test_packed_prefill("sglang-host-lengths", False, "cpu"),
+    "update in front": lambda: test_update_with_the_window_in_front("vllm", 3, "cpu"),
+    "update to out": lambda: test_update_with_the_window_in_front("vllm-out", None, "cpu"),
+    "update at the back": lambda: test_update_with_the_window_at_the_back(
+        sglang.causal_conv1d_update, 6, 2, [2, -1, 0], "cpu"
+    ),
+    "update of a cache": lambda: test_update_with_the_window_at_the_back(
+        dao.causal_conv1d_update, 4, 1, None, "cpu"
+    ),
+    "dense folded": lambda: test_dense_prefill("channel_first", "silu", "cpu"),
+    "dense packed": lambda: test_dense_prefill("slice_of_projection", None, "cpu"),
+    "ids": lambda: test_sequence_ids("cpu"),
+    "fla": lambda: test_fla_dense_and_packed(True, True),
+}
+
+
+@pytest.mark.parametrize("name", ON_KERNELS)
+def test_on_the_kernels(name, monkeypatch):
+    """The same checks through the Triton kernels, in Triton's interpreter: views have strides that kernels must take."""
+    monkeypatch.setattr(run, "_resolve", lambda backend, x: "triton")
+    ON_KERNELS[name]()
 
 
 # flash-linear-attention

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("report", _report, "Make one HTML page of reports: implementations by failure modes.")
     sub.add_argument("reports", nargs="+", help="JSON Lines files that `run --report` wrote")
-    sub.add_argument("-o", "--output", required=True, help="the page")
+    sub.add_argument("-o", "--output", required=True, help="the page; a name in .md gets the bare table")
 
     sub = command("list", _list, "List cases, or what they are made of.")
     _selection(sub)
@@ -116,9 +116,10 @@ def _cases_of(path: str) -> list[Case]:
 
 
 def _report(options: Any) -> int:
-    from oracle.conformance.html import page
+    from oracle.conformance.html import matrix, page
 
-    Path(options.output).write_text(page([reports.read(path) for path in options.reports]))
+    make = matrix if options.output.endswith(".md") else page
+    Path(options.output).write_text(make([reports.read(path) for path in options.reports]))
     print(f"{len(options.reports)} reports in {options.output}")
     return 0
 

@@ -1,0 +1,27 @@
+"""NumPy rows to torch tensors and back, for peers written in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from oracle.numerics import TypedArray
+
+
+def to_torch(array: TypedArray | None) -> torch.Tensor | None:
+    """A contiguous tensor with the array's dtype, or None."""
+    if array is None:
+        return None
+    data = np.ascontiguousarray(array.data)
+    if array.dtype == "bfloat16":
+        return torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(data.copy())
+
+
+def to_typed(tensor: torch.Tensor) -> TypedArray:
+    """The tensor's values with their dtype name."""
+    tensor = tensor.detach().cpu().contiguous()
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name == "bfloat16":
+        return TypedArray(name, tensor.view(torch.int16).numpy().view(np.uint16))
+    return TypedArray(name, tensor.numpy())
