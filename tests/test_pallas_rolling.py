@@ -269,3 +269,38 @@ def test_a_packed_step_is_one_kernel():
 def test_every_size_lowers(sizes):
     arguments = step(**dict(lengths=(3, 1, 2), counts=(1, 2, 3), columns=12) | sizes)
     assert "mosaic_gpu" in lowered(arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(dim=8192),
+        dict(dim=8192, rolls=False),
+        dict(dim=264, width=2),
+        dict(dim=136, width=8, dtype="float16"),
+        dict(dim=100, width=3),
+        dict(dim=1, width=1),
+    ],
+    ids=str,
+)
+def test_compiled_steps_equal_xla_bit_for_bit(sizes):
+    sizes = dict(sizes)
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(0, 5, 64)
+    counts = rng.integers(-1, 7, 64).tolist() if sizes.pop("rolls", True) else None
+    arguments = step(lengths.tolist(), counts, columns=12, tail=9, padding=(3, 40), **sizes)
+    expected, result = (
+        jax.jit(functools.partial(causal_conv1d_update, backend=backend, **bound(arguments)))(**arguments)
+        for backend in ("xla", "mosaic_gpu")
+    )
+    same_bits(result.out, np.asarray(expected.out))
+    same_bits(result.conv_states, np.asarray(expected.conv_states))
+
+
+@pytest.mark.gpu
+def test_compiled_rows_longer_than_promised_stay_in_their_slots():
+    arguments = step((9, 30), (1, 2), columns=5)
+    result = jax.jit(functools.partial(causal_conv1d_update, max_seqlen=2, backend="mosaic_gpu"))(**arguments)
+    others = np.setdiff1d(np.arange(4), arguments["cache_indices"])
+    same_bits(result.conv_states[others], np.asarray(arguments["conv_states"][others]))

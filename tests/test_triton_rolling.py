@@ -200,3 +200,58 @@ def test_a_prepared_call_is_not_reused_where_a_check_would_fail():
         run_step(
             arguments | {"num_accepted_tokens": torch.ones(2, dtype=torch.int32, device="meta")}, "triton"
         )
+
+
+def serving_step(batch=64, dim=8192, rolls=True):
+    """A verify step of up to 4 tokens a row on a GPU, with padding rows, empty rows and a tail."""
+    generator = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(5, (batch,), generator=generator).tolist()
+    slots = torch.randperm(batch, generator=generator).tolist()
+    slots[3] = -1
+    counts = (1 + torch.randint(4, (batch,), generator=generator)).tolist() if rolls else None
+    arguments = step(lengths, counts, dim=dim, columns=7, tail=9, slots=slots)
+    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rolls", [True, False])
+@pytest.mark.parametrize(("batch", "dim"), [(64, 8192), (300, 1040), (5, 1)])
+def test_compiled_steps_equal_the_plain_path(batch, dim, rolls):
+    arguments = serving_step(batch, dim, rolls)
+    plain, kernel = run_step(arguments, "eager"), run_step(arguments, "triton")
+    assert torch.equal(kernel.out, plain.out)
+    assert torch.equal(kernel.conv_states.nan_to_num(7), plain.conv_states.nan_to_num(7))
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_synchronise():
+    arguments = serving_step()
+    run_step(arguments, "triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_step(arguments, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_its_counts_and_lengths():
+    arguments = serving_step()
+    pool = arguments["conv_states"].clone()
+    call = arguments | {"conv_states": pool}
+    triton_impl.causal_conv1d_update(**call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = triton_impl.causal_conv1d_update(**call)
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        arguments["num_accepted_tokens"].copy_(torch.randint(1, 5, (64,), generator=generator, device="cuda"))
+        lengths = torch.randint(4, (64,), generator=generator, device="cuda")
+        room = arguments["x"].shape[0]
+        arguments["query_start_loc"][1:] = lengths.cumsum(0).clamp(max=room)
+        arguments["x"].nan_to_num_(1.0)
+        pool.copy_(arguments["conv_states"].nan_to_num_(1.0))
+        expected = run_step(arguments, "eager")
+        graph.replay()
+        assert torch.equal(out, expected.out)
+        assert torch.equal(pool, expected.conv_states)

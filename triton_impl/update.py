@@ -52,7 +52,9 @@ def _update_kernel(
     if VARLEN:
         tl.static_assert(ROWS == 1)
         begin = offset(query_start_loc, tl.minimum(first_row, batch), batch, tokens)
-        length = tl.maximum(offset(query_start_loc, tl.minimum(first_row, batch) + 1, batch, tokens) - begin, 0)
+        length = tl.maximum(
+            offset(query_start_loc, tl.minimum(first_row, batch) + 1, batch, tokens) - begin, 0
+        )
         if first_row >= batch:
             zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
             tail_programs = tl.num_programs(0) // channel_blocks - batch
@@ -88,10 +90,14 @@ def _update_kernel(
     for r in tl.static_range(ROWS):
         column = tl.zeros([], tl.int64)
         if ROLLS:
-            count = tl.load(num_accepted_tokens + (first_row + r) * stride_a, mask=first_row + r < batch, other=1)
+            count = tl.load(
+                num_accepted_tokens + (first_row + r) * stride_a, mask=first_row + r < batch, other=1
+            )
             column = tl.minimum(tl.maximum(count.to(tl.int64), 1), state_len - WIDTH + 2) - 1
         for j in tl.static_range(WIDTH - 1):
-            stored = stored + (tl.load(pools[r] + (column + j) * stride_s_l, mask=in_dim & live[r], other=0.0),)
+            stored = stored + (
+                tl.load(pools[r] + (column + j) * stride_s_l, mask=in_dim & live[r], other=0.0),
+            )
     window = ()
     for i in tl.static_range(ROWS * (WIDTH - 1)):
         window = window + (widen(stored[i]),)
@@ -138,7 +144,16 @@ def _update_kernel(
 
 
 def prepare(
-    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, silu, pad_slot_id, config
+    x,
+    weight,
+    bias,
+    conv_states,
+    cache_indices,
+    query_start_loc,
+    num_accepted_tokens,
+    silu,
+    pad_slot_id,
+    config,
 ):
     """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
 
