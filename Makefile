@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env312 demo test test-gpu test-multi-gpu lint bench clean
+.PHONY: help env env312 demo test test-compile test-gpu test-multi-gpu lint bench clean
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
@@ -59,6 +59,17 @@ test-gpu: ## the tests marked gpu, with PYTHON=the interpreter that holds the CU
 test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communicator a GPU
 	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/test_multi_gpu_torch.py
 	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/test_multi_gpu_jax.py
+
+.venv-cuda/.installed: requirements/cuda-compile.txt
+	@python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
+	if [ -z "$$python" ]; then echo "make: expected a Python 3.12, found none" >&2; exit 1; fi; \
+	echo "making .venv-cuda with $$("$$python" --version)"; "$$python" -m venv .venv-cuda
+	@.venv-cuda/bin/python $(PIP_INSTALL) --constraint requirements/cpu-jax-0.11.txt --requirement $<
+	@touch $@
+
+test-compile: .venv-cuda/.installed ## Pallas kernels compiled to machine code for an H100, with no GPU
+	PATH="$(CURDIR)/$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin):$$PATH" \
+	  .venv-cuda/bin/python -m pytest tests/test_pallas_compile.py
 
 lint: .venv/.installed ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .

@@ -35,6 +35,6 @@ def _no_derivative(arrays):
 @_no_derivative.defjvp
 def _explain_derivative(primals, tangents):
     raise Unsupported(
-        "backend: the kernels have no derivative; expected backend='xla' where one is taken, or "
-        "jax.lax.stop_gradient around every argument"
+        "backend: this call of a kernel has no derivative; expected pallas_impl.causal_conv1d, the differentiable "
+        "form, once differentiated, or backend='xla', or jax.lax.stop_gradient around every argument"
     )

@@ -71,6 +71,9 @@ class ClaimsInVain(Base):
         if arrays["weight"].shape[1] == 4: raise NotImplementedError("width 4")
 class Incomplete:
     def run(self, op, arrays, options): pass
+class LoadsOnce(Dies):
+    def __init__(self):
+        with open(os.environ["MARK"], "x"): pass
 class BadStart(Base):
     def __init__(self): raise OSError("no device")
 """
@@ -89,9 +92,10 @@ def bad(tmp_path_factory):
     (folder / "bad_adapters.py").write_text(BAD)
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
-    def run(name, patterns=("update/width-4", "update/width-2"), **options):
+    def run(name, patterns=("update/width-4", "update/width-2"), mark="", **options):
         cases = select(CASES, patterns=patterns)
-        return runner.run(f"bad_adapters:{name}", cases, environment={"PYTHONPATH": path}, **options)
+        environment = {"PYTHONPATH": path, "MARK": str(mark)}
+        return runner.run(f"bad_adapters:{name}", cases, environment=environment, **options)
 
     return run
 
@@ -120,6 +124,29 @@ def test_the_run_goes_on_after_a_dead_process(bad, name, status, detail):
     assert by_id["update/width-4"]["status"] == status
     assert detail in by_id["update/width-4"]["detail"]
     assert by_id["update/dim-7"]["status"] == "passed"
+
+
+def test_several_processes_give_the_same_report(bad):
+    cases = ("update/width-*", "update/dim-[1-7]*")
+    one, three = bad("Dies", cases), bad("Dies", cases, jobs=3)
+    assert [(c["id"], c["status"]) for c in one.cases] == [(c["id"], c["status"]) for c in three.cases]
+    assert one.footer["counts"] == three.footer["counts"]
+    assert one.footer["counts"]["crashed"] >= 2
+    with pytest.raises(ValueError, match="jobs: expected 1 with outputs"):
+        bad("Good", jobs=2, outputs="x.npz")
+    with pytest.raises(ValueError, match="jobs: expected at least 1, got 0"):
+        bad("Good", jobs=0)
+
+
+def test_an_implementation_that_loads_only_once(bad, tmp_path):
+    """After a crash it cannot be loaded again; the run still ends, with a record for every case."""
+    (tmp_path / "used").unlink(missing_ok=True)
+    result = bad("LoadsOnce", ("update/width-4", "update/dim-7"), mark=tmp_path / "used")
+    assert {c["id"]: c["status"] for c in result.cases} == {
+        "update/width-4": "crashed",
+        "update/dim-7": "crashed",
+    }
+    assert "not loaded again" in result.cases[1]["detail"]
 
 
 def test_capabilities_are_checked_both_ways(bad):

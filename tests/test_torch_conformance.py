@@ -1,4 +1,4 @@
-"""The conformance suite through the adapters' signatures: SGLang's two pairs, vLLM's and causal-conv1d's."""
+"""The conformance suite through the adapters' signatures: SGLang's two pairs, vLLM's, causal-conv1d's and FLA's."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # adapter: cases that its peer's signature can express, at least
-ADAPTERS = {"sglang": 480, "sglang_dispatcher": 460, "vllm": 475, "causal_conv1d": 390}
+ADAPTERS = {"sglang": 480, "sglang_dispatcher": 460, "vllm": 475, "causal_conv1d": 390, "fla": 295}
 
 
 def judge(impl, device):

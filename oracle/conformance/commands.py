@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     sub.add_argument("--case-file", metavar="FILE", help="cases as JSON Lines, as `list --json` prints them")
     sub.add_argument("--time-limit", type=float, default=120.0, help="seconds a case may take (120)")
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (1)")
     sub.add_argument(
         "--no-probe", action="store_true", help="do not try cases that the implementation denies"
     )
@@ -102,6 +103,7 @@ def _run(options: Any) -> int:
         device=options.device,
         time_limit=options.time_limit,
         probe=not options.no_probe,
+        jobs=options.jobs,
         progress=runner.Progress(options.impl.rpartition(":")[2]),
     )
     result = ledger.apply(result, entries)

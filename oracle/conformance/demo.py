@@ -29,6 +29,10 @@ BATCHES = {
     "float32": ("fn/serving-mixed-f32", "update/silu-float32"),
     "chunks = one prefill = updates": ("fn/serving-chunks", "fn/path-chain-bf16", "update/path-tokens_one_by_one-bf16"),
 }  # fmt: skip
+LANES = (  # the first of each is a twin's kernel; lanes run side by side
+    ("triton_impl.adapter:adapter", "triton_impl.adapter:eager"),
+    ("pallas_impl.adapter:adapter", "pallas_impl.adapter:xla"),
+)
 EQUAL_SHARE = 0.9999  # of the twins' 16-bit outputs
 QUIET = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
@@ -37,32 +41,29 @@ def demo(device: str | None = None) -> int:
     """Runs the batches on four implementations and prints how they agree; returns the exit status."""
     device = device or ("cuda" if _has_gpu() else "cpu")
     cases = [replace(catalogue.find(i), group=group) for group, ids in BATCHES.items() for i in ids]
-    interpret = {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
-    lanes: list[list[tuple[str, dict[str, str]]]] = [
-        [("triton_impl.adapter:adapter", interpret), ("triton_impl.adapter:eager", {})],
-        [("pallas_impl.adapter:adapter", {}), ("pallas_impl.adapter:xla", {})],
-    ]
+    environment = {**QUIET, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
     where = "compiled, on the GPU" if device == "cuda" else "on the CPU, kernels in their interpreters"
     print(
         f"{len(cases)} serving batches, four implementations, {where}. Reference: NumPy, float64.", flush=True
     )
     start = time.perf_counter()
-    progress = _SharedProgress(len(cases) * sum(len(lane) for lane in lanes))
+    progress = _SharedProgress(len(cases) * sum(len(lane) for lane in LANES))
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(lanes)) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(LANES)) as pool:
 
         def run_lane(number: int) -> list[Report | str]:
             found: list[Report | str] = []
-            for position, (impl, environment) in enumerate(lanes[number]):
+            for position, impl in enumerate(LANES[number]):
                 outputs = str(Path(folder) / f"{number}.npz") if position == 0 else None
                 try:
-                    found.append(runner.run(impl, cases, device=device, environment={**QUIET, **environment},
-                                            outputs=outputs, progress=progress.lane()))  # fmt: skip
+                    report = runner.run(impl, cases, device=device, environment=environment, outputs=outputs,
+                                        progress=progress.lane())  # fmt: skip
+                    found.append(report)
                 except runner.ImplementationError as error:
                     found.append(f"{impl}: {error}")
             return found
 
-        triton, pallas = pool.map(run_lane, range(len(lanes)))
+        triton, pallas = pool.map(run_lane, range(len(LANES)))
         progress.close()
         results = [r for pair in zip(triton, pallas, strict=True) for r in pair]
         reports = [r for r in results if isinstance(r, Report)]
@@ -89,7 +90,7 @@ def demo(device: str | None = None) -> int:
 
 
 def _compare(first: Path, second: Path, cases: list[Case]) -> tuple[int, int]:
-    """Equal elements and all elements of the 16-bit outputs that two runs saved; NaN equals NaN."""
+    """Equal elements and all elements of the 16-bit outputs that two runs saved."""
     if not first.exists() or not second.exists():
         return 0, 0
     equal = total = 0
@@ -102,10 +103,16 @@ def _compare(first: Path, second: Path, cases: list[Case]) -> tuple[int, int]:
 
 
 def _has_gpu() -> bool:
+    """Whether both frameworks can use a GPU here; asked in other processes, and only where there is one."""
     tool = shutil.which("nvidia-smi")
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or tool is None:
         return False
-    return subprocess.run([tool, "-L"], capture_output=True, check=False).returncode == 0
+    questions = (
+        [tool, "-L"],
+        [sys.executable, "-c", "import torch; assert torch.cuda.is_available()"],
+        [sys.executable, "-c", "import jax; assert jax.devices('gpu')"],
+    )
+    return all(subprocess.run(q, capture_output=True, check=False).returncode == 0 for q in questions)
 
 
 class _SharedProgress:

@@ -172,9 +172,7 @@ def _case(case: dict[str, Any]) -> str:
         w = case["worst"]
         text += (f"<br><small>worst element {w['index']}: expected {w['expected']} ({w['expected_bits']}), got {w['got']} "
                  f"({w['got_bits']}), {w['dtype']}, {w['fraction']:.3g} of the bound</small>")  # fmt: skip
-    if case["status"] != "passed":
-        text += f"<br><code>{_e(case['command'])}</code>"
-    return text
+    return text + f"<br><code>{_e(case['command'])}</code>"
 
 
 def _e(text: Any) -> str:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from oracle import contract
@@ -109,76 +110,94 @@ def run(
     environment: dict[str, str] | None = None,
     outputs: str | None = None,
     probe: bool = True,
+    jobs: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Runs cases on an implementation and returns the report.
 
     Args:
       impl: "package.module:object" or "process:command".
-      cases: in the order in which they run.
+      cases: in the order in which they are reported.
       device: handed to the adapter.
       time_limit: seconds a case may take; then its process is killed and the next case gets a new one.
       environment: extra environment variables of the process.
       outputs: an .npz file to write the output bits of every case to, for comparing implementations.
       probe: run cases that the implementation denies, to see whether the denial is true.
+      jobs: processes at a time, each of which loads the implementation; 1 with `outputs`.
       progress: called with (done, all, case id).
 
     Raises:
       ImplementationError: the implementation cannot be loaded.
+      ValueError: no job, or several and `outputs`.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    if outputs and jobs > 1:
+        raise ValueError(f"jobs: expected 1 with outputs, got {jobs}")
     cases = list(cases)
     start = time.perf_counter()
-    arguments = (
-        ["--impl", impl]
-        + (["--device", device] if device else [])
-        + (["--outputs", outputs] if outputs else [])
-    )
-    worker = _Worker(arguments, environment or {})
-    hello = worker.hello["hello"]
-    denied_patterns = dict(hello["capabilities"].get("unsupported", {}))
-    records = []
-    try:
-        for number, case in enumerate(cases):
-            if progress:
-                progress(number, len(cases), case.id)
-            reasons = [
-                f"{p}: {why}" for p, why in denied_patterns.items() if fnmatch.filter(case.features, p)
-            ]
-            if reasons and not probe:
-                record = _dead("unsupported", "; ".join(reasons), 0.0)
-            else:
-                if not worker.alive:
-                    worker.stop()
-                    worker = _Worker(arguments, environment or {})
-                record = worker.ask(case, time_limit)
-                if reasons:
-                    record |= {
-                        "probe": record["status"],
-                        "status": "unsupported",
-                        "detail": "; ".join(reasons),
-                    }
-                elif record["status"] == "unsupported":
-                    record["status"] = "wrong_error"
-                    record["detail"] = f"Unsupported, though capabilities() claims this: {record['detail']}"
-            records.append({
-                "kind": "case", "id": case.id, "op": case.op, "group": case.group, "tier": case.tier,
-                "flags": list(case.flags), "expect": case.expect, **record, "command": _command(impl, device, case),
-            })  # fmt: skip
-        if progress:
-            progress(len(cases), len(cases), "")
-    finally:
-        if worker.alive:
-            worker.finish()
-        worker.stop()
+    arguments = ["--impl", impl]
+    arguments += ["--device", device] if device else []
+    arguments += ["--outputs", outputs] if outputs else []
+    first = _Worker(arguments, environment or {})
+    hello = first.hello["hello"]
+    denied = dict(hello["capabilities"].get("unsupported", {}))
+    waiting = iter(range(len(cases)))
+    records: list[dict[str, Any]] = [{}] * len(cases)
+    lock = threading.Lock()
+
+    def judge(worker: _Worker, case: Case) -> tuple[_Worker, dict[str, Any]]:
+        reasons = [f"{p}: {why}" for p, why in denied.items() if fnmatch.filter(case.features, p)]
+        if reasons and not probe:
+            return worker, _dead("unsupported", "; ".join(reasons), 0.0)
+        if not worker.alive:
+            worker.stop()
+            try:
+                worker = _Worker(arguments, environment or {})
+            except ImplementationError as error:
+                return worker, _dead("crashed", f"not loaded again after the case before: {error}", 0.0)
+        record = worker.ask(case, time_limit)
+        if reasons:
+            record |= {"probe": record["status"], "status": "unsupported", "detail": "; ".join(reasons)}
+        elif record["status"] == "unsupported":
+            detail = f"Unsupported, though capabilities() claims this: {record['detail']}"
+            record |= {"status": "wrong_error", "found": ["wrong_error"], "detail": detail}
+        return worker, record
+
+    def serve(worker: _Worker | None) -> None:
+        worker = worker or _Worker(arguments, environment or {})
+        try:
+            while True:
+                with lock:
+                    number = next(waiting, None)
+                    if number is None:
+                        break
+                    if progress:
+                        progress(number, len(cases), cases[number].id)
+                worker, record = judge(worker, cases[number])
+                case = cases[number]
+                records[number] = {
+                    "kind": "case", "id": case.id, "op": case.op, "group": case.group, "tier": case.tier,
+                    "flags": list(case.flags), "expect": case.expect, **record, "command": _command(impl, device, case),
+                }  # fmt: skip
+        finally:
+            if worker.alive:
+                worker.finish()
+            worker.stop()
+
+    workers = [first, *[None] * (min(jobs, len(cases)) - 1)]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(serve, workers))
+    if progress:
+        progress(len(cases), len(cases), "")
     header = {
         "kind": "header", "format": reports.FORMAT_VERSION, "contract": contract.CONTRACT_VERSION,
         "suite": SUITE_VERSION, "impl": impl, "name": hello["name"], "version": hello["version"],
         "device": hello["capabilities"].get("device", device or "cpu"), "capabilities": hello["capabilities"],
-        "environment": worker.hello["environment"], "cases": len(cases),
+        "environment": first.hello["environment"], "cases": len(cases),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - (time.perf_counter() - start))),
     }  # fmt: skip
-    findings = list(_denials(denied_patterns, cases, records))
-    return reports.close(header, records, time.perf_counter() - start, findings)
+    return reports.close(header, records, time.perf_counter() - start, _denials(denied, cases, records))
 
 
 def _denials(patterns: dict[str, str], cases: list[Case], records: list[dict[str, Any]]) -> Iterable[str]:

@@ -11,6 +11,7 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl import adapter as own
 from triton_impl.compat import causal_conv1d as dao
+from triton_impl.compat import fla as peer
 from triton_impl.compat import sglang as sg
 from triton_impl.compat import vllm as vl
 
@@ -181,3 +182,60 @@ def causal_conv1d(device=None):
         "expect:*": "packed rows are carried by this adapter, which reads their data",
     }
     return PeerAdapter("causal-conv1d", fn, update, _NO_CHOICE | unsupported, device)
+
+
+def fla(device=None):
+    """FLA's pair. It has caches of `width` columns by row instead of a pool: this adapter carries them by hand."""
+
+    def cache_of(conv_states, slots, weight, keep):
+        """Caches [rows, dim, width] of the slots; zeros where `keep` says that a row has no state."""
+        width = weight.shape[1]
+        cache = conv_states.new_zeros(len(slots), conv_states.shape[2], width)
+        for row, slot in enumerate(slots):
+            if keep[row]:
+                cache[row, :, 1:] = conv_states[slot, : width - 1].t()
+        return cache
+
+    def fn(x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation=None):
+        starts, rows = query_start_loc.tolist(), query_start_loc.shape[0] - 1
+        slots = list(range(rows)) if cache_indices is None else cache_indices.tolist()
+        given = None if has_initial_state is None else has_initial_state.tolist()
+        if conv_states is None:
+            return peer.causal_conv1d(
+                x[None], weight, bias, activation=activation, cu_seqlens=query_start_loc
+            )[0][0]
+        live = [0 <= slot < conv_states.shape[0] for slot in slots]
+        keep = [is_live and given is not None and given[row] for row, is_live in enumerate(live)]
+        initial = cache_of(conv_states, slots, weight, keep)
+        y, final = peer.causal_conv1d(
+            x[None], weight, bias, None, initial, True, activation, cu_seqlens=query_start_loc
+        )
+        out = y[0].clone()
+        for row, slot in enumerate(slots):
+            if not live[row]:
+                out[starts[row] : starts[row + 1]] = 0
+            elif starts[row] < starts[row + 1]:
+                conv_states[slot, : weight.shape[1] - 1] = final[row, :, 1:].t()
+        return out
+
+    def update(x, weight, bias, conv_states, cache_indices, activation=None):
+        slots = list(range(x.shape[0])) if cache_indices is None else cache_indices.tolist()
+        live = [0 <= slot < conv_states.shape[0] for slot in slots]
+        cache = cache_of(conv_states, slots, weight, live)
+        out, _ = peer.causal_conv1d_update(x, cache, None, weight, bias, activation)
+        for row, slot in enumerate(slots):
+            if live[row]:
+                conv_states[slot, : weight.shape[1] - 1] = cache[row, :, 1:].t()
+            else:
+                out[row] = 0
+        return out
+
+    unsupported = {
+        "max_seqlen:*": "this adapter hands on no host lengths",
+        "pad_slot_id:[0-9]*": "padding is a slot outside the pool",
+        "validate:*": "the peer's signature has no validation",
+        "update:multi_token": "one token a row",
+        "expect:*": "states are carried by this adapter, which reads the index data",
+        "dtypes:mixed": "the peer returns final states in x's dtype",
+    }
+    return PeerAdapter("fla", fn, update, _NO_CHOICE | unsupported, device)

@@ -143,6 +143,16 @@ class EmptyCallFails(Mutant):
         return super().rows(call)
 
 
+@mutant("empty-sequence-mishandled")
+class EmptyStepFails(Mutant):
+    """A decode step of no tokens raises."""
+
+    def rows(self, call):
+        if not call.fn and call.slots and not len(call.x.data):
+            raise RuntimeError("cannot reshape array of size 0")
+        return super().rows(call)
+
+
 @mutant("tail-padding-enters-state")
 class TailJoinsLastRow(Mutant):
     """The last row reaches to the end of x."""

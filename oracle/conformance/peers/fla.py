@@ -11,38 +11,39 @@ import importlib
 from importlib.metadata import version
 from typing import ClassVar
 
-import torch
-import triton
-
 from oracle.conformance.peers.dense import DenseAdapter
 from oracle.conformance.peers.torch_rows import to_torch, to_typed
 from oracle.contract import Unsupported
 
 TRUNCATES = "Triton's interpreter cuts float32 to bfloat16 where a device rounds"
-INTERPRETED = triton.knobs.runtime.interpret
-if INTERPRETED:
-    triton.runtime.autotuner.Autotuner.do_bench = lambda self, call, quantiles: [call(), 1.0, 1.0, 1.0][1:]
-
-OPS = importlib.import_module("fla.modules.causal_conv1d.ops")  # after the line above, which it must see
 
 
 class Fla(DenseAdapter):
     """One sequence a call."""
 
-    name, version = "fla", version("fla-core")
+    name = "fla"
     denied: ClassVar = {"dtypes:mixed": "the cache has the dtype of x"}
 
     def __init__(self, device: str | None = None):
-        self.device = device or ("cpu" if INTERPRETED else "cuda")
+        triton = importlib.import_module("triton")
+        self.interpreted = triton.knobs.runtime.interpret
+        if self.interpreted:
+            tuner = triton.runtime.autotuner.Autotuner
+            tuner.do_bench = lambda self, call, quantiles: [call(), 1.0, 1.0, 1.0][1:]
+        self.ops = importlib.import_module("fla.modules.causal_conv1d.ops")  # after that, since it tunes
+        self.version = version("fla-core")
+        self.device = device or ("cpu" if self.interpreted else "cuda")
 
     def capabilities(self):
-        stated = super().capabilities()
-        if INTERPRETED:
-            stated = {**stated, "unsupported": {**stated["unsupported"], "*:bfloat16": TRUNCATES}}
+        stated = dict(super().capabilities())
+        if self.interpreted:
+            stated["unsupported"] = {**stated["unsupported"], "*:bfloat16": TRUNCATES}
         return {**stated, "device": self.device}
 
     def row(self, op, x, weight, bias, window, activation):
-        if INTERPRETED and x.dtype == "bfloat16":
+        import torch
+
+        if self.interpreted and x.dtype == "bfloat16":
             raise Unsupported(f"x: {TRUNCATES}")
         tokens, dim = x.shape
         width = weight.shape[1]
@@ -55,9 +56,11 @@ class Fla(DenseAdapter):
             state[0, :, 1:] = kept.T
             state = state.to(self.device)
         if op == "causal_conv1d_update" and tokens == 1:
-            out, state = OPS.causal_conv1d_update(inputs, state, weight=taps, bias=b, activation=activation)
+            out, state = self.ops.causal_conv1d_update(
+                inputs, state, weight=taps, bias=b, activation=activation
+            )
         else:
-            out, state = OPS.causal_conv1d(
+            out, state = self.ops.causal_conv1d(
                 inputs[None], taps, b, initial_state=state, output_final_state=True, activation=activation
             )
         return to_typed(out.reshape(tokens, dim)), to_typed(state[0, :, 1:].T)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from oracle.numerics import TypedArray
+
+if TYPE_CHECKING:
+    import torch
 
 
 def to_torch(array: TypedArray | None) -> torch.Tensor | None:
     """A contiguous tensor with the array's dtype, or None."""
+    import torch
+
     if array is None:
         return None
     data = np.ascontiguousarray(array.data)
@@ -20,6 +26,8 @@ def to_torch(array: TypedArray | None) -> torch.Tensor | None:
 
 def to_typed(tensor: torch.Tensor) -> TypedArray:
     """The tensor's values with their dtype name."""
+    import torch
+
     tensor = tensor.detach().cpu().contiguous()
     name = str(tensor.dtype).removeprefix("torch.")
     if name == "bfloat16":

@@ -7,11 +7,9 @@ function together, and the outputs of the window are dropped.
 
 from __future__ import annotations
 
+import importlib
+from importlib.metadata import version
 from typing import ClassVar
-
-import torch
-import transformers
-from transformers.models.qwen3_next import modeling_qwen3_next as model
 
 from oracle.conformance.peers.dense import DenseAdapter
 from oracle.conformance.peers.torch_rows import to_torch, to_typed
@@ -20,10 +18,16 @@ from oracle.conformance.peers.torch_rows import to_torch, to_typed
 class TransformersFallback(DenseAdapter):
     """`conv_state` of one request, in the dtype of its inputs."""
 
-    name, version = "transformers-fallback", transformers.__version__
+    name = "transformers-fallback"
     denied: ClassVar = {"dtypes:mixed": "the model has one dtype"}
 
+    def __init__(self) -> None:
+        self.model = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+        self.version = version("transformers")
+
     def row(self, op, x, weight, bias, window, activation):
+        import torch
+
         tokens, dim = x.shape
         width = weight.shape[1]
         inputs, taps, b = to_torch(x).T[None], to_torch(weight), to_torch(bias)
@@ -31,11 +35,11 @@ class TransformersFallback(DenseAdapter):
         if window is not None:
             state[0, :, 1:] = to_torch(window).T
         if op == "causal_conv1d_update":
-            out = model.causal_conv1d_update(inputs, state, taps, b, activation)
+            out = self.model.causal_conv1d_update(inputs, state, taps, b, activation)
         else:
             history = state[:, :, 1:] if window is not None else inputs[:, :, :0]
             whole = torch.cat([history, inputs], dim=-1)
-            out = model.causal_conv1d_fn(whole, taps, b, activation)[:, :, -tokens:]
+            out = self.model.causal_conv1d_fn(whole, taps, b, activation)[:, :, -tokens:]
             state = torch.cat([state, inputs], dim=-1)[:, :, -width:]
         return to_typed(out[0].T), to_typed(state[0, :, 1:].T)
 

@@ -1,0 +1,144 @@
+"""The differentiable form for training: a pure function with gradients through both results."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from oracle.contract import ConvOutput, check_causal_conv1d
+from pallas_impl import api, backward, transforms, xla, xla_backward
+from pallas_impl.config import tma_dim
+
+
+def causal_conv1d(
+    x,
+    weight,
+    bias=None,
+    initial_states=None,
+    query_start_loc=None,
+    *,
+    activation=None,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+):
+    """Causal depthwise convolution of packed or dense rows, for training.
+
+    The value is that of `causal_conv1d_fn`, in which each row has a state of its own. Reverse-mode derivatives of first
+    order, in x, weight, bias and initial_states, through `out` and through the final states; they are summed
+    in float32 and rounded once, and the forward pass keeps nothing for them but its inputs. Works under
+    `jax.jit` and `jax.checkpoint`, with backend "xla" also under `jax.vmap`; for the kernels a batch belongs into
+    x's first axis or into packed rows. The keyword arguments are static.
+
+    Args:
+      x: [tokens, dim] with `query_start_loc`, or [batch, seqlen, dim] without; float32, float16 or bfloat16.
+      weight: [dim, width], any of the three dtypes; width 1 to 8; `weight[:, width-1]` meets the newest token.
+      bias: [dim], any of the three dtypes, or None.
+      initial_states: [batch, width-1, dim], any of the three dtypes, oldest input first; None: zeros.
+      query_start_loc: [batch+1] int32 or int64; row i owns tokens `[i]` to `[i+1]`; may end before `tokens`.
+      activation: None, "silu" or "swish".
+      max_seqlen: host int, an upper bound of the longest row in tokens; lets "auto" pick the per_sequence grid.
+      schedule: "auto", "per_sequence" or "flat"; both give the same bits.
+      backend: "auto", "mosaic_gpu", "mosaic_gpu_interpret" or "xla", as in `causal_conv1d_fn`.
+
+    Returns:
+      ConvOutput(out, conv_states): `out` in x's shape and dtype, zero for tokens past `query_start_loc[-1]`;
+      `conv_states` [batch, width-1, dim], the last inputs of each row behind its initial state, in the
+      dtype of `initial_states`, or of x without them.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.check_causal_conv1d`.
+      Unsupported: the backend asked for cannot run here; a kernel under `jax.vmap`.
+    """
+    sizes = check_causal_conv1d(
+        x, weight, bias, initial_states, query_start_loc,
+        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
+    )  # fmt: skip
+    backend = api._resolve(backend, x)
+    rows = x
+    if query_start_loc is None:
+        max_seqlen = x.shape[1]
+        rows = x.reshape(sizes.tokens, sizes.dim)
+        query_start_loc = jnp.arange(sizes.batch + 1, dtype=jnp.int32) * max_seqlen
+    options = activation, max_seqlen, schedule, backend
+    out, states = _convolve(options, rows, weight, bias, initial_states, query_start_loc)
+    return ConvOutput(out.reshape(x.shape), states)
+
+
+def _transformed_by_xla_alone(backend, *arrays):
+    """The arrays as they are; for the kernels, an error under `jax.vmap` and where they are differentiated again."""
+    return arrays if backend == "xla" else transforms.refuse_transforms(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(options, x, weight, bias, initial_states, query_start_loc):
+    activation, max_seqlen, schedule, backend = options
+    batch, width = query_start_loc.shape[0] - 1, weight.shape[1]
+
+    x, weight, bias, initial_states = _transformed_by_xla_alone(backend, x, weight, bias, initial_states)
+    pool, has_state = initial_states, jnp.ones((batch,), bool)
+    if initial_states is None:  # rows of zero tokens keep their zeros
+        pool, has_state = jnp.zeros((batch, width - 1, x.shape[1]), x.dtype), None
+    return tuple(
+        api.causal_conv1d_fn(
+            x, weight, bias, pool, query_start_loc, None, has_state,
+            activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
+        )
+    )  # fmt: skip
+
+
+def _keep_inputs(options, *primals):
+    inputs = tuple(None if primal is None else primal.value for primal in primals)
+    return _convolve(options, *inputs), inputs
+
+
+def _differentiate(options, inputs, upstream):
+    activation, max_seqlen, schedule, backend = options
+    # what no loss depends on comes as a symbolic zero
+    dout, dfinal = (None if isinstance(a, jax.custom_derivatives.SymbolicZero) else a for a in upstream)
+    if dout is None:
+        dout = jnp.zeros_like(inputs[0])
+
+    if backend == "xla" or inputs[0].size == 0 or inputs[-1].shape[0] == 1:
+        found = xla_backward.backward(dout, dfinal, *inputs, silu=activation is not None)
+    else:
+        dout, dfinal, *arrays = _transformed_by_xla_alone(backend, dout, dfinal, *inputs[:4])
+        found = _kernels(
+            dout, dfinal, *arrays, inputs[4],
+            activation is not None, max_seqlen, schedule, backend == "mosaic_gpu_interpret",
+        )  # fmt: skip
+    return (*found, None)
+
+
+def _kernels(
+    dout, dfinal, x, weight, bias, initial_states, query_start_loc, silu, max_seqlen, schedule, interpret
+):
+    """Calls the kernels with arrays that TMA can address: a dim that is too short or odd is padded."""
+    (tokens, dim), batch = x.shape, query_start_loc.shape[0] - 1
+    arrays = [a for a in (dout, dfinal, x, initial_states) if a is not None]
+    extra = tma_dim(dim, tuple(a.dtype.itemsize for a in arrays)) - dim
+    if interpret and not api.CLIPS:
+        extra = -dim % backward.LANES
+    starts = query_start_loc
+    if starts.dtype != jnp.int32:
+        starts = xla.offsets(starts, tokens)
+
+    def wide(array):
+        if array is None or not extra:
+            return array
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
+
+    config = backward.backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
+    dx, dweight, dbias, dinitial = backward.launch(
+        wide(dout), wide(dfinal), wide(x), jnp.pad(weight, ((0, extra), (0, 0))), wide(bias), wide(initial_states),
+        starts, silu=silu, config=config, interpret=api._interpreter(interpret),
+    )  # fmt: skip
+    return (
+        dx[:, :dim],
+        dweight[:dim],
+        None if bias is None else dbias[:dim],
+        None if initial_states is None else dinitial[..., :dim],
+    )
+
+
+_convolve.defvjp(_keep_inputs, _differentiate, symbolic_zeros=True)
