@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--known-failures", metavar="FILE", help="ledger of cases that are known to fail, with reasons"
     )
     sub.add_argument("--case-file", metavar="FILE", help="cases as JSON Lines, as `list --json` prints them")
-    sub.add_argument("--time-limit", type=float, default=120.0, help="seconds a case may take (120)")
+    sub.add_argument("--time-limit", type=float, default=300.0, help="seconds a case may take (300)")
     sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (1)")
     sub.add_argument(
         "--no-probe", action="store_true", help="do not try cases that the implementation denies"

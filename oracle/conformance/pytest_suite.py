@@ -33,7 +33,7 @@ def conformance_tests(
     tiers: Iterable[str] = ("core", "full"),
     cases: Iterable[str] = (),
     known_failures: str | Path | None = None,
-    time_limit: float = 120.0,
+    time_limit: float = 300.0,
     total_limit: float = 1800.0,
     environment: dict[str, str] | None = None,
     report: str | Path | None = None,

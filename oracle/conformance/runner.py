@@ -106,7 +106,7 @@ def run(
     cases: Iterable[Case],
     *,
     device: str | None = None,
-    time_limit: float = 120.0,
+    time_limit: float = 300.0,
     environment: dict[str, str] | None = None,
     outputs: str | None = None,
     probe: bool = True,
