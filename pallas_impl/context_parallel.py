@@ -81,9 +81,10 @@ def causal_conv1d_fn(
             validate=validate,
         ).out  # fmt: skip
 
-    out = convolve(tokens, windows, stateful & here)
     if tokens == 0 or history == 0 or batch == 0:
-        return ConvOutput(out, conv_states)
+        return ConvOutput(convolve(tokens, windows, stateful), conv_states)
+    head = min(tokens, history)
+    out = convolve(tokens, windows, stateful & here) if head < tokens else None
 
     # Bits where the dtypes agree: XLA moves 16-bit floats through float32 on some backends. Else float32 holds both.
     same = windows.dtype == x.dtype
@@ -96,9 +97,9 @@ def causal_conv1d_fn(
     old = jnp.take_along_axis(windows, jnp.minimum(done + entry, history - 1)[:, :, None], axis=1)
     windows = jnp.where((done + entry < history)[:, :, None], old, _halo(arrived, history, axis_name))
 
-    head = min(tokens, history)
     at_cut = lax.bitcast_convert_type(windows, x.dtype) if same else windows
-    out = out.at[:head].set(convolve(head, at_cut, stateful | ~here))
+    first = convolve(head, at_cut, stateful | ~here)
+    out = first if out is None else out.at[:head].set(first)
     if slots is None:
         return ConvOutput(out, None)
 

@@ -76,9 +76,10 @@ def exchange(device, name, torch_dtype, jax_dtype, first):
     pool = torch.full((SLOTS, WIDTH - 1, DIM), torch.nan, dtype=torch_dtype, device=device)
     steps = [draw(1, DIM) for _ in range(4)]
 
-    typed = lambda tensor: TypedArray(
-        name, bits(tensor) if name == "bfloat16" else bits(tensor).view(np.float16)
-    )  # noqa: E731
+    def typed(tensor):
+        raw = bits(tensor)
+        return TypedArray(name, raw if name == "bfloat16" else raw.view(np.float16))
+
     reference = dict(weight=typed(weight), bias=typed(bias))
     integers = lambda values: TypedArray("int32", np.array(values, np.int32))  # noqa: E731
     wanted, states = reference_fn(

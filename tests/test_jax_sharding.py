@@ -5,6 +5,7 @@ The kernels are lowered for CUDA over a mesh with no GPU; on several GPUs see te
 
 import functools
 import inspect
+import os
 import re
 
 import jax
@@ -17,7 +18,8 @@ import pallas_impl
 from oracle.contract import Unsupported
 from pallas_impl import context_parallel, sharding
 
-jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
+if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
+    jax.config.update("jax_num_cpu_devices", 8)
 
 COLLECTIVE = re.compile(
     r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"

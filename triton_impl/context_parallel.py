@@ -125,10 +125,18 @@ def causal_conv1d_fn(
             dist.all_reduce(told, group=group)
             new = told.to(integer).view(new.dtype)
 
-    out = convolve(tokens, windows.clone(), stateful & here)  # it writes new windows over those it is given
-    join(at_cut, new)
     head = min(tokens, history)
-    out[:head] = convolve(head, at_cut, stateful | ~here)
+    out = None
+    if head < tokens:
+        out = convolve(
+            tokens, windows.clone(), stateful & here
+        )  # it writes new windows over those it is given
+    join(at_cut, new)
+    first = convolve(head, at_cut, stateful | ~here)
+    if out is None:
+        out = first
+    else:
+        out[:head] = first
     if conv_states is not None and sizes.num_slots:
         _write(conv_states[:, :history], slots, live & (offsets[1:] > offsets[:-1]), new)
     return ConvOutput(out, conv_states)
