@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
-LIMIT = 1200  # seconds a process; single tests have their own limit in pyproject.toml
+LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
 RUNNING: set[subprocess.Popen] = (
     set()
 )  # each leads a process group of its own, so that it can be stopped whole
