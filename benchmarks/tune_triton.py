@@ -162,7 +162,9 @@ def _compile_all(part):
             prefill.prepare(*inputs, True, -1, chosen)(*inputs, torch.empty_like(inputs[0]))
         inputs = update_inputs(8, dim)
         for _, chosen in list(update_choices())[at::of]:
-            update.prepare(*inputs, True, -1, chosen)(*inputs, torch.empty_like(inputs[0]))
+            update.prepare(*inputs, None, None, True, -1, chosen)(
+                *inputs, None, None, torch.empty_like(inputs[0])
+            )
 
 
 def main():

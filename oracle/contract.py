@@ -66,14 +66,18 @@ class FnSizes(NamedTuple):
 
 
 class UpdateSizes(NamedTuple):
-    """Sizes of a checked `causal_conv1d_update` call; `seqlen` is 1 for `x` of two axes."""
+    """Sizes of a checked `causal_conv1d_update` call.
+
+    `seqlen` is 1 for `x` of two axes. With `query_start_loc` it is None, and `tokens` counts the packed rows.
+    """
 
     batch: int
-    seqlen: int
+    seqlen: int | None
     dim: int
     width: int
     num_slots: int
     state_len: int
+    tokens: int
 
 
 class RowSizes(NamedTuple):
@@ -138,7 +142,9 @@ def check_causal_conv1d_fn(
     if conv_states is None:
         for name, value in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
             if value is not None:
-                raise ValueError(f"{name}: expected None, since conv_states is None and there is no slot to name")
+                raise ValueError(
+                    f"{name}: expected None, since conv_states is None and there is no slot to name"
+                )
     _check_indices(cache_indices, batch, num_slots, conv_states is not None)
     if has_initial_state is not None:
         _shape("has_initial_state", has_initial_state, ("batch",), (batch,))
@@ -156,6 +162,9 @@ def check_causal_conv1d_update(
     conv_states,
     cache_indices=None,
     *,
+    query_start_loc=None,
+    num_accepted_tokens=None,
+    max_seqlen=None,
     activation=None,
     pad_slot_id=-1,
     backend="auto",
@@ -163,14 +172,27 @@ def check_causal_conv1d_update(
 ) -> UpdateSizes:
     """Checks the shapes, dtypes and options of a decode step; reads no data.
 
-    Every row continues from its slot (there is no `has_initial_state`) and all its tokens are committed.
+    Every row continues from its slot (there is no `has_initial_state`).
+
+    Without `num_accepted_tokens` all tokens are committed: the slot's columns 0 .. width-2 hold the last
+    width-1 inputs afterwards. With it, the slot rolls, for speculative decoding: a row whose previous step
+    had `a` tokens accepted finds its window in columns a-1 .. a+width-3, and a row of n tokens leaves
+    `window[1:] ++ x` in columns 0 .. width+n-3, so that the next step's count picks the right window again.
+    A prefill and an update without counts leave the window where a count of 1 finds it.
 
     Args:
-      x: [batch, dim], or [batch, seqlen, dim] for several tokens a row; float32, float16 or bfloat16.
+      x: [batch, dim], [batch, seqlen, dim] for several tokens a row, or [tokens, dim] with `query_start_loc`;
+        float32, float16 or bfloat16.
       weight: [dim, width] float; width 1..8.
       bias: [dim] float, or None.
-      conv_states: [num_slots, state_len, dim] float with state_len >= width-1.
+      conv_states: [num_slots, state_len, dim] float with state_len >= width-1; with `num_accepted_tokens`,
+        state_len >= width-1 + n-1 for rows of up to n tokens.
       cache_indices: [batch] integer slots, or None: row i uses slot i.
+      query_start_loc: [batch+1] int32 or int64: row i owns tokens `[i]` to `[i+1]` of x, none or more; or None.
+      num_accepted_tokens: [batch] integer, how many tokens of each row's previous step were accepted, at least
+        1, or None. It may exceed the tokens of this step. Values out of range are taken as the nearest in range.
+      max_seqlen: host int, an upper bound of the longest row; only with `query_start_loc`, and required there
+        with `num_accepted_tokens`.
       activation: None, "silu" or "swish".
       pad_slot_id: the slot number that marks a padding row.
       backend: "auto" or a name of the implementation (checked by `check_backend`).
@@ -181,10 +203,18 @@ def check_causal_conv1d_update(
       TypeError: a dtype or the type of an option is wrong.
     """
     shape = _shape_of("x", x)
-    if len(shape) == 2:
-        (batch, dim), seqlen = shape, 1
+    if query_start_loc is not None:
+        tokens, dim = _shape("x", x, ("tokens", "dim"))
+        (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
+        _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
+        if offsets < 1:
+            raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
+        batch, seqlen = offsets - 1, None
+    elif len(shape) == 2:
+        (batch, dim), seqlen, tokens = shape, 1, shape[0]
     elif len(shape) == 3:
         batch, seqlen, dim = shape
+        tokens = batch * seqlen
         if dim < 1:
             raise ValueError(f"x: expected shape [batch, seqlen, dim] with dim >= 1, got {list(shape)}")
     else:
@@ -200,8 +230,27 @@ def check_causal_conv1d_update(
         )
     num_slots, state_len = _check_pool(conv_states, dim, width)
     _check_indices(cache_indices, batch, num_slots, True)
+    if max_seqlen is not None:
+        if query_start_loc is None:
+            raise ValueError(f"max_seqlen: expected None, since query_start_loc is None, got {max_seqlen!r}")
+        if _host_int("max_seqlen", max_seqlen) < 0:
+            raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
+    if num_accepted_tokens is not None:
+        _shape("num_accepted_tokens", num_accepted_tokens, ("batch",), (batch,))
+        _dtype("num_accepted_tokens", num_accepted_tokens, INDEX_DTYPES)
+        longest = max_seqlen if seqlen is None else seqlen
+        if longest is None:
+            raise ValueError(
+                "max_seqlen: expected an integer, since query_start_loc and num_accepted_tokens are given "
+                "(a slot must be wide enough for the longest row), got None"
+            )
+        if width > 1 and state_len < width - 2 + longest:
+            raise ValueError(
+                f"conv_states: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 1 for "
+                f"rows of up to {longest} tokens with num_accepted_tokens, got {state_len}"
+            )
     _check_options(activation, pad_slot_id, validate)
-    return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len)
+    return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len, tokens)
 
 
 def check_causal_conv1d(
@@ -284,29 +333,39 @@ def check_fn_values(
       ValueError: offsets that do not start at 0, decrease or exceed `tokens`; a row longer than
         `max_seqlen`; a slot that is neither `pad_slot_id` nor in range; two live rows on one slot.
     """
-    if query_start_loc[0] != 0:
-        raise ValueError(f"query_start_loc: expected entry 0 to be 0, got {query_start_loc[0]}")
-    lengths = []
-    for row in range(len(query_start_loc) - 1):
-        start, end = query_start_loc[row], query_start_loc[row + 1]
-        if not start <= end <= tokens:
-            raise ValueError(
-                f"query_start_loc: expected row {row} to end between its start {start} and tokens={tokens}, got {end}"
-            )
-        if max_seqlen is not None and end - start > max_seqlen:
-            raise ValueError(
-                f"max_seqlen: expected at least {end - start}, the length of row {row}, got {max_seqlen}"
-            )
-        lengths.append(end - start)
+    lengths = _row_lengths(query_start_loc, tokens, max_seqlen)
     if num_slots is not None:
         _check_slot_values(cache_indices, lengths, num_slots, pad_slot_id)
 
 
 def check_update_values(
-    cache_indices: Sequence[int] | None, batch: int, seqlen: int, num_slots: int, pad_slot_id: int
+    cache_indices: Sequence[int] | None,
+    sizes: UpdateSizes,
+    pad_slot_id: int,
+    query_start_loc: Sequence[int] | None = None,
+    num_accepted_tokens: Sequence[int] | None = None,
+    max_seqlen: int | None = None,
 ) -> None:
-    """Checks the slots of a decode step, read to the host; raises as `check_fn_values` does."""
-    _check_slot_values(cache_indices, [seqlen] * batch, num_slots, pad_slot_id)
+    """Checks the index data of a decode step, read to the host.
+
+    Raises:
+      ValueError: as `check_fn_values`; a count of a live row below 1, or beyond what its slot can hold.
+    """
+    if query_start_loc is None:
+        lengths = [sizes.seqlen or 0] * sizes.batch
+    else:
+        lengths = _row_lengths(query_start_loc, sizes.tokens, max_seqlen)
+    _check_slot_values(cache_indices, lengths, sizes.num_slots, pad_slot_id)
+    if num_accepted_tokens is None:
+        return
+    largest = sizes.state_len - sizes.width + 2
+    for row, (count, length) in enumerate(zip(num_accepted_tokens, lengths, strict=True)):
+        slot = row if cache_indices is None else cache_indices[row]
+        if length and slot != pad_slot_id and not 1 <= count <= largest:
+            raise ValueError(
+                f"num_accepted_tokens: expected 1 to {largest}, which slots of state_len={sizes.state_len} can "
+                f"hold, in row {row}, got {count}"
+            )
 
 
 def dtype_name(dtype: Any) -> str:
@@ -367,7 +426,9 @@ def _check_pool(conv_states: Any, dim: int, width: int) -> tuple[int, int]:
     num_slots, state_len, _ = _shape("conv_states", conv_states, axes, (None, None, dim))
     _dtype("conv_states", conv_states, FLOAT_DTYPES)
     if state_len < width - 1:
-        raise ValueError(f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}")
+        raise ValueError(
+            f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}"
+        )
     return num_slots, state_len
 
 
@@ -409,6 +470,24 @@ def _host_int(name: str, value: Any) -> int:
         return operator.index(value)
     except Exception:
         raise TypeError(f"{name}: expected an integer known on the host, got {value!r}") from None
+
+
+def _row_lengths(query_start_loc: Sequence[int], tokens: int, max_seqlen: int | None) -> list[int]:
+    if query_start_loc[0] != 0:
+        raise ValueError(f"query_start_loc: expected entry 0 to be 0, got {query_start_loc[0]}")
+    lengths = []
+    for row in range(len(query_start_loc) - 1):
+        start, end = query_start_loc[row], query_start_loc[row + 1]
+        if not start <= end <= tokens:
+            raise ValueError(
+                f"query_start_loc: expected row {row} to end between its start {start} and tokens={tokens}, got {end}"
+            )
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise ValueError(
+                f"max_seqlen: expected at least {end - start}, the length of row {row}, got {max_seqlen}"
+            )
+        lengths.append(end - start)
+    return lengths
 
 
 def _check_slot_values(

@@ -24,6 +24,8 @@ class Row(NamedTuple):
     tokens: slice
     slot: int | None
     has_state: bool
+    column: int = 0  # where the window begins in the slot
+    rolls: bool = False  # leave window[1:] ++ x in the slot instead of the last width-1 entries
 
 
 def causal_conv1d_fn(
@@ -69,6 +71,9 @@ def causal_conv1d_update(
     conv_states,
     cache_indices=None,
     *,
+    query_start_loc=None,
+    num_accepted_tokens=None,
+    max_seqlen=None,
     activation=None,
     pad_slot_id=-1,
     backend="auto",
@@ -77,11 +82,14 @@ def causal_conv1d_update(
     """Decode step; see `contract` for the definition and `contract.check_causal_conv1d_update` for arguments."""
     sizes = contract.check_causal_conv1d_update(
         x, weight, bias, conv_states, cache_indices,
+        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens, max_seqlen=max_seqlen,
         activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate,
     )  # fmt: skip
     if validate:
-        values.check_update_values(cache_indices, sizes.batch, sizes.seqlen, sizes.num_slots, pad_slot_id)
-    rows = update_rows(cache_indices, sizes, pad_slot_id)
+        values.check_update_values(
+            cache_indices, sizes, pad_slot_id, query_start_loc, num_accepted_tokens, max_seqlen
+        )
+    rows = update_rows(cache_indices, sizes, pad_slot_id, query_start_loc, num_accepted_tokens)
     sums, computed, pool = _run(_sum_float64, x, weight, bias, conv_states, rows)
     new_states = None if conv_states is None else _like(conv_states, pool)
     return ConvOutput(_store(x, sums, computed, activation), new_states)
@@ -112,11 +120,17 @@ def preactivation(
         )  # fmt: skip
         rows = fn_rows(optional["conv_states"], offsets, optional["cache_indices"], has, sizes, pad_slot_id)
     else:
+        packing = {
+            name: arguments.get(name) for name in ("query_start_loc", "num_accepted_tokens", "max_seqlen")
+        }
         update_sizes = contract.check_causal_conv1d_update(
             arguments["x"], arguments["weight"], optional["bias"], optional["conv_states"],
-            optional["cache_indices"],
+            optional["cache_indices"], **packing,
         )  # fmt: skip
-        rows = update_rows(optional["cache_indices"], update_sizes, pad_slot_id)
+        rows = update_rows(
+            optional["cache_indices"], update_sizes, pad_slot_id,
+            packing["query_start_loc"], packing["num_accepted_tokens"],
+        )  # fmt: skip
     sums, computed, _ = _run(
         _SUMS[order], arguments["x"], arguments["weight"], optional["bias"], optional["conv_states"], rows
     )
@@ -125,8 +139,7 @@ def preactivation(
 
 def fn_rows(conv_states, query_start_loc, cache_indices, has_initial_state, sizes, pad_slot_id) -> list[Row]:
     """The rows of a packed prefill that do something. Offsets are clamped to [0, tokens]."""
-    offsets = np.clip(typed(query_start_loc).data.astype(np.int64), 0, sizes.tokens).tolist()
-    offsets[0] = 0
+    offsets = _offsets(query_start_loc, sizes.tokens)
     slots = range(sizes.batch) if cache_indices is None else typed(cache_indices).data.tolist()
     has = [False] * sizes.batch if has_initial_state is None else typed(has_initial_state).data.tolist()
     rows = []
@@ -141,14 +154,33 @@ def fn_rows(conv_states, query_start_loc, cache_indices, has_initial_state, size
     return rows
 
 
-def update_rows(cache_indices, sizes, pad_slot_id) -> list[Row]:
-    """The rows of a decode step that do something, as slices of x seen as [batch * seqlen, dim]."""
+def update_rows(
+    cache_indices, sizes, pad_slot_id, query_start_loc=None, num_accepted_tokens=None
+) -> list[Row]:
+    """The rows of a decode step that do something, as slices of x seen as [tokens, dim].
+
+    Offsets are clamped to [0, tokens], counts to what a slot can hold.
+    """
     slots = range(sizes.batch) if cache_indices is None else typed(cache_indices).data.tolist()
+    if query_start_loc is None:
+        offsets = [i * sizes.seqlen for i in range(sizes.batch + 1)]
+    else:
+        offsets = _offsets(query_start_loc, sizes.tokens)
+    columns = [0] * sizes.batch
+    if num_accepted_tokens is not None:
+        last = sizes.state_len - sizes.width + 1
+        columns = [min(max(count - 1, 0), last) for count in typed(num_accepted_tokens).data.tolist()]
     return [
-        Row(i, slice(i * sizes.seqlen, (i + 1) * sizes.seqlen), slot, True)
+        Row(i, slice(offsets[i], offsets[i + 1]), slot, True, columns[i], num_accepted_tokens is not None)
         for i, slot in enumerate(slots)
-        if slot != pad_slot_id and 0 <= slot < sizes.num_slots and sizes.seqlen > 0
+        if slot != pad_slot_id and 0 <= slot < sizes.num_slots and offsets[i] < offsets[i + 1]
     ]
+
+
+def _offsets(query_start_loc, tokens: int) -> list[int]:
+    offsets = np.clip(typed(query_start_loc).data.astype(np.int64), 0, tokens).tolist()
+    offsets[0] = 0
+    return offsets
 
 
 def _run(add_up: Callable, x, weight, bias, conv_states, rows: list[Row]):
@@ -166,16 +198,18 @@ def _run(add_up: Callable, x, weight, bias, conv_states, rows: list[Row]):
     for row in rows:
         window = np.zeros((width - 1, dim))  # selected, not masked: a recycled slot may hold NaN
         if pool is not None and row.has_state:
-            window = TypedArray(pool.dtype, pool.data[row.slot, : width - 1]).values()
+            window = TypedArray(pool.dtype, pool.data[row.slot, row.column : row.column + width - 1]).values()
         with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
             sums[row.tokens] = add_up(np.concatenate([window, x_values[row.tokens]]), w, b)
         computed[row.tokens] = True
         if pool is not None and width > 1:
             arrived = cast_bits(x_bits[row.tokens], x.dtype, pool.dtype)
-            kept = (
-                pool.bits[row.slot, : width - 1].copy() if row.has_state else _zero_bits(pool, width - 1, dim)
-            )
-            pool.bits[row.slot, : width - 1] = np.concatenate([kept, arrived])[-(width - 1) :]
+            kept = _zero_bits(pool, width - 1, dim)
+            if row.has_state:
+                kept = pool.bits[row.slot, row.column : row.column + width - 1].copy()
+            entries = np.concatenate([kept, arrived])
+            left = entries[1:][: pool.shape[1]] if row.rolls else entries[-(width - 1) :]
+            pool.bits[row.slot, : len(left)] = left
     return sums.reshape(x.shape), computed.reshape(x.shape), pool
 
 

@@ -37,10 +37,27 @@ def check_fn_values(
 
 
 def check_update_values(
-    cache_indices: Any, batch: int, seqlen: int, num_slots: int, pad_slot_id: int
+    cache_indices: Any,
+    sizes: contract.UpdateSizes,
+    pad_slot_id: int,
+    query_start_loc: Any = None,
+    num_accepted_tokens: Any = None,
+    max_seqlen: int | None = None,
 ) -> None:
-    """Raises ValueError for the first bad slot, naming row and value; see `check_fn_values`."""
-    contract.check_update_values(_integers(cache_indices), batch, seqlen, num_slots, pad_slot_id)
+    """Raises ValueError for the first bad slot, offset or count, naming row and value.
+
+    Args:
+      cache_indices: [batch] integers, or None for row i in slot i.
+      sizes: what `contract.check_causal_conv1d_update` returned.
+      pad_slot_id: the slot number of padding rows.
+      query_start_loc: [batch+1] integers, or None.
+      num_accepted_tokens: [batch] integers, or None.
+      max_seqlen: upper bound of the row lengths, or None.
+    """
+    contract.check_update_values(
+        _integers(cache_indices), sizes, pad_slot_id,
+        _integers(query_start_loc), _integers(num_accepted_tokens), max_seqlen,
+    )  # fmt: skip
 
 
 def _integers(array: Any) -> list[int] | None:

@@ -17,7 +17,7 @@ from oracle.contract import (
     check_fn_values,
     check_update_values,
 )
-from pallas_impl import prefill, update, xla
+from pallas_impl import prefill, rolling, update, xla
 from pallas_impl.config import choose_lanes, prefill_config, tma_dim, update_config
 
 CLIPS = hasattr(plgpu, "InterpretGPUParams")  # the interpreter of JAX 0.10 does not clip boxes as TMA does
@@ -108,17 +108,31 @@ def causal_conv1d_update(
     conv_states,
     cache_indices=None,
     *,
+    query_start_loc=None,
+    num_accepted_tokens=None,
+    max_seqlen=None,
     activation=None,
     pad_slot_id=-1,
     backend="auto",
     validate=False,
 ):
-    """One decode step: every live row continues from its slot, and all its tokens are committed to it.
+    """One decode step: every live row continues from its slot.
+
+    Without `num_accepted_tokens` all its tokens are committed to the slot. With it the slot rolls, for
+    speculative decoding: the window begins in column count-1, and `window[1:] ++ x` is left in the slot's
+    first columns, so that the next step's count drops what was rejected.
 
     Args:
-      x: [batch, dim] or [batch, seqlen, dim] float32, float16 or bfloat16.
-      weight, bias, conv_states: as in `causal_conv1d_fn`; `conv_states` is required.
+      x: [batch, dim] or [batch, seqlen, dim], or [tokens, dim] with `query_start_loc`; float32, float16 or
+        bfloat16.
+      weight, bias, conv_states: as in `causal_conv1d_fn`; `conv_states` is required. With
+        `num_accepted_tokens` it has state_len >= width-1 + n-1 for rows of up to n tokens.
       cache_indices: [batch] integer slots; None: row i uses slot i.
+      query_start_loc: [batch+1] int32 or int64; row i owns tokens `[i]` to `[i+1]`; None: rows of equal length.
+      num_accepted_tokens: [batch] integer, accepted tokens of each row's previous step, at least 1 (1 after a
+        prefill or a step without counts); may exceed this step's tokens. Clamped to what a slot can hold.
+      max_seqlen: host int, an upper bound of the longest row; only with `query_start_loc`, and required there
+        with `num_accepted_tokens`.
       activation, pad_slot_id, backend, validate: as in `causal_conv1d_fn`.
 
     Returns:
@@ -128,20 +142,28 @@ def causal_conv1d_update(
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
     sizes = check_causal_conv1d_update(
-        x, weight, bias, conv_states, cache_indices,
-        activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate,
+        x, weight, bias, conv_states, cache_indices, query_start_loc=query_start_loc,
+        num_accepted_tokens=num_accepted_tokens, max_seqlen=max_seqlen, activation=activation,
+        pad_slot_id=pad_slot_id, backend=backend, validate=validate,
     )  # fmt: skip
     backend = _resolve(backend, x)
     if validate:
-        slots = _on_host("cache_indices", cache_indices)
-        check_update_values(slots, sizes.batch, sizes.seqlen, sizes.num_slots, pad_slot_id)
+        check_update_values(
+            _on_host("cache_indices", cache_indices),
+            sizes,
+            pad_slot_id,
+            _on_host("query_start_loc", query_start_loc),
+            _on_host("num_accepted_tokens", num_accepted_tokens),
+            max_seqlen,
+        )
     config = None
     if backend != "xla":
         config = update_config(sizes.batch, sizes.dim)
-        if sizes.seqlen > 1:
-            config = prefill_config(sizes.batch * sizes.seqlen, sizes.dim, sizes.batch, sizes.seqlen, "auto")
+        if num_accepted_tokens is None and sizes.seqlen != 1:
+            longest = sizes.seqlen if max_seqlen is None else operator.index(max_seqlen)
+            config = prefill_config(sizes.tokens, sizes.dim, sizes.batch, longest, "auto")
     out, pool = _update(
-        x, weight, bias, conv_states, cache_indices,
+        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
         silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), config=config,
         interpret=backend == "mosaic_gpu_interpret",
     )  # fmt: skip
@@ -166,21 +188,42 @@ def _prefill(
             x, weight, bias, pool, starts, slots, has_initial_state,
             silu=silu, pad_slot_id=pad_slot_id, config=config, interpret=_interpreter(interpret),
         ),
-        x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, interpret,
+        x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, weight.shape[1] - 1, interpret,
     )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("silu", "pad_slot_id", "config", "interpret"))
-def _update(x, weight, bias, conv_states, cache_indices, *, silu, pad_slot_id, config, interpret):
-    if config is None or x.size == 0:
-        return xla.update(x, weight, bias, conv_states, cache_indices, silu=silu, pad_slot_id=pad_slot_id)
-    batch, dim = x.shape[0], x.shape[-1]
+def _update(
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, *,
+    silu, pad_slot_id, config, interpret,
+):  # fmt: skip
+    batch, dim = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1, x.shape[-1]
+    if config is None or x.size == 0 or batch == 0:
+        return xla.update(
+            x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+            silu=silu, pad_slot_id=pad_slot_id,
+        )  # fmt: skip
     rows = x.reshape(-1, dim)
     options = dict(silu=silu, config=config, interpret=_interpreter(interpret))
-    seqlen = rows.shape[0] // batch
-    starts = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen
+    seqlen = None if query_start_loc is not None else rows.shape[0] // batch
+    starts = query_start_loc
+    if starts is None:
+        starts = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen
+    elif starts.dtype != jnp.int32:
+        starts = xla.offsets(starts, x.shape[0])
+    columns = weight.shape[1] - 1
+    if num_accepted_tokens is not None:
+        counts = num_accepted_tokens  # the kernel clamps them
+        if counts.dtype != jnp.int32:
+            counts = xla.first_columns(counts, conv_states.shape[1] - columns) + 1
+        columns = conv_states.shape[1] if columns else 0
 
     def launch(x, weight, bias, pool, slots, pad_slot_id):
+        if num_accepted_tokens is not None:
+            return rolling.launch(
+                x, weight, bias, pool, starts if seqlen is None else None, slots, counts,
+                seqlen=seqlen, pad_slot_id=pad_slot_id, **options,
+            )  # fmt: skip
         if seqlen == 1:
             return update.launch(x, weight, bias, pool, slots, pad_slot_id=pad_slot_id, **options)
         return prefill.launch(
@@ -188,16 +231,16 @@ def _update(x, weight, bias, conv_states, cache_indices, *, silu, pad_slot_id, c
         )
 
     out, pool = _on_tma(
-        launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, interpret
+        launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret
     )
     return out.reshape(x.shape), pool
 
 
-def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, interpret):
+def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret):
     """Calls `launch` with arrays that TMA can address, and with int32 slots.
 
-    A dim whose rows are no multiple of 16 bytes is padded, which copies x and out; of the pool only the
-    windows of this batch are padded, never the pool itself.
+    A dim whose rows are no multiple of 16 bytes is padded, which copies x and out; of the pool only the first
+    `columns` columns of this batch's slots are padded, never the pool itself.
     """
     batch, dim = starts.shape[0] - 1, x.shape[1]
     slots = cache_indices
@@ -215,7 +258,7 @@ def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, st
     windows = None
     if conv_states is not None:
         slots = xla.live_slots(slots, batch, conv_states.shape[0], pad_slot_id)
-        windows = wide(xla.read_windows(conv_states, slots, slots >= 0, weight.shape[1] - 1))
+        windows = wide(xla.read_windows(conv_states, slots, slots >= 0, columns))
     weight = jnp.pad(weight, ((0, extra), (0, 0)))
     rows = jnp.where(slots >= 0, jnp.arange(batch, dtype=jnp.int32), -1) if windows is not None else None
     out, windows = launch(wide(x), weight, None if bias is None else wide(bias), windows, rows, -1)

@@ -23,7 +23,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math
 
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, _offset, _store, check_grid, copy_out, store_zeros
+from pallas_impl.prefill import COMPILER_PARAMS, _offset, check_grid, copy_out, store_rows, store_zeros
 from pallas_impl.taps import (
     LOG2E,
     SCALE,
@@ -185,7 +185,7 @@ def _kernel(
                 store_zeros(total, j, interpret)
 
         plgpu.commit_smem()
-        _store(tile.at[pl.ds(0, block_t)], dx, channels, begin, length)
+        store_rows(tile.at[pl.ds(0, block_t)], dx, channels, begin, length)
         plgpu.copy_smem_to_gmem(total, refs["sums"].at[number + index, :, channels])
         if dwindow is not None:
 

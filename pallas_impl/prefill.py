@@ -132,7 +132,7 @@ def _kernel(
 
             @pl.when(live & (channels.start < dim))
             def _(i=i, channels=channels):
-                _load(x, channels, tile.at[i], tile_ready.at[i], begin, length)
+                load_rows(x, channels, tile.at[i], tile_ready.at[i], begin, length)
                 if history:
                     load_history(i, channels, begin, first)
 
@@ -149,7 +149,7 @@ def _kernel(
                     lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
                 plgpu.commit_smem()
-                _store(tile.at[i], out, channels, begin, length)
+                store_rows(tile.at[i], out, channels, begin, length)
                 if pool is not None:
 
                     @pl.when(live & first)
@@ -273,7 +273,7 @@ def _stateful(refs, row, batch, always_state):
     return jnp.bool_("pool" in refs and always_state)
 
 
-def _load(x, channels, tile, ready, begin, length):
+def load_rows(x, channels, tile, ready, begin, length):
     """Starts the copy of `length` tokens, or a few more, into the first rows of the tile."""
     smaller = 0
     sizes = sorted({min(n, x.shape[0]) for n in (1, GROUP, tile.shape[0])})
@@ -286,7 +286,7 @@ def _load(x, channels, tile, ready, begin, length):
         smaller = size
 
 
-def _store(tile, out, channels, begin, length):
+def store_rows(tile, out, channels, begin, length):
     """Starts the copy of exactly `length` rows: one box if the tile is full, else one for each bit of `length`."""
     size = tile.shape[0]
     while size:

@@ -17,9 +17,12 @@ WIDENS_SCATTERS = tuple(int(part) for part in jax.__version__.split(".")[:2]) < 
 
 def prefill(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *,
-    silu, pad_slot_id, always_state=False,
+    silu, pad_slot_id, always_state=False, num_accepted_tokens=None,
 ):  # fmt: skip
-    """A packed prefill; arguments as in `causal_conv1d_fn`. Returns (out, conv_states)."""
+    """A packed prefill; arguments as in `causal_conv1d_fn`. Returns (out, conv_states).
+
+    With `num_accepted_tokens` a packed step of rolling slots, see `causal_conv1d_update`.
+    """
     tokens = x.shape[0]
     history = weight.shape[1] - 1
     batch = query_start_loc.shape[0] - 1
@@ -33,7 +36,10 @@ def prefill(
         slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
         live = slots >= 0
         stateful = live & always_state if has_initial_state is None else live & has_initial_state
-        windows = read_windows(conv_states, slots, stateful, history)
+        column = None
+        if num_accepted_tokens is not None:
+            column = first_columns(num_accepted_tokens, conv_states.shape[1] - history)
+        windows = read_windows(conv_states, slots, stateful, history, column)
 
     token = jnp.arange(tokens, dtype=jnp.int32)
     row = jnp.searchsorted(starts[1:], token, side="right", method="sort").astype(jnp.int32)
@@ -55,6 +61,11 @@ def prefill(
     if slots is None or history == 0:
         return out, conv_states
 
+    if num_accepted_tokens is not None:
+        kept = write_windows(conv_states, jnp.where(starts[1:] > starts[:-1], slots, -1), windows[:, 1:])
+        column = jnp.where(computed, position + history - 1, conv_states.shape[1])
+        return out, _scatter(kept, (slots[owner], column), x.astype(conv_states.dtype))
+
     # Entry lengths + i of window ++ x, for i in 0 .. history-1.
     lengths = starts[1:] - starts[:-1]
     entry = lengths[:, None] + jnp.arange(history, dtype=jnp.int32)
@@ -66,16 +77,19 @@ def prefill(
     return out, write_windows(conv_states, jnp.where(lengths > 0, slots, -1), windows)
 
 
-def update(x, weight, bias, conv_states, cache_indices, *, silu, pad_slot_id):
+def update(
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, *, silu, pad_slot_id
+):
     """A decode step; arguments as in `causal_conv1d_update`. Returns (out, conv_states)."""
-    batch, dim = x.shape[0], x.shape[-1]
     if x.size == 0:
         return jnp.zeros_like(x), conv_states
-    slots = live_slots(cache_indices, batch, conv_states.shape[0], pad_slot_id)
-    starts = jnp.arange(batch + 1, dtype=jnp.int32) * (x.size // (batch * dim))
+    dim = x.shape[-1]
+    starts = query_start_loc
+    if starts is None:
+        starts = jnp.arange(x.shape[0] + 1, dtype=jnp.int32) * (x.size // (x.shape[0] * dim))
     out, conv_states = prefill(
-        x.reshape(-1, dim), weight, bias, conv_states, starts, slots, None,
-        silu=silu, pad_slot_id=-1, always_state=True,
+        x.reshape(-1, dim), weight, bias, conv_states, starts, cache_indices, None,
+        silu=silu, pad_slot_id=pad_slot_id, always_state=True, num_accepted_tokens=num_accepted_tokens,
     )  # fmt: skip
     return out.reshape(x.shape), conv_states
 
@@ -96,6 +110,12 @@ def live_slots(cache_indices, batch, num_slots, pad_slot_id):
     return jnp.where(live, slots, 0).astype(jnp.int32) - jnp.where(live, 0, 1).astype(jnp.int32)
 
 
+def first_columns(num_accepted_tokens, last):
+    """The column in which each row's window begins, count-1 as int32, clamped to [0, last]."""
+    top = min(last + 1, np.iinfo(num_accepted_tokens.dtype).max)
+    return jnp.clip(num_accepted_tokens, 1, top).astype(jnp.int32) - 1
+
+
 def to_bits(array):
     """The float array as unsigned integers, which XLA moves as they are: a float NaN may lose its payload."""
     return lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
@@ -107,11 +127,17 @@ def take_rows(x, rows, dtype):
     return to_bits(x)[rows] if x.dtype == dtype else to_bits(x[rows].astype(dtype))
 
 
-def read_windows(conv_states, slots, stateful, history):
-    """[batch, history, dim]: the windows of stateful rows; for the others zeros, selected and not multiplied."""
+def read_windows(conv_states, slots, stateful, history, column=None):
+    """[batch, history, dim]: the windows of stateful rows; for the others zeros, selected and not multiplied.
+
+    A window begins in column 0, or where `column` [batch] says.
+    """
     if conv_states.shape[0] == 0:
         return jnp.zeros((slots.shape[0], history, conv_states.shape[2]), conv_states.dtype)
-    windows = conv_states.at[jnp.maximum(slots, 0), :history].get(mode="promise_in_bounds")
+    place = (jnp.maximum(slots, 0), slice(history))
+    if column is not None:
+        place = (place[0][:, None], column[:, None] + jnp.arange(history, dtype=jnp.int32))
+    windows = conv_states.at[place].get(mode="promise_in_bounds")
     windows = jnp.where(stateful[:, None, None], to_bits(windows), 0)
     return lax.bitcast_convert_type(windows, conv_states.dtype)
 
@@ -119,7 +145,12 @@ def read_windows(conv_states, slots, stateful, history):
 def write_windows(conv_states, slots, windows):
     """The pool with the windows of rows with a slot >= 0 stored; in place where XLA owns the pool."""
     target = jnp.where(slots < 0, conv_states.shape[0], slots)
-    store = lambda pool, new: pool.at[target, : new.shape[1]].set(new, mode="drop")  # noqa: E731
-    if WIDENS_SCATTERS and conv_states.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(store(to_bits(conv_states), to_bits(windows)), conv_states.dtype)
-    return store(conv_states, windows)
+    return _scatter(conv_states, (target, slice(windows.shape[1])), windows)
+
+
+def _scatter(pool, place, new):
+    """The pool with `new` stored at `place`, outside the pool dropped."""
+    if WIDENS_SCATTERS and pool.dtype == jnp.bfloat16:
+        stored = to_bits(pool).at[place].set(to_bits(new), mode="drop")
+        return lax.bitcast_convert_type(stored, pool.dtype)
+    return pool.at[place].set(new, mode="drop")

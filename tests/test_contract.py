@@ -67,6 +67,10 @@ ROWS = dict(
     query_start_loc=a(6, dtype=I32),
 )
 DENSE = dict(x=a(5, 7, 64), query_start_loc=None)
+PACKED = dict(x=a(9, 64), query_start_loc=a(6, dtype=I32))
+COUNTS = dict(num_accepted_tokens=a(5, dtype=I32))
+ROLLING = PACKED | COUNTS | dict(max_seqlen=4, conv_states=a(8, 6, 64))
+PACKED_VALUES = dict(sizes=UpdateSizes(3, None, 64, 4, 5, 6, 7), query_start_loc=[0, 2, 2, 6])
 NO_POOL = dict(conv_states=None, cache_indices=None, has_initial_state=None)
 
 ACCEPTED = [
@@ -97,23 +101,60 @@ ACCEPTED = [
     ("fn", dict(activation="swish", schedule="per_sequence", max_seqlen=17), FnSizes(33, 64, 4, 5, 8, 3)),
     ("fn", dict(max_seqlen=0, pad_slot_id=0), FnSizes(33, 64, 4, 5, 8, 3)),
     ("fn", dict(max_seqlen=np.int64(17), pad_slot_id=np.array(-1)), FnSizes(33, 64, 4, 5, 8, 3)),
-    ("update", {}, UpdateSizes(5, 1, 64, 4, 8, 3)),
-    ("update", dict(x=a(5, 2, 64)), UpdateSizes(5, 2, 64, 4, 8, 3)),
-    ("update", dict(x=a(5, 0, 64)), UpdateSizes(5, 0, 64, 4, 8, 3)),
-    ("update", dict(x=a(0, 64), cache_indices=a(0, dtype=I64)), UpdateSizes(0, 1, 64, 4, 8, 3)),
-    ("update", dict(bias=None, cache_indices=None), UpdateSizes(5, 1, 64, 4, 8, 3)),
-    ("update", dict(cache_indices=None, conv_states=a(5, 3, 64)), UpdateSizes(5, 1, 64, 4, 5, 3)),
+    ("update", {}, UpdateSizes(5, 1, 64, 4, 8, 3, 5)),
+    ("update", dict(x=a(5, 2, 64)), UpdateSizes(5, 2, 64, 4, 8, 3, 10)),
+    ("update", dict(x=a(5, 0, 64)), UpdateSizes(5, 0, 64, 4, 8, 3, 0)),
+    ("update", dict(x=a(0, 64), cache_indices=a(0, dtype=I64)), UpdateSizes(0, 1, 64, 4, 8, 3, 0)),
+    ("update", dict(bias=None, cache_indices=None), UpdateSizes(5, 1, 64, 4, 8, 3, 5)),
+    ("update", dict(cache_indices=None, conv_states=a(5, 3, 64)), UpdateSizes(5, 1, 64, 4, 5, 3, 5)),
     (
         "update",
         dict(x=a(5, 1), weight=a(1, 4), bias=a(1), conv_states=a(8, 3, 1)),
-        UpdateSizes(5, 1, 1, 4, 8, 3),
+        UpdateSizes(5, 1, 1, 4, 8, 3, 5),
     ),
     (
         "update",
         dict(x=a(5, 2, 1), weight=a(1, 4), bias=a(1), conv_states=a(8, 3, 1)),
-        UpdateSizes(5, 2, 1, 4, 8, 3),
+        UpdateSizes(5, 2, 1, 4, 8, 3, 10),
     ),
-    ("update", dict(activation="silu", validate=True, pad_slot_id=0), UpdateSizes(5, 1, 64, 4, 8, 3)),
+    ("update", dict(activation="silu", validate=True, pad_slot_id=0), UpdateSizes(5, 1, 64, 4, 8, 3, 5)),
+    ("update", PACKED, UpdateSizes(5, None, 64, 4, 8, 3, 9)),
+    (
+        "update",
+        PACKED | dict(query_start_loc=a(6, dtype=I64), max_seqlen=0),
+        UpdateSizes(5, None, 64, 4, 8, 3, 9),
+    ),
+    (
+        "update",
+        PACKED | dict(query_start_loc=a(1, dtype=I32), cache_indices=a(0, dtype=I32)),
+        UpdateSizes(0, None, 64, 4, 8, 3, 9),
+    ),
+    ("update", PACKED | dict(x=a(0, 64)), UpdateSizes(5, None, 64, 4, 8, 3, 0)),
+    (
+        "update",
+        PACKED | dict(x=a(9, 1), weight=a(1, 4), bias=a(1), conv_states=a(8, 3, 1)),
+        UpdateSizes(5, None, 1, 4, 8, 3, 9),
+    ),
+    ("update", COUNTS, UpdateSizes(5, 1, 64, 4, 8, 3, 5)),
+    ("update", COUNTS | dict(x=a(5, 4, 64), conv_states=a(8, 6, 64)), UpdateSizes(5, 4, 64, 4, 8, 6, 20)),
+    ("update", COUNTS | dict(x=a(5, 0, 64)), UpdateSizes(5, 0, 64, 4, 8, 3, 0)),
+    ("update", ROLLING, UpdateSizes(5, None, 64, 4, 8, 6, 9)),
+    (
+        "update",
+        ROLLING | dict(max_seqlen=np.int64(0), conv_states=a(8, 3, 64)),
+        UpdateSizes(5, None, 64, 4, 8, 3, 9),
+    ),
+    (
+        "update",
+        ROLLING | dict(weight=a(64, 1), conv_states=a(8, 0, 64)),
+        UpdateSizes(5, None, 64, 1, 8, 0, 9),
+    ),
+    (
+        "update",
+        ROLLING | dict(weight=a(64, 2), conv_states=a(8, 4, 64)),
+        UpdateSizes(5, None, 64, 2, 8, 4, 9),
+    ),
+    ("update", ROLLING | dict(num_accepted_tokens=a(5, dtype="uint8")), UpdateSizes(5, None, 64, 4, 8, 6, 9)),
     ("rows", {}, RowSizes(33, 64, 4, 5)),
     ("rows", dict(bias=None, initial_states=None), RowSizes(33, 64, 4, 5)),
     ("rows", dict(x=a(0, 64)), RowSizes(0, 64, 4, 5)),
@@ -141,7 +182,29 @@ ACCEPTED = [
     ("update_values", {}, None),
     ("update_values", dict(cache_indices=None), None),
     ("update_values", dict(cache_indices=[-1, 0, -1]), None),
-    ("update_values", dict(cache_indices=[3, 3, 3], seqlen=0), None),
+    ("update_values", dict(cache_indices=[3, 3, 3], sizes=UpdateSizes(3, 0, 64, 4, 5, 3, 0)), None),
+    # Packed: lengths 2, 0, 4 of 7 tokens in slots of 6 columns, which hold counts up to 4.
+    ("update_values", PACKED_VALUES, None),
+    ("update_values", PACKED_VALUES | dict(max_seqlen=4, num_accepted_tokens=[1, 0, 4]), None),
+    ("update_values", PACKED_VALUES | dict(cache_indices=[2, 2, 0]), None),
+    ("update_values", PACKED_VALUES | dict(cache_indices=[2, 2, -1], num_accepted_tokens=[4, 9, 5]), None),
+    (
+        "update_values",
+        PACKED_VALUES | dict(cache_indices=[2, 2, 7], num_accepted_tokens=[4, 9, 5], pad_slot_id=7),
+        None,
+    ),
+    ("update_values", PACKED_VALUES | dict(cache_indices=None, num_accepted_tokens=[1, 9, 1]), None),
+    (
+        "update_values",
+        PACKED_VALUES | dict(cache_indices=None, num_accepted_tokens=[1, 9, 9], pad_slot_id=2),
+        None,
+    ),
+    ("update_values", dict(num_accepted_tokens=[1, 1, 1]), None),
+    (
+        "update_values",
+        dict(num_accepted_tokens=[0, 9, 9], sizes=UpdateSizes(3, 0, 64, 4, 5, 3, 0)),
+        None,
+    ),
 ]
 
 DTYPES = "expected dtype float32 or float16 or bfloat16"
@@ -337,7 +400,129 @@ REJECTED = [
         ValueError,
         "backend: expected one of ('auto', 'triton', 'eager'), got None",
     ),
+    # packed rows and rolling slots
+    ("update", PACKED | dict(x=a(9, 2, 64)), ValueError, "x: expected shape [tokens, dim], got [9, 2, 64]"),
+    (
+        "update",
+        PACKED | dict(x=a(9, 0)),
+        ValueError,
+        "x: expected shape [tokens, dim] with dim >= 1, got [9, 0]",
+    ),
+    ("update", PACKED | dict(x=a(9, 64, dtype=I32)), TypeError, f"x: {DTYPES}, got int32"),
+    (
+        "update",
+        PACKED | dict(query_start_loc=a(6, 1, dtype=I32)),
+        ValueError,
+        "query_start_loc: expected shape [batch+1], got [6, 1]",
+    ),
+    (
+        "update",
+        PACKED | dict(query_start_loc=a(6, dtype="int16")),
+        TypeError,
+        "query_start_loc: expected dtype int32 or int64, got int16",
+    ),
+    (
+        "update",
+        PACKED | dict(query_start_loc=a(0, dtype=I32)),
+        ValueError,
+        "query_start_loc: expected shape [batch+1] with at least one entry, got [0]",
+    ),
+    (
+        "update",
+        PACKED | dict(cache_indices=a(9, dtype=I32)),
+        ValueError,
+        "cache_indices: expected shape [batch=5], got [9]",
+    ),
+    (
+        "update",
+        dict(max_seqlen=4),
+        ValueError,
+        "max_seqlen: expected None, since query_start_loc is None, got 4",
+    ),
+    (
+        "update",
+        PACKED | dict(max_seqlen=-1),
+        ValueError,
+        "max_seqlen: expected None or an integer >= 0, got -1",
+    ),
+    ("update", PACKED | dict(max_seqlen=1.5), TypeError, f"max_seqlen: {HOST}, got 1.5"),
+    (
+        "update",
+        dict(num_accepted_tokens=a(4, dtype=I32)),
+        ValueError,
+        "num_accepted_tokens: expected shape [batch=5], got [4]",
+    ),
+    (
+        "update",
+        dict(num_accepted_tokens=a(5, dtype=F32)),
+        TypeError,
+        f"num_accepted_tokens: {INDEX}, got float32",
+    ),
+    (
+        "update",
+        ROLLING | dict(max_seqlen=None),
+        ValueError,
+        "max_seqlen: expected an integer, since query_start_loc and num_accepted_tokens are given "
+        "(a slot must be wide enough for the longest row), got None",
+    ),
+    (
+        "update",
+        ROLLING | dict(max_seqlen=5),
+        ValueError,
+        "conv_states: expected state_len >= width-1 + 5-1 = 7 on axis 1 for rows of up to 5 tokens with "
+        "num_accepted_tokens, got 6",
+    ),
+    (
+        "update",
+        COUNTS | dict(x=a(5, 2, 64)),
+        ValueError,
+        "conv_states: expected state_len >= width-1 + 2-1 = 4 on axis 1 for rows of up to 2 tokens with "
+        "num_accepted_tokens, got 3",
+    ),
+    (
+        "update",
+        ROLLING | dict(weight=a(64, 2), conv_states=a(8, 3, 64)),
+        ValueError,
+        "conv_states: expected state_len >= width-1 + 4-1 = 4 on axis 1 for rows of up to 4 tokens with "
+        "num_accepted_tokens, got 3",
+    ),
     # data, for validate=True
+    (
+        "update_values",
+        PACKED_VALUES | dict(query_start_loc=[0, 3, 2, 4]),
+        ValueError,
+        "query_start_loc: expected row 1 to end between its start 3 and tokens=7, got 2",
+    ),
+    (
+        "update_values",
+        PACKED_VALUES | dict(max_seqlen=3),
+        ValueError,
+        "max_seqlen: expected at least 4, the length of row 2, got 3",
+    ),
+    (
+        "update_values",
+        PACKED_VALUES | dict(cache_indices=[3, 0, 3]),
+        ValueError,
+        "cache_indices: expected distinct slots for live rows, got 3 in rows 0 and 2",
+    ),
+    (
+        "update_values",
+        PACKED_VALUES | dict(num_accepted_tokens=[1, 1, 0]),
+        ValueError,
+        "num_accepted_tokens: expected 1 to 4, which slots of state_len=6 can hold, in row 2, got 0",
+    ),
+    (
+        "update_values",
+        PACKED_VALUES | dict(num_accepted_tokens=[5, 1, 1]),
+        ValueError,
+        "num_accepted_tokens: expected 1 to 4, which slots of state_len=6 can hold, in row 0, got 5",
+    ),
+    (
+        "update_values",
+        dict(num_accepted_tokens=[1, 2, 1]),
+        ValueError,
+        "num_accepted_tokens: expected 1 to 1, which slots of state_len=3 can hold, in row 1, got 2",
+    ),
     (
         "fn_values",
         dict(query_start_loc=[1, 2, 2, 4]),
@@ -394,7 +579,7 @@ REJECTED = [
     ),
     (
         "update_values",
-        dict(cache_indices=None, batch=6),
+        dict(cache_indices=None, sizes=UpdateSizes(6, 1, 64, 4, 5, 3, 6)),
         ValueError,
         "cache_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 5, got 5",
     ),
@@ -418,7 +603,7 @@ OPERATIONS = {
     ),
     "update_values": (
         "check_update_values",
-        dict(cache_indices=[4, 0, 2], batch=3, seqlen=1, num_slots=5, pad_slot_id=-1),
+        dict(cache_indices=[4, 0, 2], sizes=UpdateSizes(3, 1, 64, 4, 5, 3, 3), pad_slot_id=-1),
     ),
 }
 
@@ -428,7 +613,8 @@ SIGNATURES = {
     "has_initial_state=None, *, activation=None, pad_slot_id=-1, max_seqlen=None, schedule='auto', "
     "backend='auto', validate=False) -> 'FnSizes'",
     "check_causal_conv1d_update": "(x, weight, bias, conv_states, cache_indices=None, *, "
-    "activation=None, pad_slot_id=-1, backend='auto', validate=False) -> 'UpdateSizes'",
+    "query_start_loc=None, num_accepted_tokens=None, max_seqlen=None, activation=None, pad_slot_id=-1, "
+    "backend='auto', validate=False) -> 'UpdateSizes'",
     "check_causal_conv1d": "(x, weight, bias=None, initial_states=None, query_start_loc=None, *, "
     "activation=None, max_seqlen=None, schedule='auto', backend='auto') -> 'RowSizes'",
 }

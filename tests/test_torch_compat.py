@@ -415,8 +415,8 @@ def test_the_update_kernel_may_write_over_x(layout, device):
     }[layout]()
     pool, slots = random(7, WIDTH - 1, DIM, device=device), torch.tensor([3, 6, -1, 0, 5], device=device)
     pools = pool.clone(), pool.clone()
-    want = run.step(x, weight, bias, pools[0], slots, "silu", -1, "triton")
-    out = run.step(x, weight, bias, pools[1], slots, "silu", -1, "triton", out=x)
+    want = run.step(x, weight, bias, pools[0], slots, None, None, None, "silu", -1, "triton")
+    out = run.step(x, weight, bias, pools[1], slots, None, None, None, "silu", -1, "triton", out=x)
     assert out is x
     assert torch.equal(out, want)
     assert torch.equal(*pools)

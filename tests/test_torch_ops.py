@@ -59,9 +59,11 @@ FN_VARIANTS = {
     ),
 }  # fmt: skip
 UPDATE_VARIANTS = {
-    "full": lambda x, w, b, p, q, s, h: (x[:4], w, b, p, s, "silu", -1),
-    "identity": lambda x, w, b, p, q, s, h: (x[:4], w, None, transposed(p), None, None, -1),
-    "tokens": lambda x, w, b, p, q, s, h: (x[:8].view(4, 2, DIM), w, b, p, s, None, 5),
+    "full": lambda x, w, b, p, q, s, h: (x[:4], w, b, p, s, None, None, None, "silu", -1),
+    "identity": lambda x, w, b, p, q, s, h: (x[:4], w, None, transposed(p), None, None, None, None, None, -1),
+    "tokens": lambda x, w, b, p, q, s, h: (x[:8].view(4, 2, DIM), w, b, p, s, None, None, None, None, 5),
+    "packed": lambda x, w, b, p, q, s, h: (x, w, b, p, s, q, None, None, "silu", -1),
+    "rolling": lambda x, w, b, p, q, s, h: (x, w, b, torch.cat([p, p], 1), s, q, s.abs(), 4, "silu", -1),
 }
 
 
@@ -85,7 +87,7 @@ def test_opcheck_sees_an_undeclared_mutation():
     with pytest.raises(Exception, match="mutated"):
         torch.library.opcheck(
             torch.ops.twinconv_mutant.causal_conv1d_update.default,
-            (x[:4], weight, bias, pool, slots, "silu", -1, "auto"),
+            (x[:4], weight, bias, pool, slots, None, None, None, "silu", -1, "auto"),
             test_utils="test_schema",
         )
 

@@ -70,18 +70,25 @@ def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=81
     )  # fmt: skip
 
 
-def compiled_update(target, dtype="bf16", width=4, batch=256, dim=8192):
+def compiled_update(target, dtype="bf16", width=4, batch=256, dim=8192, varlen=False, rolls=False):
     chosen = config.update_config(batch, dim, width, ITEMSIZE[dtype], target.warp_size)
     pointers = dict.fromkeys(["x", "weight", "bias", "conv_states", "out"], "*" + dtype) | {
         "cache_indices": "*i32"
     }
+    if varlen:
+        pointers |= {"query_start_loc": "*i32"}
+    if rolls:
+        pointers |= {"num_accepted_tokens": "*i32"}
     unit = ["seqlen", "stride_b", "stride_x_d", "stride_w_j", "stride_s_d", "stride_c", "stride_o_d"]
     constants = dict.fromkeys(unit, 1) | dict(
         stride_x_t=0, stride_o_t=0, WIDTH=width, SILU=True, HAS_BIAS=True, HAS_INDICES=True,
-        PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), ROWS=chosen.rows, BLOCK_D=chosen.block_d,
+        PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), VARLEN=varlen, ROLLS=rolls,
+        ROWS=1 if varlen or rolls else chosen.rows, BLOCK_D=chosen.block_d,
     )  # fmt: skip
+    constants |= dict.fromkeys({"query_start_loc", "num_accepted_tokens"} - set(pointers))
+    constants["stride_a"] = 1 if rolls else 0
     strides = ["stride_x_b", "stride_s_n", "stride_s_l", "stride_o_b"]
-    integers = ["batch", "dim", "num_slots", "pad_slot_id", "stride_w_d", *strides]
+    integers = ["tokens", "batch", "dim", "num_slots", "state_len", "pad_slot_id", "stride_w_d", *strides]
     return compile_kernel(
         update._update_kernel, target, chosen, pointers, constants, integers, [*pointers, "dim", *strides],
         num_warps=chosen.num_warps,
@@ -147,6 +154,12 @@ def test_no_spills_in_other_variants(dtype, width, flat):
     assert spilled_bytes(compiled_prefill(target, dtype, width, flat), target) == 0
     if flat:
         assert spilled_bytes(compiled_update(target, dtype, width), target) == 0
+
+
+def test_no_spills_where_rows_are_packed_or_roll():
+    target = TARGETS["sm_90"]
+    for varlen, rolls in [(True, False), (False, True), (True, True)]:
+        assert spilled_bytes(compiled_update(target, varlen=varlen, rolls=rolls), target) == 0
 
 
 def test_no_spills_for_channel_first_x():

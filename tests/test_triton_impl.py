@@ -212,7 +212,9 @@ def test_update_blocks_do_not_change_a_bit(chosen, seqlen):
     slots = torch.tensor(SLOTS)
     plain = triton_impl.causal_conv1d_update(x, weight, bias, pool.clone(), slots, backend="triton")
     out = torch.empty_like(x)
-    update.prepare(x, weight, bias, pool, slots, False, -1, chosen)(x, weight, bias, pool, slots, out)
+    update.prepare(x, weight, bias, pool, slots, None, None, False, -1, chosen)(
+        x, weight, bias, pool, slots, None, None, out
+    )
     assert torch.equal(out, plain.out)
     assert torch.equal(pool, plain.conv_states)
 

@@ -69,17 +69,29 @@ def causal_conv1d_update(
     conv_states,
     cache_indices=None,
     *,
+    query_start_loc=None,
+    num_accepted_tokens=None,
+    max_seqlen=None,
     activation=None,
     pad_slot_id=-1,
     backend="auto",
     validate=False,
 ):
-    """One decode step: every live row continues from its slot, and all its tokens are committed to it.
+    """One decode step: every live row continues from its slot.
+
+    All tokens are committed, or, with `num_accepted_tokens`, the slot rolls: it keeps every new token behind the
+    window, and the next step's count tells where the window then begins.
 
     Args:
-      x: [batch, dim] or [batch, seqlen, dim] float32, float16 or bfloat16, any strides.
-      weight, bias, conv_states: as in `causal_conv1d_fn`; `conv_states` is required and updated in place.
+      x: [batch, dim], [batch, seqlen, dim], or [tokens, dim] with `query_start_loc`; float32, float16 or bfloat16,
+        any strides.
+      weight, bias, conv_states: as in `causal_conv1d_fn`; `conv_states` is required and updated in place; with
+        `num_accepted_tokens`, state_len >= width-1 + n-1 for rows of up to n tokens.
       cache_indices: [batch] integer slots, any stride; None: row i uses slot i.
+      query_start_loc: [batch+1] int32 or int64: row i owns tokens `[i]` to `[i+1]`, none or more; or None.
+      num_accepted_tokens: [batch] integer, any stride: how many tokens of each row's previous step were accepted,
+        at least 1 (0 counts as 1); or None.
+      max_seqlen: host int, an upper bound of the longest row; only with `query_start_loc`.
       activation, pad_slot_id, backend, validate: as in `causal_conv1d_fn`.
 
     Returns:
@@ -88,7 +100,10 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
-    args = x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend
+    args = (
+        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+        max_seqlen, activation, pad_slot_id, backend,
+    )  # fmt: skip
     return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
 
 
@@ -98,7 +113,9 @@ def causal_conv1d_update_(
     """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of."""
     dense = x.is_contiguous() or x.mT.is_contiguous()
     if dense and not (_traced(x) or asks_for_gradient(x, weight, bias)):
-        args = x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, "auto", validate
+        args = (
+            x, weight, bias, conv_states, cache_indices, None, None, None, activation, pad_slot_id, "auto", validate,
+        )  # fmt: skip
         return run.step(*args, out=x)
     out, _ = causal_conv1d_update(
         x, weight, bias, conv_states, cache_indices,

@@ -18,8 +18,8 @@ import triton.language as tl
 
 from triton_impl.config import MAX_GRID_YZ, _next_power_of_2
 from triton_impl.launch import Launch, stride
-from triton_impl.prefill import _find_row, _offset
-from triton_impl.taps import NATIVE_PTX, convolve, load_bias, load_taps, narrow, widen, word_bits
+from triton_impl.prefill import _find_row
+from triton_impl.taps import NATIVE_PTX, convolve, load_bias, load_taps, narrow, offset, widen, word_bits
 
 
 class BackwardConfig(NamedTuple):
@@ -239,8 +239,8 @@ def _backward_kernel(
     else:
         row = tl.program_id(0)
         block_d = tl.program_id(2)
-    row_start = _offset(query_start_loc, row, batch, tokens)
-    row_end = _offset(query_start_loc, row + 1, batch, tokens)
+    row_start = offset(query_start_loc, row, batch, tokens)
+    row_end = offset(query_start_loc, row + 1, batch, tokens)
     number = row_start // BLOCK_T + row  # of the row's first block
     blocks = row_end // BLOCK_T + row + 1 - number  # numbers up to the next row's; the last may be no block
     if FLAT:

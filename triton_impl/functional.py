@@ -90,7 +90,7 @@ def _sizes(x, weight, query_start_loc):
 def _packed(x, sizes, query_start_loc, max_seqlen):
     """Dense rows as packed ones of equal length; x is copied only if its rows are not evenly spaced."""
     if query_start_loc is not None:
-        return x, query_start_loc, max_seqlen
+        return x, run.unit_stride(query_start_loc), max_seqlen
     seqlen = x.shape[1]
     starts = torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen
     return x.reshape(sizes.tokens, sizes.dim), starts, seqlen

@@ -17,6 +17,7 @@ _library.define(
 )
 _library.define(
     "causal_conv1d_update(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_states, Tensor? cache_indices,"
+    " Tensor? query_start_loc, Tensor? num_accepted_tokens, SymInt? max_seqlen,"
     " str? activation, int pad_slot_id, str backend) -> Tensor"
 )
 _library.impl("causal_conv1d_fn", run.fn, "CompositeExplicitAutograd")

@@ -23,17 +23,11 @@ from triton_impl.taps import (
     load_bias,
     load_taps,
     narrow,
+    offset,
     recast,
     widen,
     word_bits,
 )
-
-
-@triton.jit
-def _offset(query_start_loc, i, batch, tokens):
-    """Entry i of query_start_loc, clamped to [0, tokens]; entry 0 is taken as 0, entry batch+1 is `tokens`."""
-    offset = tl.load(query_start_loc + i, mask=(i > 0) & (i <= batch), other=0).to(tl.int64)
-    return tl.where(i > batch, tokens, tl.minimum(tl.maximum(offset, 0), tokens))
 
 
 @triton.jit
@@ -46,7 +40,7 @@ def _find_row(query_start_loc, block, batch, tokens, BLOCK_T: tl.constexpr, SEAR
         step = (size + SEARCH - 1) // SEARCH
         candidate = row + lane * step
         inside = lane * step < size
-        start = _offset(query_start_loc, candidate, batch, tokens)
+        start = offset(query_start_loc, candidate, batch, tokens)
         passed = tl.sum((inside & (start // BLOCK_T + candidate <= block)).to(tl.int32), axis=0)
         ahead = tl.maximum(passed - 1, 0) * step
         row += ahead
@@ -194,8 +188,8 @@ def _prefill_kernel(
                 tl.load(has_initial_state + row.to(tl.int64) * stride_h, mask=row < batch, other=0) != 0
             )
     pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
-    row_start = _offset(query_start_loc, row, batch, tokens)
-    row_end = _offset(query_start_loc, row + 1, batch, tokens)
+    row_start = offset(query_start_loc, row, batch, tokens)
+    row_end = offset(query_start_loc, row + 1, batch, tokens)
     if FLAT:
         block = program - row_start // BLOCK_T - row
         next_block = tl.cdiv(tokens, BLOCK_T) + 1  # a program has one block

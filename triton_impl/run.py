@@ -68,37 +68,45 @@ def fn(
         _remember(key, call)
     out = torch.empty_like(x)
     if out.numel():
-        _launch(call, x, *tensors, out)
+        offsets = unit_stride(query_start_loc)
+        _launch(call, x, x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, out)
     return out
 
 
-def check_step(x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate):
+def check_step(
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+    max_seqlen, activation, pad_slot_id, backend, validate,
+):  # fmt: skip
     """Everything that can be checked without reading data; returns the sizes of the call."""
     sizes = check_causal_conv1d_update(
-        x, weight, bias, conv_states, cache_indices,
-        activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate,
+        x, weight, bias, conv_states, cache_indices, query_start_loc=query_start_loc,
+        num_accepted_tokens=num_accepted_tokens, max_seqlen=max_seqlen, activation=activation,
+        pad_slot_id=pad_slot_id, backend=backend, validate=validate,
     )  # fmt: skip
     check_backend(backend, BACKENDS)
-    _check_devices(x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices)
+    _check_devices(
+        x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices,
+        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
     return sizes
 
 
 def step(
-    x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, backend, validate=False, out=None
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+    max_seqlen, activation, pad_slot_id, backend, validate=False, out=None,
 ):  # fmt: skip
     """`out` may be x itself, if it is laid out as torch.empty_like(x) would be: each element is read before it is written."""
-    tensors = x, weight, bias, conv_states, cache_indices
-    key, call = (None, None) if validate else _recall("step", tensors, (activation, pad_slot_id, backend))
+    tensors = x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
+    options = max_seqlen, activation, pad_slot_id, backend
+    key, call = (None, None) if validate else _recall("step", tensors, options)
     if call is None:
-        sizes = check_step(*tensors, activation, pad_slot_id, backend, validate)
+        sizes = check_step(*tensors, *options, validate)
         if validate:
-            check_update_values(
-                None if cache_indices is None else cache_indices.tolist(),
-                sizes.batch,
-                sizes.seqlen,
-                sizes.num_slots,
-                pad_slot_id,
+            slots, offsets, counts = (
+                None if tensor is None else tensor.tolist()
+                for tensor in (cache_indices, query_start_loc, num_accepted_tokens)
             )
+            check_update_values(slots, sizes, pad_slot_id, offsets, counts, max_seqlen)
         if _resolve(backend, x) == "eager":
             result = eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
             return result if out is None else out.copy_(result)
@@ -108,7 +116,8 @@ def step(
     if out is None:
         out = torch.empty_like(x)
     if out.numel():
-        _launch(call, x, *tensors, out)
+        offsets = unit_stride(query_start_loc)
+        _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
     return out
 
 
@@ -138,6 +147,11 @@ def _remember(key, call):
     if len(_calls) >= _CALLS_KEPT:
         _calls.clear()
     _calls[key] = call
+
+
+def unit_stride(offsets):
+    """The offsets as the kernels read them; a copy if they are a strided view."""
+    return offsets if offsets is None or offsets.stride(0) == 1 else offsets.contiguous()
 
 
 def _launch(call, x, *tensors):

@@ -25,6 +25,13 @@ def word_bits(weight):
 
 
 @triton.jit
+def offset(query_start_loc, i, batch, tokens):
+    """Entry i of query_start_loc, clamped to [0, tokens]; entry 0 is taken as 0, entry batch+1 is `tokens`."""
+    offset = tl.load(query_start_loc + i, mask=(i > 0) & (i <= batch), other=0).to(tl.int64)
+    return tl.where(i > batch, tokens, tl.minimum(tl.maximum(offset, 0), tokens))
+
+
+@triton.jit
 def widen(value):
     """The float32 value of a float block."""
     if _INTERPRETED and value.dtype == tl.bfloat16:

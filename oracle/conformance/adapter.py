@@ -30,7 +30,9 @@ ARRAY_ARGUMENTS = {
     "causal_conv1d_fn": (
         "x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state",
     ),
-    "causal_conv1d_update": ("x", "weight", "bias", "conv_states", "cache_indices"),
+    "causal_conv1d_update": (
+        "x", "weight", "bias", "conv_states", "cache_indices", "query_start_loc", "num_accepted_tokens",
+    ),
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ class Case:
       op: "causal_conv1d_fn" or "causal_conv1d_update".
       axes: dim, width, state_len, num_slots (None: no pool), slots (None: row i in slot i); for a prefill
         lengths (tokens of each row), tail (tokens after the last row) and has (flag of each row, or None);
-        for an update batch and seqlen (None: x has two axes).
+        for an update batch and seqlen (None: x has two axes), and where used lengths and tail (packed rows)
+        and counts (num_accepted_tokens).
       dtypes: of every array argument; bias None means no bias.
       options: keyword-only arguments of the call.
       layout: argument -> memory layout, where not contiguous; see `arrays.place`.
@@ -107,8 +108,13 @@ class Case:
                 found.add("rows:empty")
             if len(axes["lengths"]) > 1:
                 found.add("rows:packed")
-        elif axes["seqlen"] is not None:
-            found.add("update:multi_token")
+        else:
+            if axes["seqlen"] is not None:
+                found.add("update:multi_token")
+            if "lengths" in axes:
+                found.add("update:packed")
+            if "counts" in axes:
+                found.add("update:rolling")
         if self.expect == "undefined":
             found.add("expect:undefined")
         elif self.expect != "value":

@@ -6,6 +6,7 @@ import functools
 import zlib
 from typing import Any
 
+from oracle.conformance import steps
 from oracle.conformance.cases import Case
 
 FN, UPDATE = "causal_conv1d_fn", "causal_conv1d_update"
@@ -58,16 +59,36 @@ def update(
     slots: Any = "spread",
     num_slots: Any = "fit",
     state_len: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+    tail: int = 0,
+    counts: tuple[int, ...] | None = None,
+    options: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Case:
-    """A decode step. Defaults: four rows of one token (x has two axes), bfloat16, bias, no activation."""
+    """A decode step. Defaults: four rows of one token (x has two axes), bfloat16, bias, no activation.
+
+    With `lengths` the rows are packed, with `counts` slots roll, by default as wide as counts and lengths need.
+    """
+    options = dict(options or {})
+    if lengths is not None:
+        batch = len(lengths)
+    longest = seqlen or 1 if lengths is None else max(lengths, default=0)
+    if counts is not None:
+        if lengths is not None:
+            options.setdefault("max_seqlen", longest)
+        if state_len is None:
+            state_len = max(width - 2 + max(longest, 1, *counts), 0)
     slots = spread(batch) if slots == "spread" else slots
     axes = {
         "batch": batch, "seqlen": seqlen, "dim": dim, "width": width, "slots": slots,
         "num_slots": 2 * batch + 2 if num_slots == "fit" else num_slots,
         "state_len": width - 1 if state_len is None else state_len,
     }  # fmt: skip
-    return _case("update/" + name, UPDATE, axes, flags, **rest)
+    if lengths is not None:
+        axes |= {"lengths": lengths, "tail": tail}
+    if counts is not None:
+        axes["counts"] = counts
+    return _case("update/" + name, UPDATE, axes, flags, options=options, **rest)
 
 
 def _case(
@@ -86,7 +107,11 @@ def _case(
     **rest: Any,
 ) -> Case:
     kinds: dict[str, Any] = dict.fromkeys(("x", "weight", "bias", "conv_states"), dtype)
-    kinds |= {"cache_indices": "int32"} | ({"query_start_loc": "int32"} if op == FN else {})
+    kinds["cache_indices"] = "int32"
+    if "lengths" in axes:
+        kinds["query_start_loc"] = "int32"
+    if "counts" in axes:
+        kinds["num_accepted_tokens"] = "int32"
     kinds |= dtypes or {}
     if not bias:
         kinds["bias"] = None
@@ -678,7 +703,7 @@ def catalogue() -> tuple[Case, ...]:
     """Every case, in a fixed order."""
     return tuple(
         _arithmetic() + _dtypes() + _boundaries() + _states() + _slots() + _layouts() + _relations() + _errors()
-        + _undefined() + _serving() + _wide() + _large()
+        + _undefined() + _serving() + _wide() + _large() + steps.cases(fn, update)
     )  # fmt: skip
 
 

@@ -67,11 +67,11 @@ def build(case: Case) -> Problem:
     axes, dtypes = case.axes, case.dtypes
     dim, width = axes["dim"], axes["width"]
     fn = case.op == "causal_conv1d_fn"
-    lengths = (
-        list(axes["lengths"]) if fn else [1 if axes["seqlen"] is None else axes["seqlen"]] * axes["batch"]
-    )
+    packed = "lengths" in axes
+    seqlen = None if packed else axes["seqlen"]
+    lengths = list(axes["lengths"]) if packed else [1 if seqlen is None else seqlen] * axes["batch"]
     batch, live_tokens = len(lengths), sum(lengths)
-    tokens = live_tokens + (axes["tail"] if fn else 0)
+    tokens = live_tokens + (axes["tail"] if packed else 0)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     num_slots, slots = axes["num_slots"], axes["slots"]
     pad = case.options.get("pad_slot_id", -1)
@@ -84,10 +84,8 @@ def build(case: Case) -> Problem:
         if not live[row]:
             x.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[x.dtype]
     x.bits[live_tokens:] = POISON_BITS[x.dtype]
-    if not fn:
-        x = TypedArray(
-            x.dtype, x.data.reshape((batch, dim) if axes["seqlen"] is None else (batch, axes["seqlen"], dim))
-        )
+    if seqlen is not None:
+        x = TypedArray(x.dtype, x.data.reshape(batch, seqlen, dim))
 
     arrays: dict[str, Any] = {"x": x, "weight": _float(case, "weight", (dim, width))}
     arrays["bias"] = None if dtypes["bias"] is None else _float(case, "bias", (dim,))
@@ -97,20 +95,31 @@ def build(case: Case) -> Problem:
         readable = np.zeros((num_slots, axes["state_len"], 1), dtype=bool)
         for row in range(batch):
             if live[row] and has[row] and lengths[row] > 0:
-                readable[named[row], : width - 1] = True
+                first = 0
+                if "counts" in axes:
+                    first = min(max(axes["counts"][row] - 1, 0), axes["state_len"] - width + 1)
+                readable[named[row], first : first + width - 1] = True
         states.bits[...] = np.where(readable, states.bits, poisoned(states.shape, states.dtype))
         arrays["conv_states"] = states
-    if fn:
-        arrays["query_start_loc"] = _integers(offsets, dtypes["query_start_loc"])
+    arrays["query_start_loc"] = _integers(offsets, dtypes["query_start_loc"]) if packed else None
     arrays["cache_indices"] = None if slots is None else _integers(slots, dtypes["cache_indices"])
     if fn:
         mask = axes["has"]
         arrays["has_initial_state"] = None if mask is None else TypedArray("bool", np.array(mask, dtype=bool))
+    else:
+        counts = axes.get("counts")
+        arrays["num_accepted_tokens"] = (
+            None if counts is None else _integers(counts, dtypes["num_accepted_tokens"])
+        )
     for name, change in case.override.items():
         arrays[name] = _overridden(arrays[name], change)
 
     unnamed = sorted(set(range(num_slots or 1)) - set(named))
-    poison = {"cache_indices": unnamed[-1] if unnamed else 0, "query_start_loc": tokens}
+    poison = {
+        "cache_indices": unnamed[-1] if unnamed else 0,
+        "query_start_loc": tokens,
+        "num_accepted_tokens": axes["state_len"] - width + 2,
+    }
     placed = {
         name: None if a is None else place(a, case.layout.get(name, "contiguous"), poison.get(name))
         for name, a in arrays.items()

@@ -173,8 +173,7 @@ def _judge(
             expected_pool = function(**arguments).conv_states
     changed = None
     if pool is not None:
-        changed = np.zeros(pool.shape, dtype=bool)
-        changed[_named_slots(problem), : problem.arrays["weight"].shape[1] - 1] = True
+        changed = _may_change(problem)
         got, old = verdict.conv_states, pool.typed
         if expect == "value":
             same = got.bits == expected_pool.bits
@@ -251,20 +250,28 @@ def exact_bits(op: str, arguments: Mapping[str, Any]) -> np.ndarray | None:
     return round_bits(silu(ordered) if arguments.get("activation") else ordered, arguments["x"].dtype)
 
 
-def _named_slots(problem: Problem) -> list[int]:
-    """Slots that a call may write: of live rows with at least one token; with hostile offsets, of all live rows."""
-    slots, pad = problem.arrays["cache_indices"], problem.options.get("pad_slot_id", -1)
-    num_slots = problem.arrays["conv_states"].shape[0]
-    if problem.op == "causal_conv1d_fn":
-        offsets = problem.arrays["query_start_loc"].data.astype(np.int64)
-        lengths = np.diff(offsets)
-        hostile = offsets[0] != 0 or (lengths < 0).any() or offsets.max() > problem.arrays["x"].shape[0]
-        busy = [hostile or n > 0 for n in lengths.tolist()]
+def _may_change(problem: Problem) -> np.ndarray:
+    """Where a call may write, in the pool's shape: the first columns of slots of live rows with a token.
+
+    With hostile offsets, of the slots of all live rows; a rolling slot may then change as a whole.
+    """
+    arrays = problem.arrays
+    slots, pad, pool = arrays["cache_indices"], problem.options.get("pad_slot_id", -1), arrays["conv_states"]
+    x, history = arrays["x"], arrays["weight"].shape[1] - 1
+    rolls = arrays.get("num_accepted_tokens") is not None
+    if arrays.get("query_start_loc") is not None:
+        offsets = arrays["query_start_loc"].data.astype(np.int64)
+        lengths = np.diff(offsets).tolist()
+        if offsets[0] != 0 or min(lengths, default=0) < 0 or offsets.max() > x.shape[0]:
+            lengths = [x.shape[0]] * len(lengths)
     else:
-        x = problem.arrays["x"]
-        busy = [len(x.shape) == 2 or x.shape[1] > 0] * x.shape[0]
-    named = range(len(busy)) if slots is None else slots.data.tolist()
-    return sorted({s for s, b in zip(named, busy, strict=True) if b and s != pad and 0 <= s < num_slots})
+        lengths = [1 if len(x.shape) == 2 else x.shape[1]] * x.shape[0]
+    changed = np.zeros(pool.shape, dtype=bool)
+    named = range(len(lengths)) if slots is None else slots.data.tolist()
+    for slot, length in zip(named, lengths, strict=True):
+        if length > 0 and history and slot != pad and 0 <= slot < pool.shape[0]:
+            changed[slot, : history - 1 + length if rolls else history] = True
+    return changed
 
 
 def _report_positions(

@@ -31,6 +31,7 @@ class Call:
     slots: list[int]
     has: list[bool]
     shape: tuple[int, ...]
+    counts: list[int] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,6 +65,7 @@ class Row:
     stop: int
     slot: int
     has: bool
+    column: int = 0  # where its window begins
 
 
 class Model:
@@ -102,30 +104,39 @@ class Model:
             offsets = arrays["query_start_loc"].typed
             values.check_fn_values(offsets, slots, sizes.tokens, num_slots, pad, options.get("max_seqlen"))
         else:
-            values.check_update_values(slots, sizes.batch, sizes.seqlen, num_slots, pad)
+            offsets, counts = (
+                None if arrays.get(name) is None else arrays[name].typed
+                for name in ("query_start_loc", "num_accepted_tokens")
+            )
+            values.check_update_values(slots, sizes, pad, offsets, counts, options.get("max_seqlen"))
 
     def prepare(self, op, arrays, options) -> Call:
         shape = arrays["x"].shape
         x = self.read(arrays, "x")
         x = TypedArray(x.dtype, x.data.reshape(-1, shape[-1]))
         tokens = x.shape[0]
-        if op == "causal_conv1d_fn":
+        if arrays.get("query_start_loc") is not None:
             offsets = np.clip(self.read(arrays, "query_start_loc").data.astype(np.int64), 0, tokens).tolist()
             offsets[0] = 0
             batch = len(offsets) - 1
-            mask = arrays["has_initial_state"]
-            has = [False] * batch if mask is None else self.read(arrays, "has_initial_state").data.tolist()
         else:
             batch, seqlen = shape[0], shape[1] if len(shape) == 3 else 1
             offsets = [i * seqlen for i in range(batch + 1)]
+        if op == "causal_conv1d_fn":
+            mask = arrays["has_initial_state"]
+            has = [False] * batch if mask is None else self.read(arrays, "has_initial_state").data.tolist()
+        else:
             has = [True] * batch
+        counts = None
+        if arrays.get("num_accepted_tokens") is not None:
+            counts = self.read(arrays, "num_accepted_tokens").data.tolist()
         slots = list(range(batch))
         if arrays["cache_indices"] is not None:
             slots = self.read(arrays, "cache_indices").data.tolist()
         bias = None if arrays["bias"] is None else self.read(arrays, "bias").values().astype(np.float32)
         pool = None if arrays["conv_states"] is None else self.read(arrays, "conv_states")
         weight = self.read(arrays, "weight").values().astype(np.float32)
-        return Call(op, arrays, options, x, weight, bias, pool, offsets, slots, has, shape)
+        return Call(op, arrays, options, x, weight, bias, pool, offsets, slots, has, shape, counts)
 
     def read(self, arrays, name: str) -> TypedArray:
         return arrays[name].typed.copy()
@@ -136,7 +147,14 @@ class Model:
     def rows(self, call: Call) -> list[Row]:
         rows = []
         for i in range(len(call.slots)):
-            row = Row(i, call.offsets[i], call.offsets[i + 1], self.slot(call, i), self.has(call, i))
+            row = Row(
+                i,
+                call.offsets[i],
+                call.offsets[i + 1],
+                self.slot(call, i),
+                self.has(call, i),
+                self.column(call, i),
+            )
             if self.live(call, row):
                 rows.append(row)
         return rows
@@ -146,6 +164,14 @@ class Model:
 
     def has(self, call: Call, i: int) -> bool:
         return call.has[i]
+
+    def column(self, call: Call, i: int) -> int:
+        if call.counts is None:
+            return 0
+        return min(max(self.count(call, i), 1), call.pool.shape[1] - call.history + 1) - 1
+
+    def count(self, call: Call, i: int) -> int:
+        return call.counts[i]
 
     def live(self, call: Call, row: Row) -> bool:
         return row.start < row.stop and (call.pool is None or not self.padding(call, row.slot))
@@ -158,7 +184,8 @@ class Model:
         pre = self.convolve(call, row, self.extended(call, row, window))
         out[row.start : row.stop] = self.activate(call, row, pre)
         if call.pool is not None and call.history:
-            self.store(call, row, self.new_window(call, row, window, out))
+            new = self.new_window if call.counts is None else self.rolled
+            self.store(call, row, new(call, row, window, out))
 
     def window(self, call: Call, row: Row) -> TypedArray:
         dtype = call.x.dtype if call.pool is None else call.pool.dtype
@@ -167,7 +194,7 @@ class Model:
                 np.zeros((call.history, call.x.shape[1]), np.uint32 if dtype == "float32" else np.uint16),
                 dtype,
             )
-        return TypedArray(dtype, call.pool.data[row.slot, : call.history].copy())
+        return TypedArray(dtype, call.pool.data[row.slot, row.column : row.column + call.history].copy())
 
     def inputs(self, call: Call, row: Row) -> TypedArray:
         return TypedArray(call.x.dtype, call.x.data[row.start : row.stop])
@@ -203,11 +230,15 @@ class Model:
         arrived = self.cast(call, self.inputs(call, row).bits)
         return np.concatenate([window.bits, arrived])[-call.history :]
 
+    def rolled(self, call: Call, row: Row, window: TypedArray, out: np.ndarray) -> np.ndarray:
+        arrived = self.cast(call, self.inputs(call, row).bits)
+        return np.concatenate([window.bits[1:], arrived])[: call.pool.shape[1]]
+
     def cast(self, call: Call, bits: np.ndarray) -> np.ndarray:
         return cast_bits(bits, call.x.dtype, call.pool.dtype)
 
     def store(self, call: Call, row: Row, window: np.ndarray) -> None:
-        call.pool.bits[row.slot, : call.history] = window
+        call.pool.bits[row.slot, : len(window)] = window
 
     def round(self, out: np.ndarray, dtype: str) -> np.ndarray:
         return round_bits(out, dtype)

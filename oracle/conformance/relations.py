@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oracle.conformance.arrays import POISON_BITS, plain
-from oracle.conformance.inputs import Problem
+from oracle.conformance.inputs import Problem, hash_uint32
 from oracle.conformance.judge import Verdict
 from oracle.numerics import TypedArray, from_bits, is_nan
 
@@ -22,13 +22,18 @@ FN, UPDATE = "causal_conv1d_fn", "causal_conv1d_update"
 
 @dataclass(frozen=True)
 class Batch:
-    """A call seen as rows: the inputs of each as bits [tokens, dim], its slot, and whether it has a state."""
+    """A call seen as rows: the inputs of each as bits [tokens, dim], its slot, and whether it has a state.
+
+    `counts` are the accepted tokens of a step with rolling slots; `packed` is a step with query_start_loc.
+    """
 
     problem: Problem
     rows: list[np.ndarray]
     slots: list[int]
     has: list[bool]
     pool: np.ndarray
+    counts: list[int] | None = None
+    packed: bool = False
 
     @property
     def pad(self) -> int:
@@ -59,20 +64,37 @@ class Batch:
 
     def to_update(self, axes: int) -> Problem:
         """The rows, all of one length, as a decode step with x of 2 or 3 axes."""
-        arrays = self.problem.arrays
         x = np.stack(self.rows) if axes == 3 else np.concatenate(self.rows)
+        return self._step(x, None)
+
+    def to_packed_update(self, tail: int = 0) -> Problem:
+        """The rows as a packed decode step."""
+        offsets = np.cumsum([0] + [len(row) for row in self.rows])
+        return self._step(np.concatenate([*self.rows, self.poison(tail)]), plain(offsets.astype("int32")))
+
+    def _step(self, x: np.ndarray, query_start_loc) -> Problem:
+        arrays = self.problem.arrays
         options = {
             k: v for k, v in self.problem.options.items() if k in ("activation", "pad_slot_id", "backend")
         }
+        counts = None
+        if self.counts is not None:
+            before = arrays.get("num_accepted_tokens")
+            counts = plain(np.array(self.counts).astype(before.dtype if before else "int32"))
+            if query_start_loc is not None:
+                options["max_seqlen"] = max(len(row) for row in self.rows)
         return Problem(UPDATE, {
             "x": plain(from_bits(x, arrays["x"].dtype)), "weight": arrays["weight"], "bias": arrays["bias"],
             "conv_states": plain(from_bits(self.pool, arrays["conv_states"].dtype)),
             "cache_indices": plain(np.array(self.slots).astype(arrays["cache_indices"].dtype)),
+            "query_start_loc": query_start_loc, "num_accepted_tokens": counts,
         }, options)  # fmt: skip
 
     def again(self, **options) -> Problem:
         """The same operation on these rows."""
-        return self.to_fn(**options) if self.problem.op == FN else self.to_update(3)
+        if self.problem.op == FN:
+            return self.to_fn(**options)
+        return self.to_packed_update() if self.packed else self.to_update(3)
 
     def outputs(self, verdict: Verdict) -> list[np.ndarray]:
         """The output bits of each row."""
@@ -86,13 +108,16 @@ def batch_of(problem: Problem) -> Batch:
     arrays = problem.arrays
     x = arrays["x"].typed.bits
     slots = arrays["cache_indices"].data.tolist()
-    if problem.op == FN:
+    packed = arrays.get("query_start_loc") is not None
+    rows = list(x)
+    if packed:
         offsets = arrays["query_start_loc"].data
         rows = [x[offsets[i] : offsets[i + 1]] for i in range(len(slots))]
-        has = arrays["has_initial_state"].data.tolist()
-    else:
-        rows, has = list(x), [True] * len(slots)
-    return Batch(problem, rows, slots, has, arrays["conv_states"].typed.bits)
+    has = arrays["has_initial_state"].data.tolist() if problem.op == FN else [True] * len(slots)
+    counts = (
+        None if arrays.get("num_accepted_tokens") is None else arrays["num_accepted_tokens"].data.tolist()
+    )
+    return Batch(problem, rows, slots, has, arrays["conv_states"].typed.bits, counts, packed)
 
 
 def split(problem: Problem, call: Call) -> Iterator[str]:
@@ -160,7 +185,7 @@ def separate(problem: Problem, call: Call) -> Iterator[str]:
     reference = call(whole.again())
     states, outs = whole.pool, []
     for i in range(len(whole.rows)):
-        alone = replace(whole, rows=[whole.rows[i]], slots=[whole.slots[i]], has=[whole.has[i]], pool=states)
+        alone = _row_alone(whole, i, states)
         verdict = call(alone.again())
         states = verdict.conv_states.bits
         outs += alone.outputs(verdict)
@@ -193,7 +218,8 @@ def reorder_rows(problem: Problem, call: Call) -> Iterator[str]:
     """The order of rows in a batch changes nothing."""
     whole = batch_of(problem)
     reference = call(whole.again())
-    turned = replace(whole, rows=whole.rows[::-1], slots=whole.slots[::-1], has=whole.has[::-1])
+    turned = replace(whole, rows=whole.rows[::-1], slots=whole.slots[::-1], has=whole.has[::-1],
+                     counts=whole.counts and whole.counts[::-1])  # fmt: skip
     verdict = call(turned.again())
     yield from _differences(
         "rows reversed", whole, reference, turned.outputs(verdict)[::-1], verdict.conv_states
@@ -214,6 +240,85 @@ def add_padding(problem: Problem, call: Call) -> Iterator[str]:
     verdict = call(padded.to_fn(tail=7))
     outs = padded.outputs(verdict)[1 : len(rows) : 2]
     yield from _differences("padding added", whole, reference, outs, verdict.conv_states)
+
+
+def packed_steps(problem: Problem, call: Call) -> Iterator[str]:
+    """A packed step is the same rows as a dense one; rows of different lengths are each what they are alone."""
+    whole = batch_of(problem)
+    reference = call(whole.to_update(3))
+    verdict = call(whole.to_packed_update(tail=3))
+    yield from _differences("packed", whole, reference, whole.outputs(verdict), verdict.conv_states)
+    ragged = replace(whole, rows=[row[: 1 + i % len(row)] for i, row in enumerate(whole.rows)])
+    reference, states, outs = call(ragged.to_packed_update()), whole.pool, []
+    for i in range(len(ragged.rows)):
+        alone = _row_alone(ragged, i, states)
+        verdict = call(alone.to_update(3))
+        states = verdict.conv_states.bits
+        outs += alone.outputs(verdict)
+    yield from _differences("ragged rows alone", ragged, reference, outs, verdict.conv_states)
+
+
+def serving(problem: Problem, call: Call) -> Iterator[str]:
+    """Chunks, decode steps and verify steps with any acceptance, in any order, are one prefill.
+
+    Rejected drafts are NaN. A row whose last acceptance was not 1 must go on with a count; others may take any step.
+    """
+    whole = batch_of(problem)
+    reference = call(whole.to_fn())
+    history, state_len = problem.arrays["weight"].shape[1] - 1, whole.pool.shape[1]
+    most = state_len - history + 1
+    chance = iter(hash_uint32(history, "serving", 4096).tolist())
+    rows = range(len(whole.rows))
+    done, counts, has, states = [0 for _ in rows], [1 for _ in rows], list(whole.has), whole.pool
+    outs: list[list[np.ndarray]] = [[whole.poison(0)] for _ in rows]
+
+    def take(kind: str, members: list[int]) -> None:
+        """One call of some rows, each as many tokens as chance says; a padding row goes along."""
+        nonlocal states
+        inputs, accepted = [], []
+        for row in members:
+            left = len(whole.rows[row]) - done[row]
+            length = 1 + next(chance) % most
+            accept = min(1 + next(chance) % length, left) if kind == "verify" else min(length, left)
+            inputs.append(whole.rows[row][done[row] : done[row] + accept])
+            if kind == "verify":
+                inputs[-1] = np.concatenate([inputs[-1], whole.poison(length - accept)])
+            accepted.append(accept)
+        step = replace(
+            whole, rows=[whole.poison(1), *inputs], slots=[whole.pad] + [whole.slots[row] for row in members],
+            has=[True] + [has[row] for row in members], pool=states,
+            counts=[2] + [counts[row] for row in members] if kind == "verify" else None,
+        )  # fmt: skip
+        verdict = call(step.to_fn() if kind == "prefill" else step.to_packed_update(tail=1))
+        states = verdict.conv_states.bits
+        for row, out, accept in zip(members, step.outputs(verdict)[1:], accepted, strict=True):
+            outs[row].append(out[:accept])
+            done[row] += accept
+            counts[row] = accept if kind == "verify" else 1
+            has[row] = True
+
+    while any(done[row] < len(whole.rows[row]) for row in rows):
+        groups: dict[str, list[int]] = {"prefill": [], "decode": [], "verify": []}
+        for row in rows:
+            kinds = (
+                ["prefill"] * (counts[row] == 1)
+                + ["decode"] * (counts[row] == 1 and has[row])
+                + ["verify"] * 2 * has[row]
+            )
+            if done[row] < len(whole.rows[row]):
+                groups[kinds[next(chance) % len(kinds)]].append(row)
+        for kind, members in groups.items():
+            if members:
+                take(kind, members)
+    ends = whole.pool.copy()
+    for row in rows:  # each window where its count says, as a plain run leaves it in front
+        window = states[whole.slots[row], counts[row] - 1 : counts[row] - 1 + history]
+        ends[whole.slots[row], :history] = window
+        ends[whole.slots[row], history:] = reference.conv_states.bits[whole.slots[row], history:]
+    joined = [np.concatenate(parts) for parts in outs]
+    yield from _differences(
+        "served in steps", whole, reference, joined, from_bits(ends, reference.conv_states.dtype)
+    )
 
 
 def repeat(problem: Problem, call: Call) -> Iterator[str]:
@@ -238,9 +343,18 @@ RELATIONS = {
         permute_slots,
         reorder_rows,
         add_padding,
+        packed_steps,
+        serving,
         repeat,
     )
 }
+
+
+def _row_alone(batch: Batch, i: int, pool: np.ndarray) -> Batch:
+    counts = batch.counts and [batch.counts[i]]
+    return replace(
+        batch, rows=[batch.rows[i]], slots=[batch.slots[i]], has=[batch.has[i]], pool=pool, counts=counts
+    )
 
 
 def _has_after(batch: Batch) -> list[bool]:

@@ -79,16 +79,18 @@ def run(op: str, arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, A
         b_type, _, bits = decode(arrays["bias"])
         bias = [to_float(b, b_type) for b in bits]
     tokens = len(x) // dim
-    if op == "causal_conv1d_fn":
+    if arrays["query_start_loc"] is not None:
         ends = [min(max(end, 0), tokens) for end in decode(arrays["query_start_loc"])[2]]
         ends[0] = 0
-        has = arrays["has_initial_state"]
-        has = [False] * (len(ends) - 1) if has is None else decode(has)[2]
     else:
         seqlen = x_shape[1] if len(x_shape) == 3 else 1
         ends = [i * seqlen for i in range(x_shape[0] + 1)]
-        has = [True] * x_shape[0]
     batch = len(ends) - 1
+    has = [True] * batch
+    if op == "causal_conv1d_fn":
+        has = arrays["has_initial_state"]
+        has = [False] * batch if has is None else decode(has)[2]
+    counts = decode(arrays.get("num_accepted_tokens"))
     pool = decode(arrays["conv_states"])
     slots = arrays["cache_indices"]
     slots = list(range(batch)) if slots is None else decode(slots)[2]
@@ -104,13 +106,17 @@ def run(op: str, arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, A
             column = [x[t * dim + d] for t in range(start, end)]
             window = [0] * (width - 1)
             if pool:
-                at = [(slot * pool[1][1] + j) * dim + d for j in range(width - 1)]
+                state_len = pool[1][1]
+                at = [(slot * state_len + j) * dim + d for j in range(state_len)]
                 if has[row]:
-                    window = [states[i] for i in at]
+                    first = 0 if counts is None else min(max(counts[2][row] - 1, 0), state_len - width + 1)
+                    window = [states[i] for i in at[first : first + width - 1]]
                 arrived = (
                     column if x_type == pool[0] else [to_bits(to_float(b, x_type), pool[0]) for b in column]
                 )
-                for i, bits in zip(at, (window + arrived)[len(arrived) :], strict=True):
+                entries = window + arrived
+                left = entries[len(arrived) :] if counts is None else entries[1:] if width > 1 else []
+                for i, bits in zip(at, left, strict=False):
                     states[i] = bits
             e = [to_float(b, pool[0]) if pool else 0.0 for b in window] + [
                 to_float(b, x_type) for b in column

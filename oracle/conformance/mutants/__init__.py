@@ -9,21 +9,14 @@ import contextlib
 
 from oracle.conformance import catalogue
 from oracle.conformance.judge import Promises
-from oracle.conformance.mutants import arithmetic, boundaries, calls, memory, slots, states
+from oracle.conformance.mutants import arithmetic, boundaries, calls, memory, slots, speculative, states
 from oracle.conformance.mutants.base import MUTANTS, Mutant
 from oracle.conformance.worker import run_case
 
 __all__ = [
-    "MUTANTS",
-    "Mutant",
-    "arithmetic",
-    "boundaries",
-    "calls",
-    "first_failure",
-    "memory",
-    "slots",
+    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "memory", "slots", "speculative",
     "states",
-]
+]  # fmt: skip
 
 
 def first_failure(mutant: type[Mutant]) -> tuple[str, str] | None:

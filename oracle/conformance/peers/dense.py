@@ -25,6 +25,10 @@ DENIED = {
     "validate:True": "the peer has no such option",
     "relation:chain": "rows end at different steps, which needs padding rows",
     "relation:add_padding": "the peer has no padding rows",
+    "relation:serving": "steps of packed rows, which the adapter does not take apart",
+    "relation:packed_steps": "steps of packed rows, which the adapter does not take apart",
+    "update:packed": "the adapter takes no packed steps apart",
+    "update:rolling": "the peer has one window a slot",
 }
 
 
@@ -60,6 +64,10 @@ class DenseAdapter:
             raise Unsupported(f"arguments: {error}") from error
         if options.get("validate"):
             raise Unsupported("validate: the peer has no such option")
+        if op == "causal_conv1d_update" and (
+            values.get("query_start_loc") or values.get("num_accepted_tokens")
+        ):
+            raise Unsupported("query_start_loc, num_accepted_tokens: the peer has neither")
         if self.denied.get("dtypes:mixed"):
             names = ("x", "weight", "bias", "conv_states")
             if len(used := {values[n].dtype for n in names if values.get(n) is not None}) > 1:
