@@ -38,9 +38,9 @@ def run_ranks(ranks, folder, device, backend, mutate="", **environment):
     return [process.returncode for process in processes], texts
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_same_bits_as_one_device(ranks, tmp_path):
-    codes, texts = run_ranks(ranks, tmp_path, "cpu", "eager", TRITON_INTERPRET="0")
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "eager"), (4, "eager"), (2, "triton")])
+def test_same_bits_as_one_device(ranks, backend, tmp_path):
+    codes, texts = run_ranks(ranks, tmp_path, "cpu", backend, TRITON_INTERPRET=str(int(backend == "triton")))
     assert codes == [0] * ranks, "\n".join(texts)
     assert all("agreed: 13" in text for text in texts)
 
