@@ -19,6 +19,7 @@ from oracle.contract import (
 )
 from pallas_impl import prefill, rolling, update, xla
 from pallas_impl.config import choose_lanes, prefill_config, tma_dim, update_config
+from pallas_impl.transforms import refuse_transforms
 
 CLIPS = hasattr(plgpu, "InterpretGPUParams")  # the interpreter of JAX 0.10 does not clip boxes as TMA does
 BACKENDS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
@@ -180,6 +181,9 @@ def _prefill(
             x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
             silu=silu, pad_slot_id=pad_slot_id,
         )  # fmt: skip
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state = refuse_transforms(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state
+    )
     starts = query_start_loc
     if starts.dtype != jnp.int32:
         starts = xla.offsets(starts, x.shape[0])
@@ -203,6 +207,9 @@ def _update(
             x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
             silu=silu, pad_slot_id=pad_slot_id,
         )  # fmt: skip
+    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens = refuse_transforms(
+        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
+    )
     rows = x.reshape(-1, dim)
     options = dict(silu=silu, config=config, interpret=_interpreter(interpret))
     seqlen = None if query_start_loc is not None else rows.shape[0] // batch

@@ -87,8 +87,11 @@ def update(
     starts = query_start_loc
     if starts is None:
         starts = jnp.arange(x.shape[0] + 1, dtype=jnp.int32) * (x.size // (x.shape[0] * dim))
+    tokens = x.reshape(-1, dim)
+    if WIDENS_SCATTERS:  # that compiler widens the reshape as well, unless it has to be a tensor of its own
+        tokens = lax.optimization_barrier(tokens)
     out, conv_states = prefill(
-        x.reshape(-1, dim), weight, bias, conv_states, starts, cache_indices, None,
+        tokens, weight, bias, conv_states, starts, cache_indices, None,
         silu=silu, pad_slot_id=pad_slot_id, always_state=True, num_accepted_tokens=num_accepted_tokens,
     )  # fmt: skip
     return out.reshape(x.shape), conv_states
@@ -137,8 +140,8 @@ def read_windows(conv_states, slots, stateful, history, column=None):
     place = (jnp.maximum(slots, 0), slice(history))
     if column is not None:
         place = (place[0][:, None], column[:, None] + jnp.arange(history, dtype=jnp.int32))
-    windows = conv_states.at[place].get(mode="promise_in_bounds")
-    windows = jnp.where(stateful[:, None, None], to_bits(windows), 0)
+    windows = to_bits(conv_states).at[place].get(mode="promise_in_bounds")
+    windows = jnp.where(stateful[:, None, None], windows, 0)
     return lax.bitcast_convert_type(windows, conv_states.dtype)
 
 
