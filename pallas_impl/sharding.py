@@ -97,6 +97,9 @@ def causal_conv1d_update(
     mesh,
     channel_axis=None,
     batch_axis=None,
+    query_start_loc=None,
+    num_accepted_tokens=None,
+    max_seqlen=None,
     activation=None,
     pad_slot_id=-1,
     backend="auto",
@@ -107,6 +110,9 @@ def causal_conv1d_update(
     Args:
       x, weight, bias, conv_states, cache_indices: as in `pallas_impl.causal_conv1d_update`, split as in
         `causal_conv1d_fn` above: with `batch_axis` a device's rows use the slots of its own part of the pool.
+      query_start_loc: as in `pallas_impl.causal_conv1d_update`; None with `batch_axis`, since packed rows have
+        no equal parts.
+      num_accepted_tokens, max_seqlen: as in `pallas_impl.causal_conv1d_update`.
       mesh, channel_axis, batch_axis, activation, pad_slot_id, backend, validate: as above.
 
     Returns:
@@ -115,9 +121,23 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn` above.
     """
-    options = dict(activation=activation, pad_slot_id=pad_slot_id, backend=backend, validate=validate)
-    arguments = dict(x=x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices)
+    options = dict(
+        max_seqlen=max_seqlen,
+        activation=activation,
+        pad_slot_id=pad_slot_id,
+        backend=backend,
+        validate=validate,
+    )
+    arguments = dict(
+        x=x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices,
+        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
     check_causal_conv1d_update(**arguments, **options)
+    if query_start_loc is not None and batch_axis is not None:
+        raise ValueError(
+            f"query_start_loc: expected None, since batch_axis is {batch_axis!r} and packed rows have no equal parts, "
+            f"got shape {list(query_start_loc.shape)}"
+        )
     specs = partition_specs(channel_axis, batch_axis)
     if len(x.shape) == 3:
         specs["x"] = specs["out"] = PartitionSpec(batch_axis, None, channel_axis)
@@ -138,6 +158,7 @@ def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
         query_start_loc=batch,
         cache_indices=batch,
         has_initial_state=batch,
+        num_accepted_tokens=batch,
         out=PartitionSpec(rows, channel_axis),
     )
 

@@ -138,6 +138,29 @@ def test_sequences_and_channels():
     assert collectives(split.lower(**placed).compile()) == []
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_rolling_steps(packed):
+    """Counts are split with the sequences; packed rows are split by channels alone."""
+    batch = draw(3, [2, 0, 1, 3, 2], 10, 16, 4)
+    del batch["has_initial_state"]
+    counts = jnp.array([1, 3, 2, 0, 2], jnp.int32)
+    options = dict(activation="silu", num_accepted_tokens=counts)
+    if packed:
+        mesh, axes = make_mesh((8,), ("model",)), dict(channel_axis="model")
+        options["max_seqlen"] = 3
+    else:
+        mesh, axes = make_mesh((1, 8), ("data", "model")), dict(batch_axis="data", channel_axis="model")
+        del batch["query_start_loc"]
+        batch["x"] = batch["x"].reshape(5, 2, 16)
+    wanted = pallas_impl.causal_conv1d_update(**batch, **options)
+    got = sharding.causal_conv1d_update(**batch, **options, mesh=mesh, **axes)
+    assert same_bits(got.out, wanted.out)
+    assert same_bits(got.conv_states, wanted.conv_states)
+    if packed:
+        with pytest.raises(ValueError, match="query_start_loc: expected None, since batch_axis is 'model'"):
+            sharding.causal_conv1d_update(**batch, **options, mesh=mesh, batch_axis="model")
+
+
 @pytest.mark.parametrize("seqlen", [None, 3])
 def test_update(seqlen):
     mesh = make_mesh((4, 2), ("data", "model"))
