@@ -20,7 +20,12 @@ _NO_CHOICE = {
     "schedule:*": "the peer's signature has no schedule",
     "relation:schedules": "the peer's signature has no schedule",
     "activation:True": "the peer takes True for silu",
+    "update:packed": "the adapter's update takes no packed rows",
+    "update:rolling": "the adapter's update takes no counts",
+    "relation:packed_steps": "the adapter's update takes no packed rows",
+    "relation:serving": "the adapter's update takes no counts",
 }
+_STEPS = ("query_start_loc", "num_accepted_tokens")  # of the update, which these signatures lack
 
 
 class PeerAdapter(own.TorchAdapter):
@@ -41,6 +46,14 @@ class PeerAdapter(own.TorchAdapter):
         bases = {name: self._base(a) for name, a in given.items()}
         tensors = dict.fromkeys(arrays)
         tensors |= {name: bases[name].as_strided(a.shape, a.strides, a.offset) for name, a in given.items()}
+        if op == "causal_conv1d_update":
+            for name in _STEPS:
+                if tensors.pop(name, None) is not None:
+                    raise Unsupported(f"{name}: expected None, the adapter's update has no such argument")
+            if options.get("max_seqlen") is not None:
+                raise ValueError(
+                    f"max_seqlen: expected None without packed rows, got {options['max_seqlen']}"
+                )
         try:
             out = self.functions[op](**tensors, **options)
         except (ValueError, TypeError, Unsupported) as error:
