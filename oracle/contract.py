@@ -133,11 +133,7 @@ def check_causal_conv1d_fn(
     width = _check_weight(weight, bias, dim)
     num_slots, state_len = (0, 0) if conv_states is None else _check_pool(conv_states, dim, width)
 
-    (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
-    _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
-    if offsets < 1:
-        raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
-    batch = offsets - 1
+    batch = _check_offsets(query_start_loc)
 
     if conv_states is None:
         for name, value in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
@@ -205,11 +201,8 @@ def check_causal_conv1d_update(
     shape = _shape_of("x", x)
     if query_start_loc is not None:
         tokens, dim = _shape("x", x, ("tokens", "dim"))
-        (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
-        _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
-        if offsets < 1:
-            raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
-        batch, seqlen = offsets - 1, None
+        batch = _check_offsets(query_start_loc)
+        seqlen = None
     elif len(shape) == 2:
         (batch, dim), seqlen, tokens = shape, 1, shape[0]
     elif len(shape) == 3:
@@ -298,11 +291,7 @@ def check_causal_conv1d(
         tokens = batch * seqlen
     else:
         tokens, dim = _shape("x", x, ("tokens", "dim"))
-        (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
-        _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
-        if offsets < 1:
-            raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
-        batch = offsets - 1
+        batch = _check_offsets(query_start_loc)
     _dtype("x", x, FLOAT_DTYPES)
     width = _check_weight(weight, bias, dim)
     if initial_states is not None:
@@ -430,6 +419,15 @@ def _check_pool(conv_states: Any, dim: int, width: int) -> tuple[int, int]:
             f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}"
         )
     return num_slots, state_len
+
+
+def _check_offsets(query_start_loc: Any) -> int:
+    """Returns the number of rows."""
+    (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
+    _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
+    if offsets < 1:
+        raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
+    return offsets - 1
 
 
 def _check_indices(cache_indices: Any, batch: int, num_slots: int, pooled: bool) -> None:

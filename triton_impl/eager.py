@@ -26,12 +26,12 @@ def _live(slots, num_slots, pad_slot_id):
 
 def _packed(x, weight, bias, silu, start, end, live, window):
     """The outputs of packed rows behind their windows [batch, width-1, dim]; zeros outside live rows."""
-    batch, width = start.shape[0], weight.shape[1]
+    width = weight.shape[1]
     out = torch.zeros_like(x)
     token = torch.arange(x.shape[0], device=x.device)
     row = _row_of(token, end)
-    token = token[(row < batch) & (torch.cat([live, live.new_zeros(1)])[row])]
-    row = _row_of(token, end)
+    computed = torch.cat([live, live.new_zeros(1)])[row]  # row `batch` is the tail
+    token, row = token[computed], row[computed]
     columns = []
     for j in range(width):
         source = token + (j - width + 1)
