@@ -2,8 +2,9 @@
 
 Standard library only. The checks read nothing but shapes, dtypes and host values, so the same code
 serves NumPy arrays, Torch tensors, fake tensors and JAX tracers. `check_causal_conv1d_fn` and
-`check_causal_conv1d_update` carry *the* signatures; every implementation repeats them exactly. So does
-`check_causal_conv1d`, of the differentiable form for training.
+`check_causal_conv1d_update` carry *the* signatures; every implementation repeats them exactly. So do
+`check_commit_windows` and `check_tree_parents_from_links`, and `check_causal_conv1d`, of the differentiable
+form for training.
 
 The value. With `e = window ++ x` of a row (`window` = zeros when the row has no state):
 
@@ -18,6 +19,17 @@ inputs, cast once if the pool has another dtype.
 Rows that do nothing. A row is padding when its slot equals `pad_slot_id` or lies outside
 `[0, num_slots)`; padding rows and rows of zero tokens touch no slot. Outputs of padding rows and of
 tokens at or after `query_start_loc[-1]` are zero: every element of `out` is written.
+
+Where the window lies. `state_layout` "front" is the above. "back": the slot is the last `state_len` inputs of
+the row, oldest first, and the window its last `width-1` columns; a call leaves the last `state_len` entries of
+`slot ++ x`, and a fresh row counts its old slot as zeros. "ring": token `n` of a sequence lives in column
+`n mod state_len`, and `cache_seqlens` says how many tokens the row consumed before this call; a fresh row
+first clears its slot. The caller advances that counter.
+
+Other slots. `write_indices` names the slot that receives a row's new state (None: the slot it reads); a live
+row whose write slot is `pad_slot_id` or out of range stores nothing. "front" writes the window's columns of
+that slot, "back" and "ring" all of them, a rolling step all that it keeps. `snapshot_indices` and
+`track_indices` name further slots that receive one window each.
 """
 
 from __future__ import annotations
@@ -34,7 +46,10 @@ INDEX_DTYPES = ("int32", "int64", "int16", "int8", "uint8", "uint16", "uint32", 
 MASK_DTYPES = ("bool",)
 ACTIVATIONS = (None, "silu", "swish")
 SCHEDULES = ("auto", "per_sequence", "flat")
+STATE_LAYOUTS = ("front", "back", "ring")
+EMPTY_ROWS = ("skip", "apply")
 WIDTH_MIN, WIDTH_MAX = 1, 8
+SPLITS_MAX = 8
 
 
 class Unsupported(NotImplementedError):
@@ -45,13 +60,26 @@ class ConvOutput(NamedTuple):
     """Result of both operations.
 
     Attributes:
-      out: same shape and dtype as `x`.
+      out: same shape and dtype as `x`; with `channel_offset`, dim channels; with `split_sizes`, a tuple of arrays.
       conv_states: the pool after the call; None if none was given. Torch: the very tensor passed in,
         updated in place. JAX and NumPy: a new array. Of the differentiable form, the new states.
     """
 
     out: Any
     conv_states: Any
+
+
+class ConvWindowOutput(NamedTuple):
+    """Result of `causal_conv1d_update` with `window_out`.
+
+    Attributes:
+      out, conv_states: as in `ConvOutput`.
+      window_out: the windows after the call. Torch: the very tensor passed in. JAX and NumPy: a new array.
+    """
+
+    out: Any
+    conv_states: Any
+    window_out: Any
 
 
 class FnSizes(NamedTuple):
@@ -80,6 +108,18 @@ class UpdateSizes(NamedTuple):
     tokens: int
 
 
+class CommitSizes(NamedTuple):
+    """Sizes of a checked `commit_windows` call; `history` is width-1."""
+
+    batch: int
+    num_slots: int
+    state_len: int
+    num_buffers: int
+    steps: int
+    history: int
+    dim: int
+
+
 class RowSizes(NamedTuple):
     """Sizes of a checked `causal_conv1d` call; `tokens` is batch * seqlen for `x` of three axes."""
 
@@ -104,6 +144,18 @@ def check_causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    empty_rows="skip",
+    snapshot_indices=None,
+    snapshot_block_size=None,
+    num_computed_tokens=None,
+    track_indices=None,
+    track_lengths=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ) -> FnSizes:
     """Checks the shapes, dtypes and options of a packed prefill; reads no data.
 
@@ -123,12 +175,32 @@ def check_causal_conv1d_fn(
       schedule: "auto", "per_sequence" or "flat".
       backend: "auto" or a name of the implementation (checked by `check_backend`).
       validate: True to let the implementation read the index data and reject bad values.
+      state_layout: "front", "back" or "ring": where the window lies in a slot.
+      cache_seqlens: [batch] integer, tokens of each row before this call; with "ring", and only there. Below 0
+        counts as 0.
+      write_indices: [batch] integer slots that receive the new states, or None: the slots that are read.
+      empty_rows: "skip": a row of zero tokens touches no slot. "apply": it follows the rule for any number of
+        tokens: a fresh row clears its window (or slot), a row with state is copied if its write slot differs.
+      snapshot_indices: [batch, blocks] integer slots, "front" only: for every k with
+        c < (k+1)*snapshot_block_size <= c + L, slot `[row, k]` gets the window that ends at absolute token
+        (k+1)*snapshot_block_size; c is `num_computed_tokens[row]`, L the row's tokens. Not stored where the slot
+        is `pad_slot_id` or out of range. No slot may be one that the call reads or writes otherwise.
+      snapshot_block_size: host int >= 1; with `snapshot_indices`, and only there.
+      num_computed_tokens: [batch] integer, tokens of each row's sequence before this call, or None: 0. Below 0
+        counts as 0.
+      track_indices: [batch] integer slots, "front" only: one more window per row, after `track_lengths` tokens.
+      track_lengths: [batch] integer, clamped to [0, L]; None: L.
+      residual: [tokens, dim] float, added in float32 after the activation, before the one rounding; or None.
+      channel_offset: host int o: x has any number of channels, and o to o+dim are the input; None: x has dim.
+      split_sizes: 1 to 8 host ints >= 1 that add up to dim, in a tuple: `out` is a tuple of arrays, one per size.
 
     Raises:
       ValueError: a shape or an option is wrong.
       TypeError: a dtype or the type of an option is wrong.
     """
     tokens, dim = _shape("x", x, ("tokens", "dim"))
+    if channel_offset is not None:
+        dim = _check_channels(dim, weight, channel_offset)
     _dtype("x", x, FLOAT_DTYPES)
     width = _check_weight(weight, bias, dim)
     num_slots, state_len = (0, 0) if conv_states is None else _check_pool(conv_states, dim, width)
@@ -136,7 +208,11 @@ def check_causal_conv1d_fn(
     batch = _check_offsets(query_start_loc)
 
     if conv_states is None:
-        for name, value in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
+        for name, value in (
+            ("cache_indices", cache_indices), ("has_initial_state", has_initial_state),
+            ("cache_seqlens", cache_seqlens), ("write_indices", write_indices),
+            ("snapshot_indices", snapshot_indices), ("track_indices", track_indices),
+        ):  # fmt: skip
             if value is not None:
                 raise ValueError(
                     f"{name}: expected None, since conv_states is None and there is no slot to name"
@@ -148,6 +224,25 @@ def check_causal_conv1d_fn(
 
     _check_options(activation, pad_slot_id, validate)
     _check_schedule(max_seqlen, schedule)
+    if state_layout != "front" or cache_seqlens is not None:
+        _check_layout(state_layout, cache_seqlens, batch)
+    if write_indices is not None:
+        _check_integers("write_indices", write_indices, batch)
+    if empty_rows not in EMPTY_ROWS:
+        raise ValueError(f"empty_rows: expected one of {EMPTY_ROWS}, got {empty_rows!r}")
+    if snapshot_indices is not None or snapshot_block_size is not None or num_computed_tokens is not None:
+        _check_snapshots(snapshot_indices, snapshot_block_size, num_computed_tokens, state_layout, batch)
+    if track_indices is not None:
+        _check_track(track_indices, state_layout, batch)
+    if track_lengths is not None:
+        if track_indices is None:
+            raise ValueError("track_lengths: expected None, since track_indices is None")
+        _check_integers("track_lengths", track_lengths, batch)
+    if residual is not None:
+        _shape("residual", residual, ("tokens", "dim"), (tokens, dim))
+        _dtype("residual", residual, FLOAT_DTYPES)
+    if split_sizes is not None:
+        _check_split(split_sizes, dim)
     return FnSizes(tokens, dim, width, batch, num_slots, state_len)
 
 
@@ -165,6 +260,17 @@ def check_causal_conv1d_update(
     pad_slot_id=-1,
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    track_indices=None,
+    window_out=None,
+    window_indices=None,
+    commit=True,
+    tree_parents=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ) -> UpdateSizes:
     """Checks the shapes, dtypes and options of a decode step; reads no data.
 
@@ -175,6 +281,11 @@ def check_causal_conv1d_update(
     had `a` tokens accepted finds its window in columns a-1 .. a+width-3, and a row of n tokens leaves
     `window[1:] ++ x` in columns 0 .. width+n-3, so that the next step's count picks the right window again.
     A prefill and an update without counts leave the window where a count of 1 finds it.
+
+    The other way of speculation: `window_out` receives the window after every token and `commit=False` leaves
+    the pool as it is; `commit_windows` then moves the accepted step's window into the slot. With `tree_parents`
+    the tokens of a row are nodes of a tree: the taps of node i meet i, its parent, its grandparent and so on, and
+    behind the last of them the row's window, newest entry first.
 
     Args:
       x: [batch, dim], [batch, seqlen, dim] for several tokens a row, or [tokens, dim] with `query_start_loc`;
@@ -193,6 +304,18 @@ def check_causal_conv1d_update(
       pad_slot_id: the slot number that marks a padding row.
       backend: "auto" or a name of the implementation (checked by `check_backend`).
       validate: True to let the implementation read the index data and reject bad values.
+      state_layout, cache_seqlens, write_indices, channel_offset, split_sizes: as in `check_causal_conv1d_fn`;
+        layouts other than "front" only without `num_accepted_tokens`.
+      track_indices: [batch] integer slots, "front" only, that receive the final windows as well.
+      window_out: [buffers, steps, width-1, dim] float: after token t of a row, `window_out[buffer, t]` gets the
+        row's last width-1 inputs, cast once if the dtype differs. steps is at least the longest row (`seqlen`, or
+        `max_seqlen`, which is then required with `query_start_loc`).
+      window_indices: [batch] integer, the buffer of each row, or None: row i uses buffer i. Not stored where it is
+        `pad_slot_id` or out of range.
+      commit: False leaves `conv_states` as it is.
+      tree_parents: [batch, seqlen] integer, with x [batch, seqlen, dim] and `commit=False`: the parent of node i, of
+        which the smaller of it and i-1 is used; below 0, node i continues the row's window.
+      residual: float, in the shape of `out`; as in `check_causal_conv1d_fn`.
 
     Raises:
       ValueError: a shape or an option is wrong.
@@ -214,6 +337,8 @@ def check_causal_conv1d_update(
         raise ValueError(f"x: expected shape [batch, dim] or [batch, seqlen, dim], got {list(shape)}")
     if dim < 1:
         raise ValueError(f"x: expected dim >= 1, got shape {list(shape)}")
+    if channel_offset is not None:
+        dim = _check_channels(dim, weight, channel_offset)
     _dtype("x", x, FLOAT_DTYPES)
     width = _check_weight(weight, bias, dim)
     if conv_states is None:
@@ -243,7 +368,109 @@ def check_causal_conv1d_update(
                 f"rows of up to {longest} tokens with num_accepted_tokens, got {state_len}"
             )
     _check_options(activation, pad_slot_id, validate)
+    if state_layout != "front" or cache_seqlens is not None:
+        _check_layout(state_layout, cache_seqlens, batch)
+        if num_accepted_tokens is not None:
+            raise ValueError(
+                f"state_layout: expected 'front', since num_accepted_tokens is given, got {state_layout!r}"
+            )
+    if write_indices is not None:
+        _check_integers("write_indices", write_indices, batch)
+    if track_indices is not None:
+        _check_track(track_indices, state_layout, batch)
+    if window_out is not None:
+        longest = max_seqlen if seqlen is None else seqlen
+        if longest is None:
+            raise ValueError(
+                "max_seqlen: expected an integer, since query_start_loc and window_out are given "
+                "(window_out must have steps enough for the longest row), got None"
+            )
+        _check_window_out(window_out, window_indices, batch, width, dim, longest)
+    elif window_indices is not None:
+        raise ValueError("window_indices: expected None, since window_out is None")
+    if commit is not True:
+        _check_no_commit(commit, write_indices, track_indices)
+    if num_accepted_tokens is not None and (window_out is not None or not commit):
+        other = "commit is False" if window_out is None else "window_out is given"
+        raise ValueError(f"num_accepted_tokens: expected None, since {other}")
+    if tree_parents is not None:
+        _check_tree(tree_parents, shape, query_start_loc, num_accepted_tokens, commit)
+    if residual is not None:
+        axes = ("batch", "seqlen", "dim") if len(shape) == 3 else ("tokens", "dim")
+        _shape("residual", residual, axes, (*shape[:-1], dim))
+        _dtype("residual", residual, FLOAT_DTYPES)
+    if split_sizes is not None:
+        _check_split(split_sizes, dim)
     return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len, tokens)
+
+
+def check_commit_windows(
+    conv_states,
+    window_out,
+    accepted_steps,
+    cache_indices=None,
+    window_indices=None,
+    *,
+    pad_slot_id=-1,
+    backend="auto",
+    validate=False,
+) -> CommitSizes:
+    """Checks the shapes, dtypes and options of a commit of accepted windows; reads no data.
+
+    `conv_states[cache_indices[row], :width-1] = window_out[window_indices[row], accepted_steps[row]]`, cast once
+    if the dtypes differ. A row whose step lies outside [0, steps), or whose slot or buffer is `pad_slot_id` or out
+    of range, is left alone. Torch: in place, the same tensor is returned. JAX and NumPy: a new array.
+
+    Args:
+      conv_states: [num_slots, state_len, dim] float, state_len >= width-1.
+      window_out: [buffers, steps, width-1, dim] float, as `causal_conv1d_update` left it.
+      accepted_steps: [batch] integer, the last accepted token of each row, from 0.
+      cache_indices: [batch] integer slots, or None: row i uses slot i.
+      window_indices: [batch] integer buffers, or None: row i uses buffer i.
+      pad_slot_id: the slot (and buffer) number that marks a padding row.
+      backend: "auto" or a name of the implementation (checked by `check_backend`).
+      validate: True to let the implementation read the index data and reject bad values.
+
+    Raises:
+      ValueError: a shape or an option is wrong.
+      TypeError: a dtype or the type of an option is wrong.
+    """
+    axes = ("buffers", "steps", "width-1", "dim")
+    num_buffers, steps, history, dim = _shape("window_out", window_out, axes)
+    _dtype("window_out", window_out, FLOAT_DTYPES)
+    num_slots, state_len = _check_pool(conv_states, dim, history + 1)
+    (batch,) = _shape("accepted_steps", accepted_steps, ("batch",))
+    _dtype("accepted_steps", accepted_steps, INDEX_DTYPES)
+    _check_indices(cache_indices, batch, num_slots, True)
+    _check_buffers(window_indices, batch, num_buffers)
+    _check_options(None, pad_slot_id, validate)
+    return CommitSizes(batch, num_slots, state_len, num_buffers, steps, history, dim)
+
+
+def check_tree_parents_from_links(next_token, next_sibling) -> tuple[int, int]:
+    """Checks the shapes and dtypes of a conversion of links to parents; reads no data.
+
+    The result is int32 [batch, n], as `tree_parents` of `causal_conv1d_update`. Node 0 is the root, its parent
+    -1. A first child's parent is the node that names it; a sibling's parent is its sibling's; a node that
+    nobody names has parent 0.
+
+    Args:
+      next_token: [batch, n] integer: the first child of each node, larger than the node; any value outside
+        (node, n) means none.
+      next_sibling: [batch, n] integer: its next sibling, by the same rules.
+
+    Returns:
+      (batch, n).
+
+    Raises:
+      ValueError: a shape is wrong.
+      TypeError: a dtype is wrong.
+    """
+    batch, nodes = _shape("next_token", next_token, ("batch", "n"))
+    _dtype("next_token", next_token, INDEX_DTYPES)
+    _shape("next_sibling", next_sibling, ("batch", "n"), (batch, nodes))
+    _dtype("next_sibling", next_sibling, INDEX_DTYPES)
+    return batch, nodes
 
 
 def check_causal_conv1d(
@@ -315,16 +542,58 @@ def check_fn_values(
     num_slots: int | None,
     pad_slot_id: int,
     max_seqlen: int | None,
+    *,
+    has_initial_state: Sequence[bool] | None = None,
+    cache_seqlens: Sequence[int] | None = None,
+    write_indices: Sequence[int] | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: Sequence[Sequence[int]] | None = None,
+    snapshot_block_size: int = 1,
+    num_computed_tokens: Sequence[int] | None = None,
+    track_indices: Sequence[int] | None = None,
+    track_lengths: Sequence[int] | None = None,
 ) -> None:
     """Checks the index data of a packed prefill, read to the host; `num_slots` is None without a pool.
 
     Raises:
       ValueError: offsets that do not start at 0, decrease or exceed `tokens`; a row longer than
-        `max_seqlen`; a slot that is neither `pad_slot_id` nor in range; two live rows on one slot.
+        `max_seqlen`; a slot that is neither `pad_slot_id` nor in range; a slot that two live rows write, or one
+        writes and another reads; a counter of a live row below 0; a tracked length beyond its row.
     """
     lengths = _row_lengths(query_start_loc, tokens, max_seqlen)
-    if num_slots is not None:
-        _check_slot_values(cache_indices, lengths, num_slots, pad_slot_id)
+    if num_slots is None:
+        return
+    batch, apply = len(lengths), empty_rows == "apply"
+    slots = range(batch) if cache_indices is None else cache_indices
+    has = [False] * batch if has_initial_state is None else has_initial_state
+    for name, counters in (("cache_seqlens", cache_seqlens), ("num_computed_tokens", num_computed_tokens)):
+        if counters is not None:
+            _check_counters(name, counters, slots, lengths, pad_slot_id)
+    extra = []
+    for row, length in enumerate(lengths):
+        if slots[row] == pad_slot_id:
+            continue
+        if snapshot_indices is not None:
+            before = 0 if num_computed_tokens is None else num_computed_tokens[row]
+            first, end = before // snapshot_block_size, (before + length) // snapshot_block_size
+            extra += [("snapshot_indices", row, slot) for slot in snapshot_indices[row][first:end]]
+        if track_indices is not None and (length or apply):
+            extra.append(("track_indices", row, track_indices[row]))
+            if track_lengths is not None and not 0 <= track_lengths[row] <= length:
+                raise ValueError(
+                    f"track_lengths: expected 0 to {length}, the length of the row, in row {row}, "
+                    f"got {track_lengths[row]}"
+                )
+    reads = [bool(has[row] and (length or apply)) for row, length in enumerate(lengths)]
+    # A row of no tokens that has a state writes it only where it is not.
+    writes = [
+        bool(
+            length
+            or (apply and not (has[row] and (write_indices is None or write_indices[row] == slots[row])))
+        )
+        for row, length in enumerate(lengths)
+    ]
+    _check_slot_values(cache_indices, write_indices, reads, writes, extra, num_slots, pad_slot_id)
 
 
 def check_update_values(
@@ -334,27 +603,77 @@ def check_update_values(
     query_start_loc: Sequence[int] | None = None,
     num_accepted_tokens: Sequence[int] | None = None,
     max_seqlen: int | None = None,
+    *,
+    cache_seqlens: Sequence[int] | None = None,
+    write_indices: Sequence[int] | None = None,
+    track_indices: Sequence[int] | None = None,
+    num_buffers: int | None = None,
+    window_indices: Sequence[int] | None = None,
+    commit: bool = True,
+    tree_parents: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """Checks the index data of a decode step, read to the host.
+    """Checks the index data of a decode step, read to the host; `num_buffers` is None without `window_out`.
 
     Raises:
-      ValueError: as `check_fn_values`; a count of a live row below 1, or beyond what its slot can hold.
+      ValueError: as `check_fn_values`; a count of a live row below 1, or beyond what its slot can hold; a buffer
+        that is neither `pad_slot_id` nor in range, or of two live rows; a node that does not follow its parent.
     """
     if query_start_loc is None:
         lengths = [sizes.seqlen or 0] * sizes.batch
     else:
         lengths = _row_lengths(query_start_loc, sizes.tokens, max_seqlen)
-    _check_slot_values(cache_indices, lengths, sizes.num_slots, pad_slot_id)
+    slots = range(sizes.batch) if cache_indices is None else cache_indices
+    live = [bool(length and slot != pad_slot_id) for length, slot in zip(lengths, slots, strict=True)]
+    extra = [] if track_indices is None else [
+        ("track_indices", row, slot) for row, slot in enumerate(track_indices) if live[row]
+    ]  # fmt: skip
+    reads = [length > 0 for length in lengths]
+    writes = reads if commit else [False] * sizes.batch
+    _check_slot_values(cache_indices, write_indices, reads, writes, extra, sizes.num_slots, pad_slot_id)
+    if cache_seqlens is not None:
+        _check_counters("cache_seqlens", cache_seqlens, slots, lengths, pad_slot_id)
+    if num_buffers is not None:
+        _check_buffer_values(window_indices, live, num_buffers, pad_slot_id)
+    for row, parents in enumerate(tree_parents or ()):
+        for node, parent in enumerate(parents):
+            if live[row] and parent >= node:
+                raise ValueError(
+                    f"tree_parents: expected a number below {node}, the node's own, at [{row}, {node}], got {parent}"
+                )
     if num_accepted_tokens is None:
         return
     largest = sizes.state_len - sizes.width + 2
-    for row, (count, length) in enumerate(zip(num_accepted_tokens, lengths, strict=True)):
-        slot = row if cache_indices is None else cache_indices[row]
-        if length and slot != pad_slot_id and not 1 <= count <= largest:
+    for row, count in enumerate(num_accepted_tokens):
+        if live[row] and not 1 <= count <= largest:
             raise ValueError(
                 f"num_accepted_tokens: expected 1 to {largest}, which slots of state_len={sizes.state_len} can "
                 f"hold, in row {row}, got {count}"
             )
+
+
+def check_commit_values(
+    accepted_steps: Sequence[int],
+    cache_indices: Sequence[int] | None,
+    window_indices: Sequence[int] | None,
+    sizes: CommitSizes,
+    pad_slot_id: int,
+) -> None:
+    """Checks the index data of a commit, read to the host. A step below 0 leaves its row alone.
+
+    Raises:
+      ValueError: a step at or past `steps`; a slot or buffer that is neither `pad_slot_id` nor in range; two
+        rows that write one slot.
+    """
+    slots = range(sizes.batch) if cache_indices is None else cache_indices
+    for row, step in enumerate(accepted_steps):
+        if slots[row] != pad_slot_id and step >= sizes.steps:
+            raise ValueError(
+                f"accepted_steps: expected less than {sizes.steps} steps in row {row}, got {step}"
+            )
+    writes = [step >= 0 for step in accepted_steps]
+    _check_slot_values(cache_indices, None, [False] * sizes.batch, writes, [], sizes.num_slots, pad_slot_id)
+    for row, buffer in enumerate(() if window_indices is None else window_indices):
+        _check_in_range("window_indices", "a buffer", buffer, row, sizes.num_buffers, pad_slot_id)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -459,6 +778,119 @@ def _check_schedule(max_seqlen: Any, schedule: Any) -> None:
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
 
 
+def _check_integers(name: str, value: Any, batch: int) -> None:
+    _shape(name, value, ("batch",), (batch,))
+    _dtype(name, value, INDEX_DTYPES)
+
+
+def _check_layout(state_layout: Any, cache_seqlens: Any, batch: int) -> None:
+    if state_layout not in STATE_LAYOUTS:
+        raise ValueError(f"state_layout: expected one of {STATE_LAYOUTS}, got {state_layout!r}")
+    if state_layout != "ring":
+        if cache_seqlens is not None:
+            raise ValueError(f"cache_seqlens: expected None, since state_layout is {state_layout!r}")
+        return
+    if cache_seqlens is None:
+        raise ValueError("cache_seqlens: expected shape [batch], since state_layout is 'ring', got None")
+    _check_integers("cache_seqlens", cache_seqlens, batch)
+
+
+def _check_track(track_indices: Any, state_layout: str, batch: int) -> None:
+    if state_layout != "front":
+        raise ValueError(f"track_indices: expected None, since state_layout is {state_layout!r}")
+    _check_integers("track_indices", track_indices, batch)
+
+
+def _check_snapshots(
+    snapshot_indices: Any, snapshot_block_size: Any, num_computed_tokens: Any, state_layout: str, batch: int
+) -> None:
+    if snapshot_indices is None:
+        name = "num_computed_tokens" if snapshot_block_size is None else "snapshot_block_size"
+        raise ValueError(f"{name}: expected None, since snapshot_indices is None")
+    if state_layout != "front":
+        raise ValueError(f"snapshot_indices: expected None, since state_layout is {state_layout!r}")
+    _shape("snapshot_indices", snapshot_indices, ("batch", "blocks"), (batch, None))
+    _dtype("snapshot_indices", snapshot_indices, INDEX_DTYPES)
+    if snapshot_block_size is None:
+        raise ValueError(
+            "snapshot_block_size: expected an integer, since snapshot_indices is given, got None"
+        )
+    if _host_int("snapshot_block_size", snapshot_block_size) < 1:
+        raise ValueError(f"snapshot_block_size: expected an integer >= 1, got {snapshot_block_size}")
+    if num_computed_tokens is not None:
+        _check_integers("num_computed_tokens", num_computed_tokens, batch)
+
+
+def _check_channels(channels: int, weight: Any, channel_offset: Any) -> int:
+    """Returns how many channels of x are the input: those of the weight."""
+    dim, _ = _shape("weight", weight, ("dim", "width"))
+    offset = _host_int("channel_offset", channel_offset)
+    if not 0 <= offset <= channels - dim:
+        raise ValueError(
+            f"channel_offset: expected None, or an integer >= 0 with channel_offset + dim <= {channels}, the channels "
+            f"of x, for dim={dim}, got {offset}"
+        )
+    return dim
+
+
+def _check_split(split_sizes: Any, dim: int) -> None:
+    if not isinstance(split_sizes, tuple):
+        raise TypeError(f"split_sizes: expected a tuple of integers, got {type(split_sizes).__name__}")
+    sizes = [_host_int("split_sizes", size) for size in split_sizes]
+    if not 1 <= len(sizes) <= SPLITS_MAX or min(sizes) < 1 or sum(sizes) != dim:
+        raise ValueError(
+            f"split_sizes: expected 1 to {SPLITS_MAX} integers >= 1 that add up to dim={dim}, got {split_sizes}"
+        )
+
+
+def _check_buffers(window_indices: Any, batch: int, num_buffers: int) -> None:
+    if window_indices is not None:
+        _check_integers("window_indices", window_indices, batch)
+    elif batch > num_buffers:
+        raise ValueError(
+            f"window_out: expected buffers >= batch = {batch}, since window_indices is None, got {num_buffers}"
+        )
+
+
+def _check_window_out(
+    window_out: Any, window_indices: Any, batch: int, width: int, dim: int, longest: int
+) -> None:
+    axes = ("buffers", "steps", "width-1", "dim")
+    num_buffers, steps, _, _ = _shape("window_out", window_out, axes, (None, None, width - 1, dim))
+    _dtype("window_out", window_out, FLOAT_DTYPES)
+    if steps < longest:
+        raise ValueError(
+            f"window_out: expected steps >= {longest} on axis 1, the tokens of the longest row, got {steps}"
+        )
+    _check_buffers(window_indices, batch, num_buffers)
+
+
+def _check_no_commit(commit: Any, write_indices: Any, track_indices: Any) -> None:
+    if commit is not False:
+        raise TypeError(f"commit: expected True or False, got {commit!r}")
+    for name, value in (("write_indices", write_indices), ("track_indices", track_indices)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None, since commit is False and no slot is written")
+
+
+def _check_tree(
+    tree_parents: Any, shape: tuple, query_start_loc: Any, num_accepted_tokens: Any, commit: bool
+) -> None:
+    for name, value in (("query_start_loc", query_start_loc), ("num_accepted_tokens", num_accepted_tokens)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None, since tree_parents is given")
+    if len(shape) != 3:
+        raise ValueError(
+            f"x: expected shape [batch, seqlen, dim], since tree_parents is given, got {list(shape)}"
+        )
+    if commit:
+        raise ValueError(
+            "commit: expected False, since tree_parents is given and a tree has no last node, got True"
+        )
+    _shape("tree_parents", tree_parents, ("batch", "seqlen"), shape[:2])
+    _dtype("tree_parents", tree_parents, INDEX_DTYPES)
+
+
 def _host_int(name: str, value: Any) -> int:
     if type(value) is int:
         return value
@@ -488,23 +920,68 @@ def _row_lengths(query_start_loc: Sequence[int], tokens: int, max_seqlen: int | 
     return lengths
 
 
-def _check_slot_values(
-    cache_indices: Sequence[int] | None, lengths: Sequence[int], num_slots: int, pad_slot_id: int
+def _check_counters(
+    name: str, counters: Sequence[int], slots: Sequence[int], lengths: Sequence[int], pad_slot_id: int
 ) -> None:
-    slots = range(len(lengths)) if cache_indices is None else cache_indices
-    owner: dict[int, int] = {}
+    for row, count in enumerate(counters):
+        if lengths[row] and slots[row] != pad_slot_id and count < 0:
+            raise ValueError(f"{name}: expected at least 0 in row {row}, got {count}")
+
+
+def _check_in_range(name: str, what: str, value: int, row: int, end: int, pad_slot_id: int) -> None:
+    if value != pad_slot_id and not 0 <= value < end:
+        raise ValueError(
+            f"{name}: expected pad_slot_id={pad_slot_id} or {what} in [0, {end}) in row {row}, got {value}"
+        )
+
+
+def _check_slot_values(
+    cache_indices: Sequence[int] | None,
+    write_indices: Sequence[int] | None,
+    reads: Sequence[bool],
+    writes: Sequence[bool],
+    extra: Sequence[tuple[str, int, int]],
+    num_slots: int,
+    pad_slot_id: int,
+) -> None:
+    """Checks that slots are in range, and that nothing that is written is written twice or read by another row.
+
+    `reads` and `writes` tell of each row whether it does; `extra` lists (argument, row, slot) of further windows.
+    """
+    slots = range(len(writes)) if cache_indices is None else cache_indices
     for row, slot in enumerate(slots):
+        _check_in_range("cache_indices", "a slot", slot, row, num_slots, pad_slot_id)
+    target, targets = ("cache_indices", slots) if write_indices is None else ("write_indices", write_indices)
+    stores = [
+        (target, row, slot) for row, slot in enumerate(targets) if writes[row] and slots[row] != pad_slot_id
+    ]
+    owner: dict[int, tuple[str, int]] = {}
+    for name, row, slot in [*stores, *extra]:
+        _check_in_range(name, "a slot", slot, row, num_slots, pad_slot_id)
         if slot == pad_slot_id:
             continue
-        if not 0 <= slot < num_slots:
-            raise ValueError(
-                f"cache_indices: expected pad_slot_id={pad_slot_id} or a slot in [0, {num_slots}) "
-                f"in row {row}, got {slot}"
-            )
-        if lengths[row] == 0:  # touches no slot, so it may name a live one
-            continue
         if slot in owner:
+            rows = f"rows {owner[slot][1]} and {row}"
+            raise ValueError(f"{name}: expected distinct slots for live rows, got {slot} in {rows}")
+        owner[slot] = name, row
+    for row, slot in enumerate(slots):
+        name, other = owner.get(slot, (target, row))
+        if reads[row] and (name, other) != (target, row):
             raise ValueError(
-                f"cache_indices: expected distinct slots for live rows, got {slot} in rows {owner[slot]} and {row}"
+                f"{name}: expected a slot that no other row reads, got {slot} in row {other}, which row {row} reads"
             )
-        owner[slot] = row
+
+
+def _check_buffer_values(
+    window_indices: Sequence[int] | None, live: Sequence[bool], num_buffers: int, pad_slot_id: int
+) -> None:
+    owner: dict[int, int] = {}
+    for row, buffer in enumerate(range(len(live)) if window_indices is None else window_indices):
+        _check_in_range("window_indices", "a buffer", buffer, row, num_buffers, pad_slot_id)
+        if not live[row] or buffer == pad_slot_id:
+            continue
+        if buffer in owner:
+            raise ValueError(
+                f"window_indices: expected distinct buffers for live rows, got {buffer} in rows {owner[buffer]} and {row}"
+            )
+        owner[buffer] = row

@@ -611,10 +611,17 @@ OPERATIONS = {
 SIGNATURES = {
     "check_causal_conv1d_fn": "(x, weight, bias, conv_states, query_start_loc, cache_indices=None, "
     "has_initial_state=None, *, activation=None, pad_slot_id=-1, max_seqlen=None, schedule='auto', "
-    "backend='auto', validate=False) -> 'FnSizes'",
+    "backend='auto', validate=False, state_layout='front', cache_seqlens=None, write_indices=None, "
+    "empty_rows='skip', snapshot_indices=None, snapshot_block_size=None, num_computed_tokens=None, "
+    "track_indices=None, track_lengths=None, residual=None, channel_offset=None, split_sizes=None) -> 'FnSizes'",
     "check_causal_conv1d_update": "(x, weight, bias, conv_states, cache_indices=None, *, "
     "query_start_loc=None, num_accepted_tokens=None, max_seqlen=None, activation=None, pad_slot_id=-1, "
-    "backend='auto', validate=False) -> 'UpdateSizes'",
+    "backend='auto', validate=False, state_layout='front', cache_seqlens=None, write_indices=None, "
+    "track_indices=None, window_out=None, window_indices=None, commit=True, tree_parents=None, residual=None, "
+    "channel_offset=None, split_sizes=None) -> 'UpdateSizes'",
+    "check_commit_windows": "(conv_states, window_out, accepted_steps, cache_indices=None, window_indices=None, *, "
+    "pad_slot_id=-1, backend='auto', validate=False) -> 'CommitSizes'",
+    "check_tree_parents_from_links": "(next_token, next_sibling) -> 'tuple[int, int]'",
     "check_causal_conv1d": "(x, weight, bias=None, initial_states=None, query_start_loc=None, *, "
     "activation=None, max_seqlen=None, schedule='auto', backend='auto') -> 'RowSizes'",
 }
