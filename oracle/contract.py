@@ -887,7 +887,7 @@ def _check_tree(
         raise ValueError(
             "commit: expected False, since tree_parents is given and a tree has no last node, got True"
         )
-    _shape("tree_parents", tree_parents, ("batch", "seqlen"), shape[:2])
+    _shape("tree_parents", tree_parents, ("batch", "seqlen"), shape[:-1])
     _dtype("tree_parents", tree_parents, INDEX_DTYPES)
 
 

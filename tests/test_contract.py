@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from oracle import contract
-from oracle.contract import ConvOutput, FnSizes, RowSizes, Unsupported, UpdateSizes
+from oracle.contract import (
+    CommitSizes,
+    ConvOutput,
+    ConvWindowOutput,
+    FnSizes,
+    RowSizes,
+    Unsupported,
+    UpdateSizes,
+)
 
 
 class Array(NamedTuple):
@@ -73,7 +81,220 @@ ROLLING = PACKED | COUNTS | dict(max_seqlen=4, conv_states=a(8, 6, 64))
 PACKED_VALUES = dict(sizes=UpdateSizes(3, None, 64, 4, 5, 6, 7), query_start_loc=[0, 2, 2, 6])
 NO_POOL = dict(conv_states=None, cache_indices=None, has_initial_state=None)
 
+# What serving engines ask for besides. The sizes of the calls stay those of the plain ones.
+ROW_I32 = a(5, dtype=I32)
+RING = dict(state_layout="ring", cache_seqlens=ROW_I32)
+SNAPSHOTS = dict(snapshot_indices=a(5, 7, dtype=I32), snapshot_block_size=1)
+WINDOWS = dict(window_out=a(5, 1, 3, 64))
+TREE = dict(x=a(5, 2, 64), tree_parents=a(5, 2, dtype=I32), commit=False)
+COMMIT = dict(
+    conv_states=a(8, 5, 64),
+    window_out=a(6, 4, 3, 64),
+    accepted_steps=ROW_I32,
+    cache_indices=ROW_I32,
+    window_indices=ROW_I32,
+)
+FN_SIZES, UPDATE_SIZES = FnSizes(33, 64, 4, 5, 8, 3), UpdateSizes(5, 1, 64, 4, 8, 3, 5)
+COMMIT_SIZES = CommitSizes(5, 8, 5, 6, 4, 3, 64)
+COMMIT_VALUES = CommitSizes(3, 5, 4, 6, 2, 3, 64)
+
+SERVING_ACCEPTED = [
+    *(
+        (op, more, sizes)
+        for op, sizes in (("fn", FN_SIZES), ("update", UPDATE_SIZES))
+        for more in (
+            dict(state_layout="back"),
+            RING,
+            dict(write_indices=a(5, dtype="uint8")),
+            dict(track_indices=ROW_I32),
+            RING | dict(write_indices=ROW_I32),
+            dict(channel_offset=0),
+            dict(channel_offset=np.int64(0)),
+            dict(split_sizes=(64,)),
+            dict(split_sizes=(1,) * 7 + (57,)),
+            dict(split_sizes=(np.int64(32), 32)),
+        )
+    ),
+    ("fn", dict(empty_rows="apply"), FN_SIZES),
+    ("fn", SNAPSHOTS, FN_SIZES),
+    ("fn", SNAPSHOTS | dict(snapshot_indices=a(5, 0, dtype=I64), snapshot_block_size=64), FN_SIZES),
+    ("fn", SNAPSHOTS | dict(num_computed_tokens=ROW_I32), FN_SIZES),
+    ("fn", dict(track_indices=ROW_I32, track_lengths=ROW_I32), FN_SIZES),
+    ("fn", dict(residual=a(33, 64, dtype=F32)), FN_SIZES),
+    (
+        "fn",
+        NO_POOL | dict(state_layout="back", residual=a(33, 64), split_sizes=(1, 63)),
+        FnSizes(33, 64, 4, 5, 0, 0),
+    ),
+    ("fn", dict(x=a(33, 80), channel_offset=16, residual=a(33, 64)), FN_SIZES),
+    ("fn", dict(x=a(33, 80), channel_offset=15), FN_SIZES),
+    ("update", dict(x=a(5, 80), channel_offset=16), UPDATE_SIZES),
+    (
+        "update",
+        dict(x=a(5, 2, 80), channel_offset=3, residual=a(5, 2, 64)),
+        UpdateSizes(5, 2, 64, 4, 8, 3, 10),
+    ),
+    (
+        "update",
+        PACKED | dict(x=a(9, 80), channel_offset=3, residual=a(9, 64)),
+        UpdateSizes(5, None, 64, 4, 8, 3, 9),
+    ),
+    ("update", dict(residual=a(5, 64)), UPDATE_SIZES),
+    ("update", WINDOWS, UPDATE_SIZES),
+    ("update", WINDOWS | dict(commit=False), UPDATE_SIZES),
+    ("update", dict(commit=False), UPDATE_SIZES),
+    ("update", RING | WINDOWS | dict(commit=False), UPDATE_SIZES),
+    ("update", dict(window_out=a(0, 9, 3, 64), window_indices=ROW_I32), UPDATE_SIZES),
+    ("update", dict(x=a(5, 2, 64), window_out=a(7, 2, 3, 64)), UpdateSizes(5, 2, 64, 4, 8, 3, 10)),
+    ("update", PACKED | dict(max_seqlen=4, window_out=a(5, 4, 3, 64)), UpdateSizes(5, None, 64, 4, 8, 3, 9)),
+    (
+        "update",
+        dict(weight=a(64, 1), window_out=a(5, 1, 0, 64, dtype=F32)),
+        UpdateSizes(5, 1, 64, 1, 8, 3, 5),
+    ),
+    (
+        "update",
+        ROLLING | dict(write_indices=ROW_I32, track_indices=ROW_I32),
+        UpdateSizes(5, None, 64, 4, 8, 6, 9),
+    ),
+    ("update", TREE, UpdateSizes(5, 2, 64, 4, 8, 3, 10)),
+    ("update", TREE | RING | dict(window_out=a(5, 2, 3, 64)), UpdateSizes(5, 2, 64, 4, 8, 3, 10)),
+    ("commit", {}, COMMIT_SIZES),
+    ("commit", dict(cache_indices=None, window_indices=None), COMMIT_SIZES),
+    ("commit", dict(cache_indices=None, conv_states=a(5, 5, 64)), CommitSizes(5, 5, 5, 6, 4, 3, 64)),
+    ("commit", dict(window_indices=None, window_out=a(5, 4, 3, 64)), CommitSizes(5, 8, 5, 5, 4, 3, 64)),
+    (
+        "commit",
+        dict(conv_states=a(8, 3, 64, dtype=F32), window_out=a(0, 0, 3, 64)),
+        CommitSizes(5, 8, 3, 0, 0, 3, 64),
+    ),
+    (
+        "commit",
+        dict(window_out=a(6, 4, 0, 64), pad_slot_id=0, validate=True),
+        CommitSizes(5, 8, 5, 6, 4, 0, 64),
+    ),
+    ("links", {}, (5, 7)),
+    ("links", dict(next_token=a(0, 7, dtype=I64), next_sibling=a(0, 7, dtype="int16")), (0, 7)),
+    # Values. Base: lengths 1, 0, 3 of 6 tokens in slots 4, 4, 2 of 5.
+    ("fn_values", dict(write_indices=[0, 1, 3]), None),
+    ("fn_values", dict(write_indices=[0, 0, -1]), None),  # row 1 writes nothing, row 2 stores nothing
+    (
+        "fn_values",
+        dict(write_indices=[0, 99, 3], cache_indices=[4, -1, 4], has_initial_state=[True] * 3),
+        None,
+    ),
+    ("fn_values", dict(write_indices=[4, 1, 2], has_initial_state=[True] * 3), None),  # in place
+    ("fn_values", dict(write_indices=[2, 1, 4]), None),  # rows without state read nothing
+    ("fn_values", dict(empty_rows="apply", cache_indices=[4, 1, 2]), None),
+    (
+        "fn_values",
+        dict(
+            empty_rows="apply",
+            cache_indices=[4, 3, 2],
+            has_initial_state=[False, True, False],
+            write_indices=[4, 3, 2],
+        ),
+        None,
+    ),
+    (
+        "fn_values",
+        dict(
+            empty_rows="apply",
+            cache_indices=[4, 3, 3],
+            has_initial_state=[False, True, True],
+            write_indices=[4, 3, 2],
+        ),
+        None,
+    ),  # row 1 has its state where it belongs
+    ("fn_values", dict(cache_seqlens=[0, -1, 9]), None),
+    ("fn_values", dict(cache_seqlens=[-1, 0, 0], cache_indices=[-1, 0, 2]), None),
+    # Boundaries of 2 tokens: row 0 ends at 1 of none, row 2 holds tokens 1 to 4 after one computed.
+    ("fn_values", dict(snapshot_indices=[[99, 99], [99, 99], [0, 99]], snapshot_block_size=2), None),
+    (
+        "fn_values",
+        dict(
+            snapshot_indices=[[99, 99], [99, 99], [0, 1]],
+            snapshot_block_size=2,
+            num_computed_tokens=[0, -1, 1],
+        ),
+        None,
+    ),
+    (
+        "fn_values",
+        dict(snapshot_indices=[[99], [99], [0]], snapshot_block_size=2, num_computed_tokens=[0, 0, 1]),
+        None,
+    ),
+    (
+        "fn_values",
+        dict(
+            snapshot_indices=[[99, 99], [99, 99], [99, -1]],
+            snapshot_block_size=2,
+            num_computed_tokens=[0, 0, 2],
+        ),
+        None,
+    ),
+    (
+        "fn_values",
+        dict(snapshot_indices=[[99] * 2] * 3, snapshot_block_size=2, cache_indices=[-1, -1, -1]),
+        None,
+    ),
+    ("fn_values", dict(track_indices=[0, 99, 1]), None),
+    ("fn_values", dict(track_indices=[0, 99, -1], track_lengths=[0, 99, 3]), None),
+    ("fn_values", dict(track_indices=[0, 3, -1], empty_rows="apply", cache_indices=[4, 1, 2]), None),
+    ("fn_values", dict(num_slots=None, cache_indices=None, track_indices=[99] * 3), None),
+    # Base: rows of one token in slots 4, 0, 2 of 5.
+    ("update_values", dict(write_indices=[1, -1, 3]), None),
+    ("update_values", dict(write_indices=[4, 0, 2]), None),
+    ("update_values", dict(cache_indices=[4, 4, 4], write_indices=[0, 1, 2]), None),
+    ("update_values", dict(cache_indices=[4, 4, 4], commit=False), None),
+    (
+        "update_values",
+        dict(cache_indices=[4, -1, 2], write_indices=[4, 4, 2], track_indices=[1, 1, -1]),
+        None,
+    ),
+    ("update_values", dict(track_indices=[1, 3, -1]), None),
+    ("update_values", dict(cache_seqlens=[0, 5, 7]), None),
+    (
+        "update_values",
+        PACKED_VALUES | dict(cache_indices=None, cache_seqlens=[0, -5, 7], track_indices=[3, 99, 4]),
+        None,
+    ),
+    ("update_values", dict(num_buffers=3), None),
+    ("update_values", dict(num_buffers=2, window_indices=[1, -1, 0]), None),
+    ("update_values", dict(num_buffers=2, window_indices=[-1, -1, 0]), None),
+    ("update_values", dict(num_buffers=2, window_indices=[1, 1, 0], cache_indices=[-1, 0, 2]), None),
+    (
+        "update_values",
+        PACKED_VALUES | dict(cache_indices=None, num_buffers=2, window_indices=[1, 1, 0]),
+        None,
+    ),
+    (
+        "update_values",
+        dict(
+            sizes=UpdateSizes(3, 3, 64, 4, 5, 3, 9),
+            commit=False,
+            tree_parents=[[-1, 0, 0], [-1, -9, 1], [-1, 0, 1]],
+        ),
+        None,
+    ),
+    (
+        "update_values",
+        dict(
+            sizes=UpdateSizes(3, 3, 64, 4, 5, 3, 9),
+            commit=False,
+            cache_indices=[-1, 0, 2],
+            tree_parents=[[7, 7, 7], [-1, 0, 1], [-1, 0, 1]],
+        ),
+        None,
+    ),
+    ("commit_values", {}, None),
+    ("commit_values", dict(cache_indices=None, window_indices=None), None),
+    ("commit_values", dict(cache_indices=[4, -1, 4], accepted_steps=[0, 9, -7]), None),
+    ("commit_values", dict(window_indices=[5, 5, -1]), None),
+]
+
 ACCEPTED = [
+    *SERVING_ACCEPTED,
     ("fn", {}, FnSizes(33, 64, 4, 5, 8, 3)),
     ("fn", NO_POOL, FnSizes(33, 64, 4, 5, 0, 0)),
     ("fn", dict(bias=None, has_initial_state=None), FnSizes(33, 64, 4, 5, 8, 3)),
@@ -216,7 +437,595 @@ def both(overrides, error, text):
     return [("fn", overrides, error, text), ("update", overrides, error, text)]
 
 
+SHARED = "expected None, since conv_states is None and there is no slot to name"
+NOT_FRONT = "expected None, since state_layout is 'back'"
+OFFSET = "channel_offset: expected None, or an integer >= 0 with channel_offset + dim <= "
+SPLIT = "split_sizes: expected 1 to 8 integers >= 1 that add up to dim=64, got "
+STATELESS = NO_POOL | dict(has_initial_state=None)
+
+SERVING_REJECTED = [
+    # layouts
+    *both(
+        dict(state_layout="rear"),
+        ValueError,
+        "state_layout: expected one of ('front', 'back', 'ring'), got 'rear'",
+    ),
+    *both(
+        dict(state_layout=None),
+        ValueError,
+        "state_layout: expected one of ('front', 'back', 'ring'), got None",
+    ),
+    *both(
+        dict(state_layout="ring"),
+        ValueError,
+        "cache_seqlens: expected shape [batch], since state_layout is 'ring', got None",
+    ),
+    *both(
+        dict(cache_seqlens=ROW_I32), ValueError, "cache_seqlens: expected None, since state_layout is 'front'"
+    ),
+    *both(
+        RING | dict(state_layout="back"),
+        ValueError,
+        "cache_seqlens: expected None, since state_layout is 'back'",
+    ),
+    *both(
+        RING | dict(cache_seqlens=a(6, dtype=I32)),
+        ValueError,
+        "cache_seqlens: expected shape [batch=5], got [6]",
+    ),
+    *both(RING | dict(cache_seqlens=a(5, dtype=F32)), TypeError, f"cache_seqlens: {INDEX}, got float32"),
+    (
+        "update",
+        COUNTS | dict(state_layout="back"),
+        ValueError,
+        "state_layout: expected 'front', since num_accepted_tokens is given, got 'back'",
+    ),
+    (
+        "update",
+        COUNTS | RING,
+        ValueError,
+        "state_layout: expected 'front', since num_accepted_tokens is given, got 'ring'",
+    ),
+    # write_indices, empty_rows, track_indices
+    *both(dict(write_indices=3), TypeError, "write_indices: expected an array, got int"),
+    *both(
+        dict(write_indices=a(5, 1, dtype=I32)),
+        ValueError,
+        "write_indices: expected shape [batch=5], got [5, 1]",
+    ),
+    *both(dict(write_indices=a(5, dtype=BOOL)), TypeError, f"write_indices: {INDEX}, got bool"),
+    (
+        "fn",
+        dict(empty_rows="clear"),
+        ValueError,
+        "empty_rows: expected one of ('skip', 'apply'), got 'clear'",
+    ),
+    *both(
+        dict(track_indices=a(4, dtype=I32)), ValueError, "track_indices: expected shape [batch=5], got [4]"
+    ),
+    *both(dict(track_indices=a(5, dtype=F32)), TypeError, f"track_indices: {INDEX}, got float32"),
+    *both(dict(track_indices=ROW_I32, state_layout="back"), ValueError, f"track_indices: {NOT_FRONT}"),
+    (
+        "fn",
+        dict(track_lengths=ROW_I32),
+        ValueError,
+        "track_lengths: expected None, since track_indices is None",
+    ),
+    (
+        "fn",
+        dict(track_indices=ROW_I32, track_lengths=a(4, dtype=I32)),
+        ValueError,
+        "track_lengths: expected shape [batch=5], got [4]",
+    ),
+    (
+        "fn",
+        dict(track_indices=ROW_I32, track_lengths=a(5, dtype=F32)),
+        TypeError,
+        f"track_lengths: {INDEX}, got float32",
+    ),
+    # snapshots
+    (
+        "fn",
+        dict(snapshot_block_size=8),
+        ValueError,
+        "snapshot_block_size: expected None, since snapshot_indices is None",
+    ),
+    (
+        "fn",
+        dict(num_computed_tokens=ROW_I32),
+        ValueError,
+        "num_computed_tokens: expected None, since snapshot_indices is None",
+    ),
+    ("fn", SNAPSHOTS | dict(state_layout="back"), ValueError, f"snapshot_indices: {NOT_FRONT}"),
+    (
+        "fn",
+        SNAPSHOTS | dict(snapshot_indices=ROW_I32),
+        ValueError,
+        "snapshot_indices: expected shape [batch=5, blocks], got [5]",
+    ),
+    (
+        "fn",
+        SNAPSHOTS | dict(snapshot_indices=a(4, 7, dtype=I32)),
+        ValueError,
+        "snapshot_indices: expected shape [batch=5, blocks], got [4, 7]",
+    ),
+    (
+        "fn",
+        SNAPSHOTS | dict(snapshot_indices=a(5, 7, dtype=F32)),
+        TypeError,
+        f"snapshot_indices: {INDEX}, got float32",
+    ),
+    (
+        "fn",
+        SNAPSHOTS | dict(snapshot_block_size=None),
+        ValueError,
+        "snapshot_block_size: expected an integer, since snapshot_indices is given, got None",
+    ),
+    (
+        "fn",
+        SNAPSHOTS | dict(snapshot_block_size=0),
+        ValueError,
+        "snapshot_block_size: expected an integer >= 1, got 0",
+    ),
+    ("fn", SNAPSHOTS | dict(snapshot_block_size=8.0), TypeError, f"snapshot_block_size: {HOST}, got 8.0"),
+    (
+        "fn",
+        SNAPSHOTS | dict(num_computed_tokens=a(6, dtype=I32)),
+        ValueError,
+        "num_computed_tokens: expected shape [batch=5], got [6]",
+    ),
+    (
+        "fn",
+        SNAPSHOTS | dict(num_computed_tokens=a(5, dtype=F32)),
+        TypeError,
+        f"num_computed_tokens: {INDEX}, got float32",
+    ),
+    # without a pool
+    ("fn", STATELESS | dict(write_indices=ROW_I32), ValueError, f"write_indices: {SHARED}"),
+    ("fn", STATELESS | RING, ValueError, f"cache_seqlens: {SHARED}"),
+    ("fn", STATELESS | SNAPSHOTS, ValueError, f"snapshot_indices: {SHARED}"),
+    ("fn", STATELESS | dict(track_indices=ROW_I32), ValueError, f"track_indices: {SHARED}"),
+    # residual, channel_offset, split_sizes
+    (
+        "fn",
+        dict(residual=a(32, 64)),
+        ValueError,
+        "residual: expected shape [tokens=33, dim=64], got [32, 64]",
+    ),
+    ("fn", dict(residual=a(33, 64, dtype=I32)), TypeError, f"residual: {DTYPES}, got int32"),
+    (
+        "fn",
+        dict(x=a(33, 80), residual=a(33, 80), channel_offset=0),
+        ValueError,
+        "residual: expected shape [tokens=33, dim=64], got [33, 80]",
+    ),
+    (
+        "update",
+        dict(residual=a(5, 1, 64)),
+        ValueError,
+        "residual: expected shape [tokens=5, dim=64], got [5, 1, 64]",
+    ),
+    (
+        "update",
+        dict(x=a(5, 2, 64), residual=a(10, 64)),
+        ValueError,
+        "residual: expected shape [batch=5, seqlen=2, dim=64], got [10, 64]",
+    ),
+    ("update", dict(residual=a(5, 64, dtype="float64")), TypeError, f"residual: {DTYPES}, got float64"),
+    *both(dict(channel_offset=1), ValueError, f"{OFFSET}64, the channels of x, for dim=64, got 1"),
+    *both(dict(channel_offset=-1), ValueError, f"{OFFSET}64, the channels of x, for dim=64, got -1"),
+    *both(
+        dict(channel_offset=0, weight=a(65, 4)),
+        ValueError,
+        f"{OFFSET}64, the channels of x, for dim=65, got 0",
+    ),
+    *both(
+        dict(channel_offset=0, weight=a(0, 4)),
+        ValueError,
+        "weight: expected shape [dim, width] with dim >= 1, got [0, 4]",
+    ),
+    *both(dict(channel_offset=0.0), TypeError, f"channel_offset: {HOST}, got 0.0"),
+    *both(dict(split_sizes=[32, 32]), TypeError, "split_sizes: expected a tuple of integers, got list"),
+    *both(dict(split_sizes=(32, 32.0)), TypeError, f"split_sizes: {HOST}, got 32.0"),
+    *both(dict(split_sizes=()), ValueError, SPLIT + "()"),
+    *both(dict(split_sizes=(1,) * 8 + (56,)), ValueError, SPLIT + "(1, 1, 1, 1, 1, 1, 1, 1, 56)"),
+    *both(dict(split_sizes=(0, 64)), ValueError, SPLIT + "(0, 64)"),
+    *both(dict(split_sizes=(32, 31)), ValueError, SPLIT + "(32, 31)"),
+    *both(dict(split_sizes=(32, 33)), ValueError, SPLIT + "(32, 33)"),
+    # windows per step
+    (
+        "update",
+        dict(window_indices=ROW_I32),
+        ValueError,
+        "window_indices: expected None, since window_out is None",
+    ),
+    (
+        "update",
+        dict(window_out=a(5, 3, 64)),
+        ValueError,
+        "window_out: expected shape [buffers, steps, width-1=3, dim=64], got [5, 3, 64]",
+    ),
+    (
+        "update",
+        dict(window_out=a(5, 1, 4, 64)),
+        ValueError,
+        "window_out: expected shape [buffers, steps, width-1=3, dim=64], got [5, 1, 4, 64]",
+    ),
+    ("update", dict(window_out=a(5, 1, 3, 64, dtype=I32)), TypeError, f"window_out: {DTYPES}, got int32"),
+    (
+        "update",
+        dict(window_out=a(5, 0, 3, 64)),
+        ValueError,
+        "window_out: expected steps >= 1 on axis 1, the tokens of the longest row, got 0",
+    ),
+    (
+        "update",
+        WINDOWS | dict(x=a(5, 2, 64)),
+        ValueError,
+        "window_out: expected steps >= 2 on axis 1, the tokens of the longest row, got 1",
+    ),
+    (
+        "update",
+        WINDOWS | PACKED | dict(max_seqlen=2),
+        ValueError,
+        "window_out: expected steps >= 2 on axis 1, the tokens of the longest row, got 1",
+    ),
+    (
+        "update",
+        WINDOWS | PACKED,
+        ValueError,
+        "max_seqlen: expected an integer, since query_start_loc and window_out are given "
+        "(window_out must have steps enough for the longest row), got None",
+    ),
+    (
+        "update",
+        dict(window_out=a(4, 1, 3, 64)),
+        ValueError,
+        "window_out: expected buffers >= batch = 5, since window_indices is None, got 4",
+    ),
+    (
+        "update",
+        WINDOWS | dict(window_indices=a(4, dtype=I32)),
+        ValueError,
+        "window_indices: expected shape [batch=5], got [4]",
+    ),
+    (
+        "update",
+        WINDOWS | dict(window_indices=a(5, dtype=F32)),
+        TypeError,
+        f"window_indices: {INDEX}, got float32",
+    ),
+    ("update", dict(commit=None), TypeError, "commit: expected True or False, got None"),
+    ("update", dict(commit=1), TypeError, "commit: expected True or False, got 1"),
+    (
+        "update",
+        dict(commit=False, write_indices=ROW_I32),
+        ValueError,
+        "write_indices: expected None, since commit is False and no slot is written",
+    ),
+    (
+        "update",
+        dict(commit=False, track_indices=ROW_I32),
+        ValueError,
+        "track_indices: expected None, since commit is False and no slot is written",
+    ),
+    (
+        "update",
+        COUNTS | dict(commit=False),
+        ValueError,
+        "num_accepted_tokens: expected None, since commit is False",
+    ),
+    ("update", COUNTS | WINDOWS, ValueError, "num_accepted_tokens: expected None, since window_out is given"),
+    # trees
+    (
+        "update",
+        TREE | dict(x=a(5, 64)),
+        ValueError,
+        "x: expected shape [batch, seqlen, dim], since tree_parents is given, got [5, 64]",
+    ),
+    (
+        "update",
+        TREE | dict(commit=True),
+        ValueError,
+        "commit: expected False, since tree_parents is given and a tree has no last node, got True",
+    ),
+    ("update", TREE | PACKED, ValueError, "query_start_loc: expected None, since tree_parents is given"),
+    (
+        "update",
+        TREE | COUNTS | dict(commit=True, conv_states=a(8, 6, 64)),
+        ValueError,
+        "num_accepted_tokens: expected None, since tree_parents is given",
+    ),
+    (
+        "update",
+        TREE | dict(tree_parents=a(5, 3, dtype=I32)),
+        ValueError,
+        "tree_parents: expected shape [batch=5, seqlen=2], got [5, 3]",
+    ),
+    (
+        "update",
+        TREE | dict(tree_parents=a(5, 2, dtype=F32)),
+        TypeError,
+        f"tree_parents: {INDEX}, got float32",
+    ),
+    ("links", dict(next_token=a(5, dtype=I32)), ValueError, "next_token: expected shape [batch, n], got [5]"),
+    ("links", dict(next_token=a(5, 7, dtype=F32)), TypeError, f"next_token: {INDEX}, got float32"),
+    (
+        "links",
+        dict(next_sibling=a(5, 6, dtype=I32)),
+        ValueError,
+        "next_sibling: expected shape [batch=5, n=7], got [5, 6]",
+    ),
+    (
+        "links",
+        dict(next_sibling=a(4, 7, dtype=I32)),
+        ValueError,
+        "next_sibling: expected shape [batch=5, n=7], got [4, 7]",
+    ),
+    ("links", dict(next_sibling=a(5, 7, dtype=F32)), TypeError, f"next_sibling: {INDEX}, got float32"),
+    # commit_windows
+    (
+        "commit",
+        dict(window_out=a(6, 3, 64)),
+        ValueError,
+        "window_out: expected shape [buffers, steps, width-1, dim], got [6, 3, 64]",
+    ),
+    ("commit", dict(window_out=a(6, 4, 3, 64, dtype=I32)), TypeError, f"window_out: {DTYPES}, got int32"),
+    (
+        "commit",
+        dict(conv_states=a(8, 5, 63)),
+        ValueError,
+        "conv_states: expected shape [num_slots, state_len, dim=64], got [8, 5, 63]",
+    ),
+    (
+        "commit",
+        dict(conv_states=a(8, 2, 64)),
+        ValueError,
+        "conv_states: expected state_len >= width-1 = 3 on axis 1, got 2",
+    ),
+    (
+        "commit",
+        dict(accepted_steps=a(5, 1, dtype=I32)),
+        ValueError,
+        "accepted_steps: expected shape [batch], got [5, 1]",
+    ),
+    ("commit", dict(accepted_steps=a(5, dtype=F32)), TypeError, f"accepted_steps: {INDEX}, got float32"),
+    (
+        "commit",
+        dict(cache_indices=a(4, dtype=I32)),
+        ValueError,
+        "cache_indices: expected shape [batch=5], got [4]",
+    ),
+    (
+        "commit",
+        dict(cache_indices=None, conv_states=a(4, 3, 64)),
+        ValueError,
+        "conv_states: expected num_slots >= batch = 5, since cache_indices is None, got 4",
+    ),
+    (
+        "commit",
+        dict(window_indices=a(4, dtype=I32)),
+        ValueError,
+        "window_indices: expected shape [batch=5], got [4]",
+    ),
+    (
+        "commit",
+        dict(window_indices=None, window_out=a(4, 4, 3, 64)),
+        ValueError,
+        "window_out: expected buffers >= batch = 5, since window_indices is None, got 4",
+    ),
+    ("commit", dict(pad_slot_id=None), TypeError, f"pad_slot_id: {HOST}, got None"),
+    ("commit", dict(validate=1), TypeError, "validate: expected True or False, got 1"),
+    # values
+    (
+        "fn_values",
+        dict(write_indices=[0, 5, 5]),
+        ValueError,
+        "write_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 2, got 5",
+    ),
+    (
+        "fn_values",
+        dict(write_indices=[3, 1, 3]),
+        ValueError,
+        "write_indices: expected distinct slots for live rows, got 3 in rows 0 and 2",
+    ),
+    (
+        "fn_values",
+        dict(write_indices=[0, 1, 4], has_initial_state=[True, False, False]),
+        ValueError,
+        "write_indices: expected a slot that no other row reads, got 4 in row 2, which row 0 reads",
+    ),
+    (
+        "fn_values",
+        dict(cache_indices=[4, 4, 2], empty_rows="apply"),
+        ValueError,
+        "cache_indices: expected distinct slots for live rows, got 4 in rows 0 and 1",
+    ),
+    (
+        "fn_values",
+        dict(cache_indices=[4, 4, 2], empty_rows="apply", has_initial_state=[False, True, False]),
+        ValueError,
+        "cache_indices: expected a slot that no other row reads, got 4 in row 0, which row 1 reads",
+    ),
+    (
+        "fn_values",
+        dict(
+            empty_rows="apply",
+            cache_indices=[4, 1, 2],
+            has_initial_state=[False, True, False],
+            write_indices=[4, 2, 2],
+        ),
+        ValueError,
+        "write_indices: expected distinct slots for live rows, got 2 in rows 1 and 2",
+    ),
+    (
+        "fn_values",
+        dict(empty_rows="apply", cache_indices=[4, 2, 1], write_indices=[4, 2, 2]),
+        ValueError,
+        "write_indices: expected distinct slots for live rows, got 2 in rows 1 and 2",
+    ),
+    (
+        "fn_values",
+        dict(cache_seqlens=[0, 0, -1]),
+        ValueError,
+        "cache_seqlens: expected at least 0 in row 2, got -1",
+    ),
+    (
+        "fn_values",
+        dict(num_computed_tokens=[-1, 0, 0]),
+        ValueError,
+        "num_computed_tokens: expected at least 0 in row 0, got -1",
+    ),
+    (
+        "fn_values",
+        dict(snapshot_indices=[[0], [0], [0]]),
+        ValueError,
+        "snapshot_indices: expected distinct slots for live rows, got 0 in rows 0 and 2",
+    ),
+    (
+        "fn_values",
+        dict(
+            snapshot_indices=[[9, 0], [9, 9], [9, 9]],
+            snapshot_block_size=2,
+            num_computed_tokens=[3, 0, 3],
+            cache_indices=[1, 2, 0],
+        ),
+        ValueError,
+        "snapshot_indices: expected distinct slots for live rows, got 0 in rows 2 and 0",
+    ),
+    (
+        "fn_values",
+        dict(snapshot_indices=[[0], [0], [5]], snapshot_block_size=2),
+        ValueError,
+        "snapshot_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 2, got 5",
+    ),
+    (
+        "fn_values",
+        dict(
+            snapshot_indices=[[-1], [0], [4]],
+            cache_indices=[4, 4, 4],
+            write_indices=[0, 1, 2],
+            has_initial_state=[False, False, True],
+        ),
+        ValueError,
+        "snapshot_indices: expected a slot that no other row reads, got 4 in row 2, which row 2 reads",
+    ),
+    (
+        "fn_values",
+        dict(track_indices=[4, 0, 0]),
+        ValueError,
+        "track_indices: expected distinct slots for live rows, got 4 in rows 0 and 0",
+    ),
+    (
+        "fn_values",
+        dict(track_indices=[5, 0, 0]),
+        ValueError,
+        "track_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 0, got 5",
+    ),
+    (
+        "fn_values",
+        dict(track_indices=[0, 5, 1], empty_rows="apply", cache_indices=[4, 3, 2]),
+        ValueError,
+        "track_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 1, got 5",
+    ),
+    (
+        "fn_values",
+        dict(track_indices=[0, 0, 1], track_lengths=[0, 0, 4]),
+        ValueError,
+        "track_lengths: expected 0 to 3, the length of the row, in row 2, got 4",
+    ),
+    (
+        "fn_values",
+        dict(track_indices=[0, 0, 1], track_lengths=[-1, 0, 0]),
+        ValueError,
+        "track_lengths: expected 0 to 1, the length of the row, in row 0, got -1",
+    ),
+    (
+        "update_values",
+        dict(write_indices=[0, 1, 2]),
+        ValueError,
+        "write_indices: expected a slot that no other row reads, got 0 in row 0, which row 1 reads",
+    ),
+    (
+        "update_values",
+        dict(write_indices=[1, 1, 2]),
+        ValueError,
+        "write_indices: expected distinct slots for live rows, got 1 in rows 0 and 1",
+    ),
+    (
+        "update_values",
+        dict(cache_indices=[4, 5, 2], commit=False),
+        ValueError,
+        "cache_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 1, got 5",
+    ),
+    (
+        "update_values",
+        dict(track_indices=[1, 1, 3]),
+        ValueError,
+        "track_indices: expected distinct slots for live rows, got 1 in rows 0 and 1",
+    ),
+    (
+        "update_values",
+        dict(track_indices=[1, 2, 3]),
+        ValueError,
+        "track_indices: expected distinct slots for live rows, got 2 in rows 2 and 1",
+    ),
+    (
+        "update_values",
+        dict(cache_seqlens=[0, -1, 0]),
+        ValueError,
+        "cache_seqlens: expected at least 0 in row 1, got -1",
+    ),
+    (
+        "update_values",
+        dict(num_buffers=2),
+        ValueError,
+        "window_indices: expected pad_slot_id=-1 or a buffer in [0, 2) in row 2, got 2",
+    ),
+    (
+        "update_values",
+        dict(num_buffers=3, window_indices=[0, 2, 2]),
+        ValueError,
+        "window_indices: expected distinct buffers for live rows, got 2 in rows 1 and 2",
+    ),
+    (
+        "update_values",
+        dict(
+            sizes=UpdateSizes(3, 3, 64, 4, 5, 3, 9),
+            commit=False,
+            tree_parents=[[-1, 0, 0], [-1, 1, 1], [-1, 0, 1]],
+        ),
+        ValueError,
+        "tree_parents: expected a number below 1, the node's own, at [1, 1], got 1",
+    ),
+    (
+        "commit_values",
+        dict(accepted_steps=[0, 2, 0]),
+        ValueError,
+        "accepted_steps: expected less than 2 steps in row 1, got 2",
+    ),
+    (
+        "commit_values",
+        dict(cache_indices=[4, 0, 4]),
+        ValueError,
+        "cache_indices: expected distinct slots for live rows, got 4 in rows 0 and 2",
+    ),
+    (
+        "commit_values",
+        dict(cache_indices=[4, 0, 5]),
+        ValueError,
+        "cache_indices: expected pad_slot_id=-1 or a slot in [0, 5) in row 2, got 5",
+    ),
+    (
+        "commit_values",
+        dict(window_indices=[0, 1, 6]),
+        ValueError,
+        "window_indices: expected pad_slot_id=-1 or a buffer in [0, 6) in row 2, got 6",
+    ),
+]
+
 REJECTED = [
+    *SERVING_REJECTED,
     # x
     ("fn", dict(x=None), TypeError, "x: expected an array, got NoneType"),
     ("update", dict(x=[1.0]), TypeError, "x: expected an array, got list"),
@@ -605,6 +1414,21 @@ OPERATIONS = {
         "check_update_values",
         dict(cache_indices=[4, 0, 2], sizes=UpdateSizes(3, 1, 64, 4, 5, 3, 3), pad_slot_id=-1),
     ),
+    "commit": ("check_commit_windows", COMMIT),
+    "links": (
+        "check_tree_parents_from_links",
+        dict(next_token=a(5, 7, dtype=I32), next_sibling=a(5, 7, dtype=I32)),
+    ),
+    "commit_values": (
+        "check_commit_values",
+        dict(
+            accepted_steps=[0, 1, 1],
+            cache_indices=[4, 0, 2],
+            window_indices=[5, 0, 2],
+            sizes=COMMIT_VALUES,
+            pad_slot_id=-1,
+        ),
+    ),
 }
 
 
@@ -722,6 +1546,7 @@ def test_unsupported_is_not_an_argument_error():
 
 def test_output_has_two_named_fields():
     assert ConvOutput._fields == ("out", "conv_states")
+    assert ConvWindowOutput._fields == ("out", "conv_states", "window_out")
 
 
 def test_signatures():
@@ -813,6 +1638,7 @@ def first_difference(module):
 # Damage that changes nothing a caller can see, each with its reason.
 HARMLESS = {
     "if False: if type(value) is int:": "a shortcut for the common case; operator.index gives the same",
+    'if True: if state_layout != "front" or cache_seqlens is not None:': "a shortcut past a check that passes",
 }
 
 
