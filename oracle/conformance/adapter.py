@@ -8,9 +8,22 @@
             result = my_functions[op](**{k: a and to_mine(a) for k, a in arrays.items()}, **options)
             return {"out": to_typed(result.out), "conv_states": to_typed(result.conv_states)}
 
-`arrays` maps every array argument of the contract's signature to an `arrays.Array` or None; `options` holds
-the keyword-only arguments that a case sets. Errors of the contract (ValueError, TypeError, Unsupported) are
-raised as they are.
+`arrays` maps the array arguments of the contract's signature to an `arrays.Array` or None; `options` holds
+the host arguments that a case sets. Errors of the contract (ValueError, TypeError, Unsupported) are raised as
+they are.
+
+The serving arguments (layouts of a slot, write slots, snapshots, windows per step, trees, residual, split) are for
+implementations that say so: capabilities() names them under "supports", and cases that need any other are recorded
+as unsupported without being run. An adapter without that key never meets a new name:
+
+- `arrays` holds an argument of `SERVING_ARRAYS` only where the case uses it; it is absent, not None, elsewhere.
+- `options` likewise: state_layout, empty_rows, snapshot_block_size, commit, channel_offset and split_sizes (a tuple).
+- With split_sizes, "out" of the result is a list or tuple of arrays.
+- With window_out among the arrays, the result has "window_out": the whole array after the call, in the shape that
+  was given. It arrives like conv_states, in guarded memory with strides. An implementation that writes in place on
+  a device returns its base buffer under "memory", as for conv_states.
+- Two more operations: "commit_windows", whose result is {"conv_states": ...} (and "memory"), and
+  "tree_parents_from_links", whose result is {"parents": an integer array}.
 """
 
 from __future__ import annotations
@@ -25,7 +38,7 @@ from oracle import reference
 from oracle.conformance.arrays import Array
 from oracle.contract import CONTRACT_VERSION
 
-OPS = ("causal_conv1d_fn", "causal_conv1d_update")
+OPS = ("causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links")
 ARRAY_ARGUMENTS = {
     "causal_conv1d_fn": (
         "x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state",
@@ -33,7 +46,41 @@ ARRAY_ARGUMENTS = {
     "causal_conv1d_update": (
         "x", "weight", "bias", "conv_states", "cache_indices", "query_start_loc", "num_accepted_tokens",
     ),
+    "commit_windows": ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices"),
+    "tree_parents_from_links": ("next_token", "next_sibling"),
 }  # fmt: skip
+"""Always in `arrays`, None where a case has none."""
+
+SERVING_ARRAYS = {
+    "causal_conv1d_fn": (
+        "cache_seqlens", "write_indices", "snapshot_indices", "num_computed_tokens", "track_indices",
+        "track_lengths", "residual",
+    ),
+    "causal_conv1d_update": (
+        "cache_seqlens", "write_indices", "track_indices", "window_out", "window_indices", "tree_parents", "residual",
+    ),
+    "commit_windows": (),
+    "tree_parents_from_links": (),
+}  # fmt: skip
+"""In `arrays` where a case uses them."""
+
+SERVING_FEATURES = {
+    "state_layout_back": 'state_layout="back"',
+    "state_layout_ring": 'state_layout="ring" with cache_seqlens',
+    "write_indices": "a row may write another slot than it reads",
+    "empty_rows": 'empty_rows="apply"',
+    "snapshot": "snapshot_indices, snapshot_block_size, num_computed_tokens",
+    "track": "track_indices, track_lengths",
+    "window_out": "a window per step, with window_indices",
+    "no_commit": "commit=False",
+    "commit_windows": "the operation commit_windows",
+    "tree_parents": "draft trees",
+    "tree_parents_from_links": "the operation tree_parents_from_links",
+    "residual": "residual",
+    "channel_offset": "x wider than the weight",
+    "split": "split_sizes",
+}
+"""What capabilities() may name under "supports"."""
 
 
 class Adapter(Protocol):
@@ -51,6 +98,8 @@ class Adapter(Protocol):
         """What it cannot do, and what it promises beyond values.
 
         Keys, all optional:
+          supports: names of `SERVING_FEATURES`, or patterns of them: ["*"] for all, ["state_layout_*", "split"].
+            Cases that need one that is not named are unsupported. Default: none.
           unsupported: feature pattern -> reason. Features are strings such as "width:5", "x:bfloat16" or
             "conv_states.layout:pages"; `python -m oracle list --features` prints them. Patterns may hold *.
             Whatever is not denied is claimed.
@@ -66,13 +115,15 @@ class Adapter(Protocol):
         """Runs one call.
 
         Args:
-          op: "causal_conv1d_fn" or "causal_conv1d_update".
-          arrays: the array arguments, every name of the signature.
-          options: the keyword-only arguments that the case sets.
+          op: one of OPS; the last two only if "supports" names them.
+          arrays: the array arguments: every name of ARRAY_ARGUMENTS, and those of SERVING_ARRAYS that the case uses.
+          options: the other keyword-only arguments that the case sets.
 
         Returns:
-          "out": a TypedArray, or a NumPy array of x's dtype.
+          "out": a TypedArray, or a NumPy array of x's dtype; a list or tuple of them with split_sizes.
           "conv_states": the same, or None without a pool.
+          "window_out": the same, where the case gives one.
+          "parents": an integer NumPy array, of tree_parents_from_links alone.
           "memory" (optional): argument name -> its whole base buffer after the call, for an implementation
             that works on a copy of it (a device). Without it the buffers in `arrays` are inspected.
         """
@@ -88,8 +139,14 @@ class NumpyAdapter:
         name: str = "numpy",
         version: str = "0",
         capabilities: Mapping[str, Any] | None = None,
+        *,
+        commit_windows=None,
+        tree_parents_from_links=None,
     ):
-        self._functions = {"causal_conv1d_fn": fn, "causal_conv1d_update": update}
+        self._functions = {
+            "causal_conv1d_fn": fn, "causal_conv1d_update": update, "commit_windows": commit_windows,
+            "tree_parents_from_links": tree_parents_from_links,
+        }  # fmt: skip
         self._capabilities = dict(capabilities or {})
         self.name, self.version = name, version
 
@@ -98,8 +155,12 @@ class NumpyAdapter:
 
     def run(self, op, arrays, options):
         arguments = {name: None if a is None else numpy_or_typed(a) for name, a in arrays.items()}
-        out, conv_states = self._functions[op](**arguments, **options)
-        return {"out": out, "conv_states": conv_states}
+        result = self._functions[op](**arguments, **options)
+        if op == "commit_windows":
+            return {"conv_states": result}
+        if op == "tree_parents_from_links":
+            return {"parents": result}
+        return dict(zip(("out", "conv_states", "window_out"), result, strict=False))
 
 
 def numpy_or_typed(array: Array):

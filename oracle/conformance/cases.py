@@ -72,6 +72,26 @@ class Case:
         return cls(**{**data, "flags": tuple(data.get("flags", ()))})
 
     @property
+    def serving(self) -> list[str]:
+        """What of `adapter.SERVING_FEATURES` an implementation must support to run this case."""
+        used = {*self.options, *self.axes, *self.override}
+        layout = self.options.get("state_layout")
+        found = {
+            "state_layout_back": layout not in (None, "front", "ring"),
+            "state_layout_ring": layout == "ring" or "cache_seqlens" in used,
+            "snapshot": not used.isdisjoint(("snapshot_indices", "snapshot_block_size", "num_computed_tokens")),
+            "track": not used.isdisjoint(("track_indices", "track_lengths")),
+            "window_out": not used.isdisjoint(("window_out", "window_indices")) and self.op == "causal_conv1d_update",
+            "no_commit": "commit" in used,
+            "split": "split_sizes" in used,
+            **{name: name in used for name in (
+                "write_indices", "empty_rows", "tree_parents", "residual", "channel_offset",
+            )},
+            **{name: self.op == name for name in ("commit_windows", "tree_parents_from_links")},
+        }  # fmt: skip
+        return [name for name, needed in found.items() if needed]
+
+    @property
     def features(self) -> frozenset[str]:
         """What an implementation must support to run this case; matched against its `unsupported` patterns."""
         axes = self.axes

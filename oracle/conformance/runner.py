@@ -142,11 +142,14 @@ def run(
     first = _Worker(arguments, environment or {})
     hello = first.hello["hello"]
     denied = dict(hello["capabilities"].get("unsupported", {}))
+    supported = list(hello["capabilities"].get("supports", ()))
     waiting = iter(range(len(cases)))
     records: list[dict[str, Any]] = [{}] * len(cases)
     lock = threading.Lock()
 
     def judge(worker: _Worker, case: Case) -> tuple[_Worker, dict[str, Any]]:
+        if missing := [f for f in case.serving if not any(fnmatch.fnmatchcase(f, p) for p in supported)]:
+            return worker, _dead("unsupported", f"not among what it supports: {', '.join(missing)}", 0.0)
         reasons = [f"{p}: {why}" for p, why in denied.items() if fnmatch.filter(case.features, p)]
         if reasons and not probe:
             return worker, _dead("unsupported", "; ".join(reasons), 0.0)
