@@ -1,12 +1,23 @@
 """Causal depthwise conv1d for serving engines: Pallas Mosaic GPU kernels for JAX.
 
 `causal_conv1d_fn` runs packed prefills, `causal_conv1d_update` decode steps; both keep the conv states
-of all sequences in a pool addressed by slot. `causal_conv1d` is the differentiable form, for training.
+of all sequences in a pool addressed by slot. `commit_windows` and `tree_parents_from_links` serve speculative
+decoding. `causal_conv1d` is the differentiable form, for training.
 The contract is in `oracle.contract`.
 """
 
-from oracle.contract import ConvOutput, Unsupported
+from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
 from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
 from pallas_impl.functional import causal_conv1d
+from pallas_impl.speculative import commit_windows, tree_parents_from_links
 
-__all__ = ["ConvOutput", "Unsupported", "causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update"]
+__all__ = [
+    "ConvOutput",
+    "ConvWindowOutput",
+    "Unsupported",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "commit_windows",
+    "tree_parents_from_links",
+]

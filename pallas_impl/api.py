@@ -5,24 +5,23 @@ import operator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import (
     ConvOutput,
-    Unsupported,
-    check_backend,
+    ConvWindowOutput,
     check_causal_conv1d_fn,
     check_causal_conv1d_update,
     check_fn_values,
     check_update_values,
 )
-from pallas_impl import prefill, rolling, update, xla
+from pallas_impl import prefill, rolling, serving, update, xla
+from pallas_impl.backends import CLIPS
+from pallas_impl.backends import interpreter as _interpreter
+from pallas_impl.backends import on_host as _on_host
+from pallas_impl.backends import resolve as _resolve
 from pallas_impl.config import choose_lanes, prefill_config, tma_dim, update_config
 from pallas_impl.transforms import refuse_transforms
-
-CLIPS = hasattr(plgpu, "InterpretGPUParams")  # the interpreter of JAX 0.10 does not clip boxes as TMA does
-BACKENDS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
+from pallas_impl.xla_serving import Arrays, Options
 
 
 def causal_conv1d_fn(
@@ -40,6 +39,18 @@ def causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    empty_rows="skip",
+    snapshot_indices=None,
+    snapshot_block_size=None,
+    num_computed_tokens=None,
+    track_indices=None,
+    track_lengths=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """Causal depthwise convolution over packed rows, reading each row's window from its slot.
 
@@ -63,6 +74,24 @@ def causal_conv1d_fn(
       backend: "auto" (the kernel on an NVIDIA GPU from Hopper on, else xla), "mosaic_gpu",
         "mosaic_gpu_interpret" or "xla".
       validate: read the index data on the host and raise on bad values before anything runs; not in a trace.
+      state_layout: where a slot holds its window. "front": in columns 0 to width-2. "back": the slot is the row's
+        last state_len inputs, oldest first. "ring": token n of a sequence lives in column n mod state_len.
+      cache_seqlens: [batch] integer, tokens of each row before this call; with "ring", and only there. The caller
+        advances it.
+      write_indices: [batch] integer slots that get the new states; None: those of `cache_indices`. Out of range or
+        `pad_slot_id`: not stored. Several rows may read one slot that none writes.
+      empty_rows: "skip": a row of zero tokens touches no slot. "apply": a fresh one clears its window ("back", "ring":
+        its slot), one with a state copies it to its write slot.
+      snapshot_indices: [batch, blocks] integer slots, "front" only: slot `[row, k]` gets the window that ends with
+        token (k+1)*snapshot_block_size of the row's sequence, if that is one of this call. Out of range or
+        `pad_slot_id`: not stored.
+      snapshot_block_size: host int of at least 1, in tokens; required with `snapshot_indices`.
+      num_computed_tokens: [batch] integer, tokens of each row's sequence before this call; None: 0.
+      track_indices: [batch] integer, "front" only: one more slot of each row that gets its window.
+      track_lengths: [batch] integer, after how many tokens of this call; clamped; None: after all.
+      residual: [tokens, dim], any of the three dtypes, added in float32 after the activation, before the rounding.
+      channel_offset: host int; x may then be wider than dim, and its channels from this one on are the input.
+      split_sizes: tuple of 1 to 8 host ints that add up to dim; `out` is then a tuple of arrays of these channels.
 
     Returns:
       ConvOutput(out, conv_states): `out` [tokens, dim] in x's dtype, zero for padding rows and for tokens past
@@ -70,14 +99,18 @@ def causal_conv1d_fn(
       their last width-1 inputs; None if none was given.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; with `validate`, bad offsets, slots
-        or max_seqlen.
+      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; with `validate`, bad offsets, slots,
+        counters or max_seqlen.
       Unsupported: the backend asked for cannot run here; `validate` in a trace; a grid of 2**31 programs.
     """
     sizes = check_causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
         activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
-        backend=backend, validate=validate,
+        backend=backend, validate=validate, state_layout=state_layout, cache_seqlens=cache_seqlens,
+        write_indices=write_indices, empty_rows=empty_rows, snapshot_indices=snapshot_indices,
+        snapshot_block_size=snapshot_block_size, num_computed_tokens=num_computed_tokens,
+        track_indices=track_indices, track_lengths=track_lengths, residual=residual,
+        channel_offset=channel_offset, split_sizes=split_sizes,
     )  # fmt: skip
     backend = _resolve(backend, x)
     if validate:
@@ -88,12 +121,43 @@ def causal_conv1d_fn(
             None if conv_states is None else sizes.num_slots,
             pad_slot_id,
             max_seqlen,
+            has_initial_state=_on_host("has_initial_state", has_initial_state),
+            cache_seqlens=_on_host("cache_seqlens", cache_seqlens),
+            write_indices=_on_host("write_indices", write_indices),
+            empty_rows=empty_rows,
+            snapshot_indices=_on_host("snapshot_indices", snapshot_indices),
+            snapshot_block_size=1 if snapshot_block_size is None else snapshot_block_size,
+            num_computed_tokens=_on_host("num_computed_tokens", num_computed_tokens),
+            track_indices=_on_host("track_indices", track_indices),
+            track_lengths=_on_host("track_lengths", track_lengths),
         )
     config = None
     if backend != "xla":
         config = prefill_config(
             sizes.tokens, sizes.dim, sizes.batch, None if max_seqlen is None else operator.index(max_seqlen), schedule
         )  # fmt: skip
+    plain = (
+        state_layout == "front" and write_indices is None and empty_rows == "skip" and snapshot_indices is None
+        and track_indices is None and residual is None and channel_offset is None and split_sizes is None
+    )  # fmt: skip
+    if not plain:
+        arrays = Arrays(
+            has_initial_state=has_initial_state, cache_seqlens=cache_seqlens, write_indices=write_indices,
+            snapshot_indices=snapshot_indices, num_computed_tokens=num_computed_tokens, track_indices=track_indices,
+            track_lengths=track_lengths, residual=residual,
+        )  # fmt: skip
+        options = Options(
+            silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), always_state=False,
+            state_layout=state_layout, apply_empty=empty_rows == "apply",
+            snapshot_block_size=None if snapshot_indices is None else operator.index(snapshot_block_size),
+            channel=0 if channel_offset is None else operator.index(channel_offset),
+            split_sizes=None if split_sizes is None else tuple(map(operator.index, split_sizes)),
+        )  # fmt: skip
+        out, pool = serving.prefill(
+            x, weight, bias, conv_states, query_start_loc, cache_indices, arrays, options=options, config=config,
+            interpret=backend == "mosaic_gpu_interpret",
+        )  # fmt: skip
+        return ConvOutput(out, pool)
     out, pool = _prefill(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
         silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), config=config,
@@ -116,12 +180,25 @@ def causal_conv1d_update(
     pad_slot_id=-1,
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    track_indices=None,
+    window_out=None,
+    window_indices=None,
+    commit=True,
+    tree_parents=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """One decode step: every live row continues from its slot.
 
     Without `num_accepted_tokens` all its tokens are committed to the slot. With it the slot rolls, for
     speculative decoding: the window begins in column count-1, and `window[1:] ++ x` is left in the slot's
-    first columns, so that the next step's count drops what was rejected.
+    first columns, so that the next step's count drops what was rejected. The other way of speculation leaves the
+    pool as it is (`commit=False`) and the window after every token in `window_out`; `commit_windows` then moves
+    the accepted one into the slot.
 
     Args:
       x: [batch, dim] or [batch, seqlen, dim], or [tokens, dim] with `query_start_loc`; float32, float16 or
@@ -133,11 +210,26 @@ def causal_conv1d_update(
       num_accepted_tokens: [batch] integer, accepted tokens of each row's previous step, at least 1 (1 after a
         prefill or a step without counts); may exceed this step's tokens. Clamped to what a slot can hold.
       max_seqlen: host int, an upper bound of the longest row; only with `query_start_loc`, and required there
-        with `num_accepted_tokens`.
+        with `num_accepted_tokens` or `window_out`.
       activation, pad_slot_id, backend, validate: as in `causal_conv1d_fn`.
+      state_layout, cache_seqlens, write_indices: as in `causal_conv1d_fn`; layouts other than "front" only without
+        `num_accepted_tokens`.
+      track_indices: [batch] integer slots, "front" only, that get the final windows too.
+      window_out: [buffers, steps, width-1, dim], any of the three dtypes: after token t of a row, `[buffer, t]` gets
+        its last width-1 inputs, cast once if the dtype differs; steps is at least the longest row. Not copied where
+        the caller donates it.
+      window_indices: [batch] integer, each row's buffer; None: row i uses buffer i. Out of range or `pad_slot_id`:
+        not stored.
+      commit: False leaves the pool as it is, without a copy.
+      tree_parents: [batch, seqlen] integer, with x [batch, seqlen, dim] and `commit=False`: each row is a tree. The
+        taps of node i meet i, its parent (at most i-1), grandparent and so on; behind a node with a parent
+        below 0 comes the row's window.
+      residual: any of the three dtypes, in the shape of `out`; as in `causal_conv1d_fn`.
+      channel_offset, split_sizes: as in `causal_conv1d_fn`.
 
     Returns:
-      ConvOutput(out, conv_states): `out` has x's shape and dtype, zero for padding rows.
+      ConvOutput(out, conv_states): `out` has x's shape and dtype, zero for padding rows. With `window_out`,
+      ConvWindowOutput(out, conv_states, window_out).
 
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
@@ -145,7 +237,10 @@ def causal_conv1d_update(
     sizes = check_causal_conv1d_update(
         x, weight, bias, conv_states, cache_indices, query_start_loc=query_start_loc,
         num_accepted_tokens=num_accepted_tokens, max_seqlen=max_seqlen, activation=activation,
-        pad_slot_id=pad_slot_id, backend=backend, validate=validate,
+        pad_slot_id=pad_slot_id, backend=backend, validate=validate, state_layout=state_layout,
+        cache_seqlens=cache_seqlens, write_indices=write_indices, track_indices=track_indices,
+        window_out=window_out, window_indices=window_indices, commit=commit, tree_parents=tree_parents,
+        residual=residual, channel_offset=channel_offset, split_sizes=split_sizes,
     )  # fmt: skip
     backend = _resolve(backend, x)
     if validate:
@@ -156,7 +251,35 @@ def causal_conv1d_update(
             _on_host("query_start_loc", query_start_loc),
             _on_host("num_accepted_tokens", num_accepted_tokens),
             max_seqlen,
+            cache_seqlens=_on_host("cache_seqlens", cache_seqlens),
+            write_indices=_on_host("write_indices", write_indices),
+            track_indices=_on_host("track_indices", track_indices),
+            num_buffers=None if window_out is None else window_out.shape[0],
+            window_indices=_on_host("window_indices", window_indices),
+            commit=commit,
+            tree_parents=_on_host("tree_parents", tree_parents),
         )
+    plain = (
+        state_layout == "front" and write_indices is None and track_indices is None and window_out is None and commit
+        and tree_parents is None and residual is None and channel_offset is None and split_sizes is None
+    )  # fmt: skip
+    if not plain:
+        arrays = Arrays(
+            num_accepted_tokens=num_accepted_tokens, cache_seqlens=cache_seqlens, write_indices=write_indices,
+            track_indices=track_indices, window_out=window_out, window_indices=window_indices,
+            tree_parents=tree_parents, residual=residual,
+        )  # fmt: skip
+        options = Options(
+            silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), always_state=True,
+            state_layout=state_layout, channel=0 if channel_offset is None else operator.index(channel_offset),
+            split_sizes=None if split_sizes is None else tuple(map(operator.index, split_sizes)), commit=commit,
+        )  # fmt: skip
+        out, pool, windows = serving.update(
+            x, weight, bias, conv_states, cache_indices, query_start_loc, arrays, options=options,
+            config=None if backend == "xla" else update_config(sizes.batch, sizes.dim),
+            interpret=backend == "mosaic_gpu_interpret",
+        )  # fmt: skip
+        return ConvOutput(out, pool) if window_out is None else ConvWindowOutput(out, pool, windows)
     config = None
     if backend != "xla":
         config = update_config(sizes.batch, sizes.dim)
@@ -279,53 +402,3 @@ def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, st
 def _pad_last(array, extra):
     padded = jnp.pad(xla.to_bits(array), [(0, 0)] * (array.ndim - 1) + [(0, extra)])
     return jax.lax.bitcast_convert_type(padded, array.dtype)
-
-
-def _interpreter(interpret):
-    """False, or the parameters of Pallas' GPU interpreter; JAX 0.10 has them only under a private name."""
-    if not interpret:
-        return False
-    if CLIPS:
-        params = plgpu.InterpretGPUParams
-    else:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as params
-    # A box that ends past an array's end is clipped by TMA.
-    return params(out_of_bounds_reads="uninitialized")
-
-
-def _on_host(name, array):
-    if array is None:
-        return None
-    if isinstance(array, jax.core.Tracer):
-        raise Unsupported(f"validate: expected concrete arrays to read, got a tracer for {name}")
-    return np.asarray(array).tolist()
-
-
-def _resolve(backend, x):
-    check_backend(backend, BACKENDS)
-    traced = isinstance(x, jax.core.Tracer)
-    if backend == "auto":
-        return "mosaic_gpu" if _runs_mosaic(_device(x)) else "xla"
-    # A trace may be lowered for another machine, so only a call on real arrays is refused.
-    if backend == "mosaic_gpu" and not traced and not _runs_mosaic(_device(x)):
-        raise Unsupported(
-            f"backend: 'mosaic_gpu' needs an NVIDIA GPU of compute capability 9.0 or newer, got {_device(x)}"
-        )
-    return backend
-
-
-def _device(x):
-    """The device of an array; of a tracer or a NumPy array, the default device."""
-    if not isinstance(x, jax.core.Tracer) and isinstance(x, jax.Array):
-        return min(x.devices(), key=lambda d: d.id)
-    default = jax.config.jax_default_device
-    if default is None or isinstance(default, str):
-        return jax.local_devices(backend=default)[0]
-    return default
-
-
-def _runs_mosaic(device):
-    if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
-        return False
-    capability = str(getattr(device, "compute_capability", "0.0"))
-    return capability[:1].isdigit() and float(capability) >= 9.0

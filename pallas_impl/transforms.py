@@ -3,10 +3,11 @@
 import jax
 from jax import export
 
-from oracle.contract import ConvOutput, Unsupported
+from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
 
-# So that an exported program returns a ConvOutput where it is loaded; that process imports pallas_impl as well.
+# So that an exported program returns these where it is loaded; that process imports pallas_impl as well.
 export.register_namedtuple_serialization(ConvOutput, serialized_name="twinconv.ConvOutput")
+export.register_namedtuple_serialization(ConvWindowOutput, serialized_name="twinconv.ConvWindowOutput")
 
 
 def refuse_transforms(*arrays):
