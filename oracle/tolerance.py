@@ -10,6 +10,7 @@ implementation that follows the contract makes these errors:
   argument   exp(-z) is taken of a float32 product z * log2(e): the product and the constant are rounded, each
              moving the result by |z| * u * (1 - sigmoid(z)) relative to it.
   exp        EXP_ULPS float32 ulps of the result for exp2, the reciprocal, the division and the products.
+  residual   u times the sum with it: one more float32 addition.
   store      half an ulp of the output dtype, at the far end of the interval so far.
   flush      2**-126: results below the smallest normal float32 may be flushed to zero.
 """
@@ -25,7 +26,12 @@ EXP_ULPS = 8  # two approximations of at most 2 ulp each, and three rounded prod
 
 
 def error_bound(
-    pre: np.ndarray, magnitude: np.ndarray, width: int, dtype: str, activation: str | None
+    pre: np.ndarray,
+    magnitude: np.ndarray,
+    width: int,
+    dtype: str,
+    activation: str | None,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
     """The largest allowed |out - reference| for every element.
 
@@ -35,6 +41,7 @@ def error_bound(
       width: taps.
       dtype: the output's dtype.
       activation: None, "silu" or "swish".
+      residual: what is added after the activation, in float64, or None.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         error = 2 * width * UNIT_ROUNDOFF_FLOAT32 * magnitude
@@ -44,6 +51,9 @@ def error_bound(
             error = error * np.minimum(SILU_MAX_SLOPE, _sigmoid(pre + error) * (1 + np.abs(pre) + error))
             error += np.abs(out) * 2 * np.abs(pre) * UNIT_ROUNDOFF_FLOAT32 * _sigmoid(-pre)
             error += EXP_ULPS * 2 * UNIT_ROUNDOFF_FLOAT32 * np.abs(out)
+        if residual is not None:
+            out = out + residual
+            error = error + UNIT_ROUNDOFF_FLOAT32 * (np.abs(out) + error)
         error += SMALLEST_NORMAL_FLOAT32
         return error + 0.5 * ulp(np.abs(out) + error, dtype)
 

@@ -2,65 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from oracle import contract
 from oracle.numerics import typed
 
 
-def check_fn_values(
-    query_start_loc: Any,
-    cache_indices: Any,
-    tokens: int,
-    num_slots: int | None,
-    pad_slot_id: int,
-    max_seqlen: int | None,
-) -> None:
-    """Raises ValueError for the first bad offset, row length or slot, naming row and value.
+def check_call(op: str, arguments: Mapping[str, Any], sizes: Any) -> None:
+    """Raises ValueError for the first bad offset, slot, count or buffer of a call, naming row and value.
 
     Args:
-      query_start_loc: [batch+1] integers.
-      cache_indices: [batch] integers, or None for row i in slot i.
-      tokens: length of x.
-      num_slots: size of the pool, or None without one.
-      pad_slot_id: the slot number of padding rows.
-      max_seqlen: upper bound of the row lengths, or None.
+      op: "causal_conv1d_fn" or "causal_conv1d_update".
+      arguments: the call's arguments by name.
+      sizes: what `contract.check_<op>` returned for them.
     """
-    contract.check_fn_values(
-        typed(query_start_loc).data.tolist(),
-        _integers(cache_indices),
-        tokens,
-        num_slots,
-        pad_slot_id,
-        max_seqlen,
-    )
-
-
-def check_update_values(
-    cache_indices: Any,
-    sizes: contract.UpdateSizes,
-    pad_slot_id: int,
-    query_start_loc: Any = None,
-    num_accepted_tokens: Any = None,
-    max_seqlen: int | None = None,
-) -> None:
-    """Raises ValueError for the first bad slot, offset or count, naming row and value.
-
-    Args:
-      cache_indices: [batch] integers, or None for row i in slot i.
-      sizes: what `contract.check_causal_conv1d_update` returned.
-      pad_slot_id: the slot number of padding rows.
-      query_start_loc: [batch+1] integers, or None.
-      num_accepted_tokens: [batch] integers, or None.
-      max_seqlen: upper bound of the row lengths, or None.
-    """
+    given = {name: _on_host(value) for name, value in arguments.items() if name in _INDICES}
+    pad_slot_id, max_seqlen = arguments.get("pad_slot_id", -1), arguments.get("max_seqlen")
+    if op == "causal_conv1d_fn":
+        num_slots = None if arguments.get("conv_states") is None else sizes.num_slots
+        offsets, slots = given.pop("query_start_loc"), given.pop("cache_indices", None)
+        contract.check_fn_values(
+            offsets, slots, sizes.tokens, num_slots, pad_slot_id, max_seqlen, **given,
+            empty_rows=arguments.get("empty_rows", "skip"),
+            snapshot_block_size=arguments.get("snapshot_block_size") or 1,
+        )  # fmt: skip
+        return
+    windows = arguments.get("window_out")
+    slots = given.pop("cache_indices", None)
     contract.check_update_values(
-        _integers(cache_indices), sizes, pad_slot_id,
-        _integers(query_start_loc), _integers(num_accepted_tokens), max_seqlen,
+        slots, sizes, pad_slot_id, max_seqlen=max_seqlen, **given,
+        num_buffers=None if windows is None else windows.shape[0], commit=arguments.get("commit", True),
     )  # fmt: skip
 
 
-def _integers(array: Any) -> list[int] | None:
-    if array is None:
-        return None
-    return typed(array).data.tolist()
+def check_commit_values(
+    accepted_steps: Any,
+    cache_indices: Any,
+    window_indices: Any,
+    sizes: contract.CommitSizes,
+    pad_slot_id: int,
+) -> None:
+    """Raises ValueError for the first bad step, slot or buffer of a commit, naming row and value."""
+    contract.check_commit_values(
+        _on_host(accepted_steps), _on_host(cache_indices), _on_host(window_indices), sizes, pad_slot_id
+    )
+
+
+_INDICES = frozenset((
+    "query_start_loc", "cache_indices", "has_initial_state", "num_accepted_tokens", "cache_seqlens",
+    "write_indices", "snapshot_indices", "num_computed_tokens", "track_indices", "track_lengths",
+    "window_indices", "tree_parents",
+))  # fmt: skip
+
+
+def _on_host(array: Any) -> Any:
+    return None if array is None else typed(array).data.tolist()

@@ -16,11 +16,15 @@ class Case:
 
     Attributes:
       id: stable and never reused.
-      op: "causal_conv1d_fn" or "causal_conv1d_update".
+      op: one of `adapter.OPS`.
       axes: dim, width, state_len, num_slots (None: no pool), slots (None: row i in slot i); for a prefill
         lengths (tokens of each row), tail (tokens after the last row) and has (flag of each row, or None);
         for an update batch and seqlen (None: x has two axes), and where used lengths and tail (packed rows)
-        and counts (num_accepted_tokens).
+        and counts (num_accepted_tokens). Where used, by the names of the arguments: integer arrays as nested lists
+        (cache_seqlens, write_indices, snapshot_indices, num_computed_tokens, track_indices, track_lengths,
+        window_indices, tree_parents), window_out as [buffers, steps], residual as True; and channels of x. For a
+        commit: width, dim, slots, num_slots, state_len, window_out, window_indices and accepted_steps; for links
+        next_token and next_sibling.
       dtypes: of every array argument; bias None means no bias.
       options: keyword-only arguments of the call.
       layout: argument -> memory layout, where not contiguous; see `arrays.place`.
@@ -95,8 +99,14 @@ class Case:
     def features(self) -> frozenset[str]:
         """What an implementation must support to run this case; matched against its `unsupported` patterns."""
         axes = self.axes
-        found = {f"op:{self.op}", f"width:{axes['width']}", f"tier:{self.tier}"}
+        found = {f"op:{self.op}", f"tier:{self.tier}", *self.serving}
+        if self.expect != "value":
+            found.add("expect:undefined" if self.expect == "undefined" else "expect:error")
         used = {k: v for k, v in self.dtypes.items() if v is not None}
+        found |= {f"{name}.layout:{layout}" for name, layout in self.layout.items()}
+        if self.op not in ("causal_conv1d_fn", "causal_conv1d_update"):
+            return frozenset(found | {f"{name}:{dtype}" for name, dtype in used.items()})
+        found.add(f"width:{axes['width']}")
         if axes["num_slots"] is None:
             used.pop("conv_states", None)
             found.add("conv_states:none")
@@ -115,8 +125,8 @@ class Case:
         floats = {v for k, v in used.items() if k in ("x", "weight", "bias", "conv_states")}
         found.add("dtypes:mixed" if len(floats) > 1 else "dtypes:equal")
         found |= {f"{name}:{dtype}" for name, dtype in used.items()}
-        found |= {f"{name}.layout:{layout}" for name, layout in self.layout.items()}
-        found |= {f"{name}:{value}" for name, value in self.options.items() if name != "pad_slot_id"}
+        quiet = ("pad_slot_id", "split_sizes", "channel_offset", "snapshot_block_size")
+        found |= {f"{name}:{value}" for name, value in self.options.items() if name not in quiet}
         found.add(f"bias:{self.dtypes['bias']}" if self.dtypes["bias"] else "bias:none")
         if self.op == "causal_conv1d_fn":
             found.add("has_initial_state:none" if axes["has"] is None else "has_initial_state:given")
@@ -135,10 +145,6 @@ class Case:
                 found.add("update:packed")
             if "counts" in axes:
                 found.add("update:rolling")
-        if self.expect == "undefined":
-            found.add("expect:undefined")
-        elif self.expect != "value":
-            found.add("expect:error")
         if self.data == "nan_payload":
             found.add("values:nan")
         if self.relation:

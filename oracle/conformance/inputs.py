@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from oracle.conformance.adapter import SERVING_ARRAYS
 from oracle.conformance.arrays import POISON_BITS, Array, place, poisoned
 from oracle.conformance.cases import Case
 from oracle.numerics import FORMATS, TypedArray, from_bits, round_bits, storage_dtype
@@ -64,6 +65,23 @@ def random_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def build(case: Case) -> Problem:
     """The arguments of a case."""
+    arrays, poison = {
+        "commit_windows": _commit, "tree_parents_from_links": _links,
+    }.get(case.op, _convolution)(case)  # fmt: skip
+    for name, change in case.override.items():
+        arrays[name] = _overridden(arrays.get(name), change)
+    placed = {
+        name: None if a is None else place(a, case.layout.get(name, "contiguous"), poison.get(name))
+        for name, a in arrays.items()
+    }
+    options = dict(case.options)
+    if isinstance(options.get("split_sizes"), list):  # a case from JSON
+        options["split_sizes"] = tuple(options["split_sizes"])
+    return Problem(case.op, placed, options)
+
+
+def _convolution(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    """Arrays of a prefill or a decode step, and what lies around the indices."""
     axes, dtypes = case.axes, case.dtypes
     dim, width = axes["dim"], axes["width"]
     fn = case.op == "causal_conv1d_fn"
@@ -79,26 +97,41 @@ def build(case: Case) -> Problem:
     has = (axes["has"] or [False] * batch) if fn else [True] * batch
     live = [num_slots is None or (s != pad and 0 <= s < num_slots) for s in named]
 
-    x = _float(case, "x", (tokens, dim))
-    for row in range(batch):
-        if not live[row]:
-            x.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[x.dtype]
-    x.bits[live_tokens:] = POISON_BITS[x.dtype]
-    if seqlen is not None:
-        x = TypedArray(x.dtype, x.data.reshape(batch, seqlen, dim))
+    def of_tokens(name: str, channels: int, first: int) -> TypedArray:
+        """An array like x; NaN outside the channels of the input, and where no live row has a token."""
+        array = _float(case, name, (tokens, channels))
+        for row in range(batch):
+            if not live[row]:
+                array.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[array.dtype]
+        array.bits[live_tokens:] = POISON_BITS[array.dtype]
+        array.bits[:, :first] = array.bits[:, first + dim :] = POISON_BITS[array.dtype]
+        shape = (tokens, channels) if seqlen is None else (batch, seqlen, channels)
+        return TypedArray(array.dtype, array.data.reshape(shape))
 
+    x = of_tokens("x", axes.get("channels", dim), case.options.get("channel_offset", 0))
     arrays: dict[str, Any] = {"x": x, "weight": _float(case, "weight", (dim, width))}
     arrays["bias"] = None if dtypes["bias"] is None else _float(case, "bias", (dim,))
     arrays["conv_states"] = None
     if num_slots is not None:
         states = _float(case, "conv_states", (num_slots, axes["state_len"], dim))
         readable = np.zeros((num_slots, axes["state_len"], 1), dtype=bool)
+        state_len, layout = axes["state_len"], case.options.get("state_layout", "front")
+        apply = case.options.get("empty_rows") == "apply"
         for row in range(batch):
-            if live[row] and has[row] and lengths[row] > 0:
-                first = 0
-                if "counts" in axes:
-                    first = min(max(axes["counts"][row] - 1, 0), axes["state_len"] - width + 1)
-                readable[named[row], first : first + width - 1] = True
+            if not (live[row] and has[row] and (lengths[row] > 0 or apply)):
+                continue
+            columns = list(range(width - 1))
+            if "counts" in axes:
+                first = min(max(axes["counts"][row] - 1, 0), state_len - width + 1)
+                columns = [first + j for j in columns]
+            elif layout != "front" and case.options.get("commit", True):
+                columns = list(range(state_len))  # the slot moves, or is carried over, as a whole
+            elif layout == "back":
+                columns = [state_len - width + 1 + j for j in columns]
+            elif layout == "ring":
+                seen = max(axes["cache_seqlens"][row], 0)
+                columns = [(seen - width + 1 + j) % state_len for j in columns]
+            readable[named[row], columns] = True
         states.bits[...] = np.where(readable, states.bits, poisoned(states.shape, states.dtype))
         arrays["conv_states"] = states
     arrays["query_start_loc"] = _integers(offsets, dtypes["query_start_loc"]) if packed else None
@@ -111,20 +144,54 @@ def build(case: Case) -> Problem:
         arrays["num_accepted_tokens"] = (
             None if counts is None else _integers(counts, dtypes["num_accepted_tokens"])
         )
-    for name, change in case.override.items():
-        arrays[name] = _overridden(arrays[name], change)
-
+    for name in SERVING_ARRAYS[case.op]:
+        if name == "residual" and axes.get("residual"):
+            arrays[name] = of_tokens(name, dim, 0)
+        elif name == "window_out" and name in axes:
+            shape = (*axes[name], width - 1, dim)
+            arrays[name] = from_bits(poisoned(shape, dtypes[name]), dtypes[name])
+        elif name in axes:
+            arrays[name] = _integers(axes[name], dtypes[name])
     unnamed = sorted(set(range(num_slots or 1)) - set(named))
-    poison = {
+    return arrays, {
         "cache_indices": unnamed[-1] if unnamed else 0,
         "query_start_loc": tokens,
         "num_accepted_tokens": axes["state_len"] - width + 2,
     }
-    placed = {
-        name: None if a is None else place(a, case.layout.get(name, "contiguous"), poison.get(name))
-        for name, a in arrays.items()
+
+
+def _commit(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    """Arrays of a commit of windows. The pool is never read, nor is a window that no row names."""
+    axes, dtypes = case.axes, case.dtypes
+    history, dim = axes["width"] - 1, axes["dim"]
+    buffers, steps = axes["window_out"]
+    shape = (axes["num_slots"], axes["state_len"], dim)
+    windows = _float(case, "window_out", (buffers, steps, history, dim))
+    read = np.zeros((buffers, steps, 1, 1), dtype=bool)
+    pad = case.options.get("pad_slot_id", -1)
+    rows = range(len(axes["accepted_steps"]))
+    slots, named = axes["slots"] or rows, axes.get("window_indices") or rows
+    for slot, buffer, step in zip(slots, named, axes["accepted_steps"], strict=True):
+        if pad not in (slot, buffer) and 0 <= slot < shape[0] and 0 <= buffer < buffers and 0 <= step < steps:
+            read[buffer, step] = True
+    windows.bits[...] = np.where(read, windows.bits, poisoned(windows.shape, windows.dtype))
+    arrays = {
+        "conv_states": from_bits(poisoned(shape, dtypes["conv_states"]), dtypes["conv_states"]),
+        "window_out": windows,
+        "accepted_steps": _integers(axes["accepted_steps"], dtypes["accepted_steps"]),
+        "cache_indices": None if axes["slots"] is None else _integers(axes["slots"], dtypes["cache_indices"]),
+        "window_indices": None,
     }
-    return Problem(case.op, placed, dict(case.options))
+    if axes.get("window_indices") is not None:
+        arrays["window_indices"] = _integers(axes["window_indices"], dtypes["window_indices"])
+    return arrays, {}
+
+
+def _links(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    """The two arrays of links of draft trees."""
+    return {
+        name: _integers(case.axes[name], case.dtypes[name]) for name in ("next_token", "next_sibling")
+    }, {}
 
 
 def _float(case: Case, name: str, shape: tuple[int, ...]) -> TypedArray:

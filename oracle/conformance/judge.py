@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from oracle import reference
+from oracle.conformance import touched
 from oracle.conformance.adapter import Adapter
 from oracle.conformance.arrays import unchanged_outside
 from oracle.conformance.inputs import Problem
@@ -53,7 +54,7 @@ class Verdict:
       worst: the worst output element, if values were compared.
       bit_exact: equal to the contract's float32 order in every bit; None where that is not defined.
       ulps: largest distance from the rounded SiLU of that sum, on 16-bit outputs; None elsewhere.
-      out, conv_states: what came back, for relations.
+      out, conv_states, window_out: what came back, for relations; the parts of a split out are joined.
     """
 
     status: str = "passed"
@@ -64,6 +65,7 @@ class Verdict:
     ulps: int | None = None
     out: TypedArray | None = None
     conv_states: TypedArray | None = None
+    window_out: TypedArray | None = None
 
     def fail(self, status: str, detail: str) -> None:
         """Notes a finding; the first one decides the status."""
@@ -96,7 +98,7 @@ def evaluate(adapter: Adapter, problem: Problem, promises: Promises, expect: Any
     memory = {name: a.base for name, a in problem.arrays.items() if a is not None and not a.sparse}
     if not _take_result(verdict, snapshot, result, memory):
         return verdict
-    _judge(verdict, snapshot, memory, promises, expect)
+    _judge(verdict, snapshot, result, memory, promises, expect)
     return verdict
 
 
@@ -121,35 +123,26 @@ def _judge_error(error: Exception, expect: Any) -> Verdict:
 
 def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[str, np.ndarray]) -> bool:
     """Checks shapes and dtypes of a result and unpacks it; False when there is nothing more to judge."""
-    if not isinstance(result, Mapping) or "out" not in result:
+    if not isinstance(result, Mapping) or RESULTS[problem.op] not in result:
         verdict.fail(
-            "wrong_dtype", f"expected a mapping with out and conv_states, got {type(result).__name__}"
+            "wrong_dtype", f"expected a mapping with {RESULTS[problem.op]}, got {type(result).__name__}"
         )
         return False
-    for name, like in (("out", problem.arrays["x"]), ("conv_states", problem.arrays["conv_states"])):
-        value = result.get(name)
+    if problem.op == "tree_parents_from_links":
+        return True
+    if problem.op != "commit_windows":
+        _take_out(verdict, problem, result["out"])
+    for name in ("conv_states", "window_out") if problem.op == "causal_conv1d_update" else ("conv_states",):
+        value, like = result.get(name), problem.arrays.get(name)
         if like is None or value is None:
             if (value is None) != (like is None):
                 verdict.fail(
                     "wrong_shape",
                     f"{name}: expected {'None' if like is None else 'an array'}, got the opposite",
                 )
-                return False
             continue
-        try:
-            value = typed(value)
-            shape, dtype = tuple(value.shape), value.dtype
-        except Exception as error:
-            verdict.fail("wrong_dtype", f"{name}: expected an array, got {type(value).__name__} ({error})")
-            return False
-        if dtype not in FLOAT_DTYPES:
-            verdict.fail("wrong_dtype", f"{name}: expected dtype {like.dtype}, got {dtype}")
-        elif shape != tuple(like.shape):
-            verdict.fail("wrong_shape", f"{name}: expected shape {list(like.shape)}, got {list(shape)}")
-        elif dtype != like.dtype:
-            verdict.fail("wrong_dtype", f"{name}: expected dtype {like.dtype}, got {dtype}")
-        else:
-            setattr(verdict, name, TypedArray(dtype, np.ascontiguousarray(value.data)))
+        if (taken := _take(verdict, name, value, tuple(like.shape), like.dtype)) is not None:
+            setattr(verdict, name, taken)
     for name, base in (result.get("memory") or {}).items():
         want = problem.arrays[name]
         if want is not None and not want.sparse:
@@ -161,42 +154,117 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
     return verdict.status == "passed"
 
 
+RESULTS = {
+    "causal_conv1d_fn": "out", "causal_conv1d_update": "out", "commit_windows": "conv_states",
+    "tree_parents_from_links": "parents",
+}  # fmt: skip
+
+
+def _take_out(verdict: Verdict, problem: Problem, value: Any) -> None:
+    """Takes out, or joins its parts."""
+    x, weight = problem.arrays["x"], problem.arrays["weight"]
+    shape, dim = tuple(x.shape[:-1]), weight.shape[0]
+    sizes = problem.options.get("split_sizes")
+    if sizes is None:
+        verdict.out = _take(verdict, "out", value, (*shape, dim), x.dtype)
+        return
+    if not isinstance(value, (list, tuple)) or len(value) != len(sizes):
+        verdict.fail("wrong_shape", f"out: expected {len(sizes)} arrays, got {type(value).__name__}")
+        return
+    parts = [
+        _take(verdict, f"out[{i}]", part, (*shape, size), x.dtype)
+        for i, (part, size) in enumerate(zip(value, sizes, strict=True))
+    ]
+    if verdict.status == "passed":
+        verdict.out = TypedArray(x.dtype, np.concatenate([part.data for part in parts], axis=-1))
+
+
+def _take(verdict: Verdict, name: str, value: Any, shape: tuple[int, ...], dtype: str) -> TypedArray | None:
+    """An array of a result, if it has the right shape and dtype."""
+    try:
+        value = typed(value)
+        got_shape, got = tuple(value.shape), value.dtype
+    except Exception as error:
+        verdict.fail("wrong_dtype", f"{name}: expected an array, got {type(value).__name__} ({error})")
+        return None
+    if got not in FLOAT_DTYPES:
+        verdict.fail("wrong_dtype", f"{name}: expected dtype {dtype}, got {got}")
+    elif got_shape != shape:
+        verdict.fail("wrong_shape", f"{name}: expected shape {list(shape)}, got {list(got_shape)}")
+    elif got != dtype:
+        verdict.fail("wrong_dtype", f"{name}: expected dtype {dtype}, got {got}")
+    else:
+        return TypedArray(dtype, np.ascontiguousarray(value.data))
+    return None
+
+
 def _judge(
-    verdict: Verdict, problem: Problem, memory: dict[str, np.ndarray], promises: Promises, expect: Any
+    verdict: Verdict,
+    problem: Problem,
+    result: Any,
+    memory: dict[str, np.ndarray],
+    promises: Promises,
+    expect: Any,
 ) -> None:
     arguments = problem.typed()
-    pool = problem.arrays["conv_states"]
-    with np.errstate(all="ignore"):
+    if problem.op == "tree_parents_from_links":
+        _judge_parents(verdict, result["parents"], reference.tree_parents_from_links(**arguments))
+    expected: dict[str, Any] = {}
+    if expect == "value" and problem.op != "tree_parents_from_links":
+        with np.errstate(all="ignore"):
+            if problem.op == "commit_windows":
+                expected["conv_states"] = reference.commit_windows(**arguments)
+            else:
+                _judge_values(verdict, problem, arguments, promises)
+                expected = getattr(reference, problem.op)(**arguments)._asdict()
+    changed = {}
+    for name in ("conv_states", "window_out"):
+        array, got = problem.arrays.get(name), getattr(verdict, name)
+        if array is None or got is None:
+            continue
+        changed[name], old = touched.may_change(problem, name), array.typed
         if expect == "value":
-            _judge_values(verdict, problem, arguments, promises)
-            function = getattr(reference, problem.op)
-            expected_pool = function(**arguments).conv_states
-    changed = None
-    if pool is not None:
-        changed = _may_change(problem)
-        got, old = verdict.conv_states, pool.typed
-        if expect == "value":
-            same = got.bits == expected_pool.bits
-            if pool.dtype != problem.arrays["x"].dtype:  # a cast keeps no payload
-                same |= is_nan(got.bits, pool.dtype) & is_nan(expected_pool.bits, pool.dtype)
-            _report_positions(verdict, "wrong_state", "conv_states", ~same & changed, got, expected_pool)
-        _report_positions(verdict, "wrong_memory", "conv_states", (got.bits != old.bits) & ~changed, got, old)
+            want = expected[name]
+            same = got.bits == want.bits
+            if any(a is not None and a.dtype != array.dtype for a in map(problem.arrays.get, SOURCES)):
+                same |= is_nan(got.bits, array.dtype) & is_nan(
+                    want.bits, array.dtype
+                )  # a cast keeps no payload
+            _report_positions(verdict, "wrong_state", name, ~same & changed[name], got, want)
+        _report_positions(verdict, "wrong_memory", name, (got.bits != old.bits) & ~changed[name], got, old)
     for name, base in memory.items():
-        positions = unchanged_outside(problem.arrays[name], base, changed if name == "conv_states" else None)
+        positions = unchanged_outside(problem.arrays[name], base, changed.get(name))
         if len(positions):
             start = problem.arrays[name].offset
             verdict.fail("wrong_memory", f"{name}: {len(positions)} elements of its buffer changed that must not, the "
                          f"first {positions[0] - start} elements from the start of the view")  # fmt: skip
 
 
+SOURCES = ("x", "conv_states", "window_out")
+
+
+def _judge_parents(verdict: Verdict, got: Any, want: np.ndarray) -> None:
+    got = np.asarray(got)
+    if got.dtype.name != "int32":
+        verdict.fail("wrong_dtype", f"parents: expected dtype int32, got {got.dtype.name}")
+    elif got.shape != want.shape:
+        verdict.fail("wrong_shape", f"parents: expected shape {list(want.shape)}, got {list(got.shape)}")
+    elif (got != want).any():
+        at = tuple(np.argwhere(got != want)[0])
+        verdict.fail("wrong_value", f"parents: {int((got != want).sum())} of {got.size} wrong, the first at "
+                     f"{[int(i) for i in at]}: expected {want[at]}, got {got[at]}")  # fmt: skip
+
+
 def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any], promises: Promises) -> None:
     got, activation = verdict.out, arguments.get("activation")
-    width = arguments["weight"].shape[1]
+    width, residual = arguments["weight"].shape[1], arguments.get("residual")
+    added = None if residual is None else residual.values()
     pre, computed = reference.preactivation(problem.op, arguments)
     magnitude, _ = reference.preactivation(problem.op, arguments, "magnitude")
     ordered, _ = reference.preactivation(problem.op, arguments, "float32")
-    expected = np.where(computed, silu(pre) if activation else pre, 0.0)
-    bound = np.where(computed, error_bound(pre, magnitude, width, got.dtype, activation), 2.0**-1000)
+    expected = np.where(computed, reference.finished(pre, arguments), 0.0)
+    bound = error_bound(pre, magnitude, width, got.dtype, activation, added)
+    bound = np.where(computed, bound, 2.0**-1000)
     fraction = fraction_of_bound(got.values(), expected, bound, got.dtype)
     if not fraction.size:
         return
@@ -224,6 +292,8 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
     distance = ulp_distance(got.bits, bits)
     if activation:
         defined &= np.abs(silu(ordered)) >= SMALLEST_NORMAL_FLOAT32  # smaller results may be flushed to zero
+        if added is not None:  # where they cancel, an error of SiLU in float32 is many ulps of the sum
+            defined &= np.abs(silu(ordered)) <= 8 * np.abs(expected)
         verdict.ulps = int(distance[defined].max(initial=0))
         if promises.bit_exact and verdict.ulps > 1:
             verdict.fail("wrong_value", f"out: {verdict.ulps} ulps from the rounded SiLU, expected at most 1")
@@ -247,31 +317,11 @@ def exact_bits(op: str, arguments: Mapping[str, Any]) -> np.ndarray | None:
     if "float32" in used:
         return None
     ordered, _ = reference.preactivation(op, dict(arguments), "float32")
-    return round_bits(silu(ordered) if arguments.get("activation") else ordered, arguments["x"].dtype)
-
-
-def _may_change(problem: Problem) -> np.ndarray:
-    """Where a call may write, in the pool's shape: the first columns of slots of live rows with a token.
-
-    With hostile offsets, of the slots of all live rows; a rolling slot may then change as a whole.
-    """
-    arrays = problem.arrays
-    slots, pad, pool = arrays["cache_indices"], problem.options.get("pad_slot_id", -1), arrays["conv_states"]
-    x, history = arrays["x"], arrays["weight"].shape[1] - 1
-    rolls = arrays.get("num_accepted_tokens") is not None
-    if arrays.get("query_start_loc") is not None:
-        offsets = arrays["query_start_loc"].data.astype(np.int64)
-        lengths = np.diff(offsets).tolist()
-        if offsets[0] != 0 or min(lengths, default=0) < 0 or offsets.max() > x.shape[0]:
-            lengths = [x.shape[0]] * len(lengths)
-    else:
-        lengths = [1 if len(x.shape) == 2 else x.shape[1]] * x.shape[0]
-    changed = np.zeros(pool.shape, dtype=bool)
-    named = range(len(lengths)) if slots is None else slots.data.tolist()
-    for slot, length in zip(named, lengths, strict=True):
-        if length > 0 and history and slot != pad and 0 <= slot < pool.shape[0]:
-            changed[slot, : history - 1 + length if rolls else history] = True
-    return changed
+    result = reference.finished(ordered, arguments)
+    if arguments.get("residual") is not None:  # a float32 sum as well
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = result.astype(np.float32).astype(np.float64)
+    return round_bits(result, arguments["x"].dtype)
 
 
 def _report_positions(
