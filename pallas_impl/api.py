@@ -276,8 +276,7 @@ def causal_conv1d_update(
         )  # fmt: skip
         out, pool, windows = serving.update(
             x, weight, bias, conv_states, cache_indices, query_start_loc, arrays, options=options,
-            config=None if backend == "xla" else update_config(sizes.batch, sizes.dim),
-            interpret=backend == "mosaic_gpu_interpret",
+            kernel=backend != "xla", interpret=backend == "mosaic_gpu_interpret",
         )  # fmt: skip
         return ConvOutput(out, pool) if window_out is None else ConvWindowOutput(out, pool, windows)
     config = None

@@ -5,11 +5,12 @@ import operator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from oracle.contract import check_commit_values, check_commit_windows, check_tree_parents_from_links
-from pallas_impl import xla
+from pallas_impl import commit, xla
 from pallas_impl.backends import interpreter, on_host, resolve
+from pallas_impl.config import choose_lanes
+from pallas_impl.serving import narrow, tma_padding
 from pallas_impl.transforms import refuse_transforms
 
 
@@ -68,25 +69,25 @@ def _commit(
     conv_states, window_out, accepted_steps, cache_indices, window_indices, *, pad_slot_id, kernel, interpret
 ):
     num_slots = conv_states.shape[0]
-    buffers, steps, history, _ = window_out.shape
+    buffers, steps = window_out.shape[:2]
     (batch,) = accepted_steps.shape
     if window_out.size == 0 or num_slots == 0 or batch == 0:
         return conv_states
-    if kernel and False:
+    dim = conv_states.shape[2]
+    if kernel and not tma_padding(dim, (conv_states, window_out), interpret):
         arrays = refuse_transforms(conv_states, window_out, accepted_steps, cache_indices, window_indices)
-        conv_states, window_out, accepted_steps, slots, rows = arrays
-        # Compared in their own dtype where that is not the kernel's; what is out of range becomes -1.
-        narrow = lambda array, end, pad=-1: (  # noqa: E731
-            array if array is None or array.dtype == jnp.int32 else xla.live_slots(array, batch, end, pad)
-        )
+        conv_states, window_out, accepted, slots, rows = arrays
         return commit.launch(
-            conv_states, window_out, narrow(accepted_steps, steps), narrow(slots, num_slots, pad_slot_id),
-            narrow(rows, buffers, pad_slot_id), pad_slot_id=pad_slot_id, interpret=interpreter(interpret),
+            conv_states, window_out, narrow(accepted, batch, steps, -1), narrow(slots, batch, num_slots, pad_slot_id),
+            narrow(rows, batch, buffers, pad_slot_id), pad_slot_id=pad_slot_id, lanes=choose_lanes(dim),
+            interpret=interpreter(interpret),
         )  # fmt: skip
     slots = xla.live_slots(cache_indices, batch, num_slots, pad_slot_id)
     rows = xla.live_slots(window_indices, batch, buffers, pad_slot_id)
     step = xla.live_slots(accepted_steps, batch, steps, -1)
-    windows = xla.to_bits(window_out).at[jnp.maximum(rows, 0), jnp.maximum(step, 0)].get(mode="promise_in_bounds")
+    windows = (
+        xla.to_bits(window_out).at[jnp.maximum(rows, 0), jnp.maximum(step, 0)].get(mode="promise_in_bounds")
+    )
     windows = jax.lax.bitcast_convert_type(windows, window_out.dtype)
     if windows.dtype != conv_states.dtype:
         windows = windows.astype(conv_states.dtype)
@@ -119,8 +120,10 @@ def tree_parents_from_links(next_token, next_sibling):
         """[batch, n]: the node whose link names each node, or `absent` [n]."""
         inside = xla.live_slots(links, batch, n, -1)
         named = jnp.where(inside > node, inside, n)
-        return jnp.broadcast_to(absent, (batch, n)).at[row, named].set(
-            jnp.broadcast_to(node, (batch, n)), mode="drop"
+        return (
+            jnp.broadcast_to(absent, (batch, n))
+            .at[row, named]
+            .set(jnp.broadcast_to(node, (batch, n)), mode="drop")
         )
 
     parents = turned(next_token, jnp.full((n,), -1, jnp.int32))

@@ -87,6 +87,21 @@ def convolve(window, taps, start, *, silu, interpret):
     return run(start, *taps, *window)
 
 
+def add(total, value, *, interpret):
+    """total + value, rounded once; the last product of `total` is never fused into the sum. Float32 vectors."""
+    if interpret:
+        return lax.optimization_barrier(total) + value
+    kind = layout(total.shape[0])
+
+    @plgpu.inline_mgpu(
+        arg_types=(kind, kind), return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, kind)
+    )
+    def run(_, total, value):
+        return _map(functools.partial(_ptx, "add.rn.f32"), total, value)
+
+    return run(total, value)
+
+
 def split(value):
     """Float values as one or two float32 parts of at most 12 significant bits, whose sum they are.
 
@@ -212,10 +227,12 @@ def _constant(kind, value):
     return arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, element))
 
 
-def _ptx(instruction, register):
-    kind = ir.VectorType(register.type)
+def _ptx(instruction, *registers):
+    kind = ir.VectorType(registers[0].type)
+    names = ", ".join(f"${i}" for i in range(len(registers) + 1))
     parts = []
     for i in range(kind.shape[0]):
-        part = vector.extract(register, dynamic_position=[], static_position=[i])
-        parts.append(llvm.inline_asm(kind.element_type, [part], f"{instruction} $0, $1;", "=f,f"))
+        operands = [vector.extract(r, dynamic_position=[], static_position=[i]) for r in registers]
+        constraints = ",".join(["=f"] + ["f"] * len(operands))
+        parts.append(llvm.inline_asm(kind.element_type, operands, f"{instruction} {names};", constraints))
     return vector.from_elements(kind, parts)

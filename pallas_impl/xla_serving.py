@@ -60,7 +60,7 @@ def run(x, weight, bias, conv_states, starts, cache_indices, arrays, options):
     Args:
       x: [tokens, channels], of which the dim from `options.channel` on are read.
       weight, bias, conv_states, cache_indices: as in `causal_conv1d_fn`.
-      starts: [batch+1] int32 inside [0, tokens]; rows of equal length with `tree_parents`.
+      starts: [batch+1] int32 inside [0, tokens].
       arrays, options: the rest.
 
     Returns:
@@ -69,7 +69,7 @@ def run(x, weight, bias, conv_states, starts, cache_indices, arrays, options):
     dim, width = weight.shape
     tokens, batch, history = x.shape[0], starts.shape[0] - 1, width - 1
     x = lax.slice_in_dim(x, options.channel, options.channel + dim, axis=1)
-    if batch == 0 or tokens == 0 and not options.apply_empty:
+    if batch == 0 or (tokens == 0 and not options.apply_empty):
         return split_out(jnp.zeros_like(x), options), conv_states, arrays.window_out
     if tokens == 0:  # rows of zero tokens: nothing is taken from this one
         x = jnp.zeros((1, dim), x.dtype)
@@ -165,11 +165,7 @@ def ancestors(tree_parents, history):
     """[batch, n, history+1]: of each node the entries its taps meet, oldest first; the last is history + node."""
     batch, n = tree_parents.shape
     node = jnp.arange(n, dtype=jnp.int32)
-    parents = tree_parents
-    if parents.dtype != jnp.int32:
-        parents = jnp.minimum(parents, min(n, np.iinfo(parents.dtype).max))
-        parents = jnp.maximum(parents, -1).astype(jnp.int32) if parents.dtype.kind == "i" else parents
-    parents = jnp.minimum(parents.astype(jnp.int32), node - 1)
+    parents = jnp.minimum(node_parents(tree_parents), node - 1)
     # before[e] of entry e: the entry of the parent, or the one before it in the window.
     inside = jnp.where(parents < 0, history - 1, history + parents)
     window = jnp.broadcast_to(jnp.arange(history, dtype=jnp.int32) - 1, (batch, history))
@@ -178,6 +174,14 @@ def ancestors(tree_parents, history):
     for _ in range(history):
         chain.append(jnp.take_along_axis(before, chain[-1], axis=1))
     return jnp.stack(chain[::-1], axis=2)
+
+
+def node_parents(tree_parents):
+    """The parents as int32; those below 0 are -1, those beyond the row its length."""
+    if tree_parents.dtype == jnp.int32:
+        return tree_parents
+    top = min(tree_parents.shape[1], np.iinfo(tree_parents.dtype).max)
+    return jnp.clip(tree_parents, max(-1, np.iinfo(tree_parents.dtype).min), top).astype(jnp.int32)
 
 
 def store_windows(x, starts, live, windows, arrays, options):
@@ -259,7 +263,7 @@ def store_states(x, conv_states, starts, slots, windows, arrays, options):
         tracked = xla.live_slots(arrays.track_indices, batch, num_slots, options.pad_slot_id)
         length = lengths
         if arrays.track_lengths is not None:
-            length = track_lengths(arrays.track_lengths, lengths)
+            length = jnp.minimum(natural(arrays.track_lengths), lengths)
         values = entries(old_windows, length[:, None] + count)
         pool = write_columns(pool, jnp.where(touched, tracked, -1), count, values)
     if arrays.snapshot_indices is not None:
@@ -288,9 +292,9 @@ def write_columns(pool, slots, columns, bits):
     return xla._scatter(pool, (target, columns), lax.bitcast_convert_type(bits, pool.dtype))
 
 
-def track_lengths(counts, lengths):
-    """Tokens of this call after which each row's window is tracked: int32 inside [0, length]."""
-    return jnp.minimum(jnp.clip(counts, 0, min(2**31 - 1, np.iinfo(counts.dtype).max)).astype(jnp.int32), lengths)
+def natural(counts):
+    """Counts of any integers as int32, clamped to what it can hold; negative ones are 0."""
+    return jnp.clip(counts, 0, min(2**31 - 1, np.iinfo(counts.dtype).max)).astype(jnp.int32)
 
 
 def first_snapshot(num_computed_tokens, batch, block_size):

@@ -122,7 +122,9 @@ def test_layouts_write_slots_and_empty_rows_in_a_prefill(backend, layout, empty_
     if backend == "xla":
         for seed in range(20):
             given = problem(LENGTHS, columns=3 + seed % 9, width=1 + seed % 4, seed=seed)
-            check_fn(given, backend, has=np.random.default_rng(seed).integers(0, 2, 5).astype(bool), **options)
+            check_fn(
+                given, backend, has=np.random.default_rng(seed).integers(0, 2, 5).astype(bool), **options
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,7 +162,9 @@ def test_windows_of_every_step(backend, dtype):
     buffers = np.full((7, 12, 3, 128), np.nan)
     indices = np.array([6, 0, 2, 5, -1], np.int32)
     for commit in (True, False):
-        check_update(given, backend, {"window_out": dtype}, window_out=buffers, window_indices=indices, commit=commit)
+        check_update(
+            given, backend, {"window_out": dtype}, window_out=buffers, window_indices=indices, commit=commit
+        )
     given = problem((4,) * 5, tail=0)
     given["slots"][2] = -1
     check_update(given, backend, {"pool": dtype}, dense=4, window_out=buffers, commit=False)
