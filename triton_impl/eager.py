@@ -11,20 +11,21 @@ def _silu(z):
     return torch.where(z < -80, z * torch.exp(z), z / (1 + torch.exp(-z)))  # exp(-z) overflows from -89 on
 
 
-def _convolve(columns, weight, bias, silu, dtype):
-    """bias + sum of weight[:, j] * columns[j], oldest first, in float32, rounded once to `dtype`."""
+def _convolve(columns, weight, bias, silu, dtype, residual=None):
+    """act(bias + sum of weight[:, j] * columns[j], oldest first) + residual in float32, rounded once to `dtype`."""
     taps = weight.float()
     acc = bias.float().expand_as(columns[0]).clone() if bias is not None else torch.zeros_like(columns[0])
     for j, column in enumerate(columns):
         acc += column * taps[:, j]
-    return (_silu(acc) if silu else acc).to(dtype)
+    acc = _silu(acc) if silu else acc
+    return (acc if residual is None else acc + residual.float()).to(dtype)
 
 
 def _live(slots, num_slots, pad_slot_id):
     return (slots != pad_slot_id) & (slots >= 0) & (slots < num_slots)
 
 
-def _packed(x, weight, bias, silu, start, end, live, window):
+def _packed(x, weight, bias, silu, start, end, live, window, residual=None):
     """The outputs of packed rows behind their windows [batch, width-1, dim]; zeros outside live rows."""
     width = weight.shape[1]
     out = torch.zeros_like(x)
@@ -39,7 +40,8 @@ def _packed(x, weight, bias, silu, start, end, live, window):
         before = (source < start[row]).nonzero().squeeze(1)
         column[before] = window[row[before], (source - start[row] + width - 1)[before]].float()
         columns.append(column)
-    out[token] = _convolve(columns, weight, bias, silu, x.dtype)
+    added = None if residual is None else residual[token]
+    out[token] = _convolve(columns, weight, bias, silu, x.dtype, added)
     return out
 
 
