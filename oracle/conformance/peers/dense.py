@@ -1,4 +1,4 @@
-"""The contract on top of functions of dense rows: each live row is one call of the peer."""
+"""The contract on top of functions without slots: the adapter gathers and stores the windows of live rows."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class DenseAdapter:
         """One row: x [tokens, dim], window [width - 1, dim] or None; returns outputs and the new window."""
         raise NotImplementedError
 
+    def rows(
+        self,
+        op: str,
+        parts: list[TypedArray],
+        weight: TypedArray,
+        bias: TypedArray | None,
+        windows: list[TypedArray | None],
+        activation: str | None,
+    ) -> list[tuple[TypedArray, TypedArray]]:
+        """All live rows, each as in `row`; a peer that takes packed rows gets them in one call."""
+        return [
+            self.row(op, x, weight, bias, window, activation)
+            for x, window in zip(parts, windows, strict=True)
+        ]
+
     def run(
         self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]
     ) -> Mapping[str, Any]:
@@ -95,12 +110,13 @@ class DenseAdapter:
 
         x = values["x"].data.reshape(-1, sizes.dim)
         out = np.zeros(x.shape, storage_dtype(values["x"].dtype))
-        for row in rows:
-            window = None
-            if pool is not None and row.has_state:
-                window = TypedArray(pool.dtype, pool.data[row.slot])
-            part = TypedArray(values["x"].dtype, x[row.tokens])
-            y, new = self.row(op, part, values["weight"], values["bias"], window, options.get("activation"))
+        parts = [TypedArray(values["x"].dtype, x[row.tokens]) for row in rows]
+        windows = [
+            TypedArray(pool.dtype, pool.data[row.slot]) if pool is not None and row.has_state else None
+            for row in rows
+        ]
+        results = self.rows(op, parts, values["weight"], values["bias"], windows, options.get("activation"))
+        for row, (y, new) in zip(rows, results, strict=True):
             out[row.tokens] = y.data
             if pool is not None:
                 pool.data[row.slot] = new.data

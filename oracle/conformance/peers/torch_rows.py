@@ -1,4 +1,4 @@
-"""NumPy rows to torch tensors and back, for peers written in torch."""
+"""NumPy arguments to torch tensors and back, for peers written in torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from oracle.conformance.arrays import Array
 from oracle.numerics import TypedArray
 
 if TYPE_CHECKING:
@@ -33,3 +34,15 @@ def to_typed(tensor: torch.Tensor) -> TypedArray:
     if name == "bfloat16":
         return TypedArray(name, tensor.view(torch.int16).numpy().view(np.uint16))
     return TypedArray(name, tensor.numpy())
+
+
+def base_of(array: Array, device: str) -> torch.Tensor:
+    """The argument's whole buffer on the device; of a huge, mostly empty one only the view is copied."""
+    import torch
+
+    if not array.sparse:
+        return to_torch(TypedArray(array.dtype, array.base)).to(device)
+    data = to_torch(array.typed).to(device)
+    base = torch.zeros(array.base.shape, dtype=data.dtype, device=device)
+    base.as_strided(array.shape, array.strides, array.offset).copy_(data)
+    return base
