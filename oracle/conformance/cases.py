@@ -8,6 +8,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 TIERS = ("core", "full", "large")
+RELATIONS_NEED: dict[str | None, tuple[str, ...]] = {
+    "layouts": ("state_layout_back", "state_layout_ring", "write_indices"),
+    "prefixes": ("snapshot", "write_indices"),
+    "verify_windows": ("window_out", "no_commit", "commit_windows"),
+    "verify_trees": ("window_out", "no_commit", "commit_windows", "tree_parents", "tree_parents_from_links"),
+}
+"""Of `adapter.SERVING_FEATURES`, what the calls inside a relation use."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,9 @@ class Case:
             )},
             **{name: self.op == name for name in ("commit_windows", "tree_parents_from_links")},
         }  # fmt: skip
-        return [name for name, needed in found.items() if needed]
+        return [
+            name for name, needed in found.items() if needed or name in RELATIONS_NEED.get(self.relation, ())
+        ]
 
     @property
     def features(self) -> frozenset[str]:

@@ -6,12 +6,16 @@ import functools
 import zlib
 from typing import Any
 
-from oracle.conformance import steps
+from oracle.conformance import serving, steps
 from oracle.conformance.cases import Case
 
 FN, UPDATE = "causal_conv1d_fn", "causal_conv1d_update"
 SEED_LENGTHS = (1, 9, 2, 17, 4)
 ALL_LENGTHS = (0, 1, 2, 3, 4, 8, 9, 17)
+INTEGER_AXES = (
+    "cache_seqlens", "write_indices", "snapshot_indices", "num_computed_tokens", "track_indices", "track_lengths",
+    "window_indices", "tree_parents", "accepted_steps", "next_token", "next_sibling",
+)  # fmt: skip
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -32,9 +36,13 @@ def fn(
     num_slots: Any = "fit",
     state_len: int | None = None,
     has: Any = "alternate",
+    args: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Case:
-    """A prefill. Defaults: the seed's five rows, bfloat16, bias, every second row with state, no activation."""
+    """A prefill. Defaults: the seed's five rows, bfloat16, bias, every second row with state, no activation.
+
+    `args` are serving arguments as axes, see `cases.Case`.
+    """
     batch = len(lengths)
     slots = spread(batch) if slots == "spread" else slots
     if num_slots == "fit":
@@ -45,7 +53,7 @@ def fn(
         "lengths": lengths, "tail": tail, "dim": dim, "width": width, "slots": slots, "num_slots": num_slots,
         "state_len": (width - 1 if state_len is None else state_len), "has": has,
     }  # fmt: skip
-    return _case("fn/" + name, FN, axes, flags, **rest)
+    return _case("fn/" + name, FN, axes | (args or {}), flags, **rest)
 
 
 def update(
@@ -63,11 +71,13 @@ def update(
     tail: int = 0,
     counts: tuple[int, ...] | None = None,
     options: dict[str, Any] | None = None,
+    args: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Case:
     """A decode step. Defaults: four rows of one token (x has two axes), bfloat16, bias, no activation.
 
     With `lengths` the rows are packed, with `counts` slots roll, by default as wide as counts and lengths need.
+    `args` are serving arguments as axes.
     """
     options = dict(options or {})
     if lengths is not None:
@@ -88,7 +98,36 @@ def update(
         axes |= {"lengths": lengths, "tail": tail}
     if counts is not None:
         axes["counts"] = counts
-    return _case("update/" + name, UPDATE, axes, flags, options=options, **rest)
+    return _case("update/" + name, UPDATE, axes | (args or {}), flags, options=options, **rest)
+
+
+def commit(
+    name: str,
+    flags: str = "",
+    *,
+    steps: tuple[int, ...] = (0, 2, 1),
+    dim: int = 8,
+    width: int = 4,
+    slots: Any = "spread",
+    num_slots: int = 8,
+    state_len: int | None = None,
+    windows: tuple[int, int] = (6, 3),
+    buffers: tuple[int, ...] | None = (4, 0, 5),
+    **rest: Any,
+) -> Case:
+    """A commit of accepted steps. Defaults: three rows, bfloat16, permuted slots and buffers."""
+    axes = {
+        "dim": dim, "width": width, "slots": spread(len(steps)) if slots == "spread" else slots,
+        "num_slots": num_slots, "state_len": width - 1 if state_len is None else state_len,
+        "accepted_steps": steps, "window_out": windows, "window_indices": buffers,
+    }  # fmt: skip
+    return _case("commit/" + name, "commit_windows", axes, flags, **rest)
+
+
+def links(name: str, flags: str, next_token: Any, next_sibling: Any, **rest: Any) -> Case:
+    """A conversion of a draft tree's links to parents."""
+    axes = {"next_token": next_token, "next_sibling": next_sibling}
+    return _case("links/" + name, "tree_parents_from_links", axes, flags, **rest)
 
 
 def _case(
@@ -106,12 +145,17 @@ def _case(
     options: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Case:
-    kinds: dict[str, Any] = dict.fromkeys(("x", "weight", "bias", "conv_states"), dtype)
-    kinds["cache_indices"] = "int32"
+    kinds: dict[str, Any] = {}
+    if op in (FN, UPDATE):
+        kinds = dict.fromkeys(("x", "weight", "bias", "conv_states"), dtype) | {"cache_indices": "int32"}
+    if op == "commit_windows":
+        kinds = {"conv_states": dtype, "cache_indices": "int32"}
     if "lengths" in axes:
         kinds["query_start_loc"] = "int32"
     if "counts" in axes:
         kinds["num_accepted_tokens"] = "int32"
+    kinds |= {name: dtype for name in ("residual", "window_out") if name in axes}
+    kinds |= {name: "int32" for name in INTEGER_AXES if name in axes}
     kinds |= dtypes or {}
     if not bias:
         kinds["bias"] = None
@@ -127,7 +171,7 @@ def _case(
         seed=zlib.crc32(name.encode()) % 1000,
         flags=tuple(flags.split()),
         tier=tier,
-        group=group or ("prefill" if op == FN else "update"),
+        group=group or {FN: "prefill", UPDATE: "update"}.get(op, "speculation"),
         **rest,
     )
 
@@ -704,6 +748,7 @@ def catalogue() -> tuple[Case, ...]:
     return tuple(
         _arithmetic() + _dtypes() + _boundaries() + _states() + _slots() + _layouts() + _relations() + _errors()
         + _undefined() + _serving() + _wide() + _large() + steps.cases(fn, update)
+        + serving.cases(fn, update, commit, links)
     )  # fmt: skip
 
 

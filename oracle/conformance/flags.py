@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("arithmetic", "boundary", "state", "index", "speculative", "race", "addressing", "layout", "call")
+KINDS = (
+    "arithmetic", "boundary", "state", "index", "speculative", "prefix", "race", "addressing", "layout", "call",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,41 @@ _ALL = [
          "equals copying the slot first", _refs(_VLLM, 50729) + _refs(_ASCEND, 15592)),
     Flag("rolled-past-slot", "speculative", "more tokens than a slot has columns for are written into the next one",
          "columns end at state_len; too narrow a pool is refused"),
+    Flag("verify-commits-state", "speculative", "a call that only saves windows advances the slot as well",
+         "commit=False leaves the pool as it was, bit for bit", _refs(_SGLANG, 35835, 37851)),
+    Flag("window-buffer-aliasing", "speculative", "windows of different steps or rows overlap, or hold the window before the token",
+         "step t of a row's buffer is the window after token t", _refs(_SGLANG, 26888, 28302)),
+    Flag("commit-wrong-step", "speculative", "the step before or after the accepted one is committed, or a row without an accepted step changes",
+         "the slot gets the named step's window; a step out of range leaves the row alone", ("ggml-org/llama.cpp#26695",)),
+    Flag("tree-uses-flat-order", "speculative", "nodes of a draft tree see the node before them in memory, or only one ancestor",
+         "a node's result is that of its path from the root", _refs(_SGLANG, 11133, 35835) + _refs(_VLLM, 29846)),
+    Flag("tree-links-misread", "speculative", "a sibling becomes a child, or links out of range are followed",
+         "a sibling has its elder sibling's parent; links out of range mean none", _refs(_SGLANG, 11133)),
+    # Prefix caching.
+    Flag("short-chunk-written-to-source-block", "prefix", "a chunk shorter than the window is written to the slot it was read from",
+         "reads use the read slot, writes the write slot; the read slot keeps every bit", _refs(_VLLM, 56196)),
+    Flag("cross-block-migration", "prefix", "the state is read from the slot that is written, or copied the wrong way",
+         "where a row's state is stored changes no value", _refs(_VLLM, 42792, 53505, 49291, 45473) + _refs(_XPU, 544)),
+    Flag("boundary-snapshot-wrong", "prefix", "a block's snapshot is the window at the chunk's end, or counted from the chunk's start, or missing",
+         "slot k holds the window after exactly (k+1) blocks of the sequence, however it is cut", _refs(_VLLM, 25752, 54505, 34798, 57278, 54076) + _refs(_SGLANG, 15829, 31833, 37836)),
+    Flag("tracked-window-from-flat-tokens", "prefix", "a window near the row's start is gathered from x alone: another row's tokens, or zeros",
+         "such a window begins with entries of the old one"),
+    # Layouts of a slot.
+    Flag("circular-buffer-ignored", "layout", "cache_seqlens is accepted and not used, or the ring is not wrapped",
+         "token n lives in column n modulo state_len", _refs(_SGLANG, 38622) + _refs(_ASCEND, 9720)),
+    Flag("negative-ring-position", "layout", "a position before the first column is not wrapped, or a counter below 0 is used",
+         "columns are modulo state_len, never negative; counters below 0 count as 0"),
+    Flag("fresh-slot-not-cleared", "layout", "a row without state keeps columns of the slot's former tenant",
+         "a row without state counts its whole slot as zeros"),
+    Flag("back-slot-partly-moved", "layout", "only the window at the end of a slot is moved, or it is read in front",
+         "the slot is the last state_len inputs, and moves as a whole", _refs(_SGLANG, 38622)),
+    # Rows of no tokens, fused forms.
+    Flag("empty-row-rule-ignored", "state", "empty_rows does nothing, or clears a row that has a state",
+         "with apply, a fresh row clears its window and a row with state keeps it"),
+    Flag("residual-misapplied", "arithmetic", "the residual is dropped, added before the activation, or after a rounding",
+         "out is the activation plus the residual, rounded once"),
+    Flag("split-misplaced", "call", "parts begin at wrong channels, or the channel offset is ignored",
+         "part i holds the channels behind the parts before it"),
     # Races and order, as far as values show them.
     Flag("history-overwritten-while-read", "race", "the new window is stored before the old one is read by all",
          "outputs use the window as it was", _refs(_TRT, 17522, 17539) + _refs(_SGLANG, 16714, 16899)),
@@ -194,13 +231,6 @@ FLAGS: dict[str, Flag] = {flag.id: flag for flag in _ALL}
 
 NOT_EXPRESSIBLE = {
     "left-padding-leaks": "rows are packed; there is no padding inside a row",
-    "short-chunk-written-to-source-block": "a row has one slot, which it reads and writes",
-    "boundary-snapshot-wrong": "the contract keeps one window a slot",
-    "circular-buffer-ignored": "the window always starts at column 0",
-    "tree-uses-flat-order": "drafts are chains; there are no parents",
-    "verify-commits-state": "a verify step always rolls its slot",
-    "window-buffer-aliasing": "there is one window a slot, and no buffer of windows a step",
-    "cross-block-migration": "a row reads and writes one slot",
     "final-state-exchange-overread": "reads past the end of registers need a memory checker",
     "seq-index-tail-overread": "the contract has no per-token sequence numbers; guards hold tempting values",
 }

@@ -174,7 +174,8 @@ def _commit(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     for slot, buffer, step in zip(slots, named, axes["accepted_steps"], strict=True):
         if pad not in (slot, buffer) and 0 <= slot < shape[0] and 0 <= buffer < buffers and 0 <= step < steps:
             read[buffer, step] = True
-    windows.bits[...] = np.where(read, windows.bits, poisoned(windows.shape, windows.dtype))
+    unread = FORMATS[windows.dtype].bits(POISON_BITS[windows.dtype] + 1)  # a NaN that no slot holds
+    windows.bits[...] = np.where(read, windows.bits, unread)
     arrays = {
         "conv_states": from_bits(poisoned(shape, dtypes["conv_states"]), dtypes["conv_states"]),
         "window_out": windows,

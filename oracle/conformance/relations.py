@@ -6,118 +6,15 @@ text for every difference it finds. It works on rows, so that the same code serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from oracle.conformance.arrays import POISON_BITS, plain
 from oracle.conformance.inputs import Problem, hash_uint32
-from oracle.conformance.judge import Verdict
-from oracle.numerics import TypedArray, from_bits, is_nan
-
-Call = Callable[[Problem], Verdict]
-FN, UPDATE = "causal_conv1d_fn", "causal_conv1d_update"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A call seen as rows: the inputs of each as bits [tokens, dim], its slot, and whether it has a state.
-
-    `counts` are the accepted tokens of a step with rolling slots; `packed` is a step with query_start_loc.
-    """
-
-    problem: Problem
-    rows: list[np.ndarray]
-    slots: list[int]
-    has: list[bool]
-    pool: np.ndarray
-    counts: list[int] | None = None
-    packed: bool = False
-
-    @property
-    def pad(self) -> int:
-        return self.problem.options.get("pad_slot_id", -1)
-
-    def poison(self, tokens: int) -> np.ndarray:
-        """Inputs that nothing may use."""
-        x = self.problem.arrays["x"]
-        storage = x.typed.bits.dtype
-        return np.full((tokens, x.shape[-1]), POISON_BITS[x.dtype], storage)
-
-    def to_fn(self, tail: int = 0, **options) -> Problem:
-        """The rows as one packed prefill."""
-        arrays = self.problem.arrays
-        x = np.concatenate([*self.rows, self.poison(tail)])
-        offsets = np.cumsum([0] + [len(row) for row in self.rows])
-        kinds = {
-            name: arrays[name].dtype if arrays.get(name) else "int32"
-            for name in ("query_start_loc", "cache_indices")
-        }
-        return Problem(FN, {
-            "x": plain(from_bits(x, arrays["x"].dtype)), "weight": arrays["weight"], "bias": arrays["bias"],
-            "conv_states": plain(from_bits(self.pool, arrays["conv_states"].dtype)),
-            "query_start_loc": plain(offsets.astype(kinds["query_start_loc"])),
-            "cache_indices": plain(np.array(self.slots).astype(kinds["cache_indices"])),
-            "has_initial_state": plain(TypedArray("bool", np.array(self.has, dtype=bool))),
-        }, {**self.problem.options, **options})  # fmt: skip
-
-    def to_update(self, axes: int) -> Problem:
-        """The rows, all of one length, as a decode step with x of 2 or 3 axes."""
-        x = np.stack(self.rows) if axes == 3 else np.concatenate(self.rows)
-        return self._step(x, None)
-
-    def to_packed_update(self, tail: int = 0) -> Problem:
-        """The rows as a packed decode step."""
-        offsets = np.cumsum([0] + [len(row) for row in self.rows])
-        return self._step(np.concatenate([*self.rows, self.poison(tail)]), plain(offsets.astype("int32")))
-
-    def _step(self, x: np.ndarray, query_start_loc) -> Problem:
-        arrays = self.problem.arrays
-        options = {
-            k: v for k, v in self.problem.options.items() if k in ("activation", "pad_slot_id", "backend")
-        }
-        counts = None
-        if self.counts is not None:
-            before = arrays.get("num_accepted_tokens")
-            counts = plain(np.array(self.counts).astype(before.dtype if before else "int32"))
-            if query_start_loc is not None:
-                options["max_seqlen"] = max(len(row) for row in self.rows)
-        return Problem(UPDATE, {
-            "x": plain(from_bits(x, arrays["x"].dtype)), "weight": arrays["weight"], "bias": arrays["bias"],
-            "conv_states": plain(from_bits(self.pool, arrays["conv_states"].dtype)),
-            "cache_indices": plain(np.array(self.slots).astype(arrays["cache_indices"].dtype)),
-            "query_start_loc": query_start_loc, "num_accepted_tokens": counts,
-        }, options)  # fmt: skip
-
-    def again(self, **options) -> Problem:
-        """The same operation on these rows."""
-        if self.problem.op == FN:
-            return self.to_fn(**options)
-        return self.to_packed_update() if self.packed else self.to_update(3)
-
-    def outputs(self, verdict: Verdict) -> list[np.ndarray]:
-        """The output bits of each row."""
-        bits = verdict.out.bits.reshape(-1, verdict.out.shape[-1])
-        ends = np.cumsum([0] + [len(row) for row in self.rows])
-        return [bits[ends[i] : ends[i + 1]] for i in range(len(self.rows))]
-
-
-def batch_of(problem: Problem) -> Batch:
-    """Takes a problem apart into rows."""
-    arrays = problem.arrays
-    x = arrays["x"].typed.bits
-    slots = arrays["cache_indices"].data.tolist()
-    packed = arrays.get("query_start_loc") is not None
-    rows = list(x)
-    if packed:
-        offsets = arrays["query_start_loc"].data
-        rows = [x[offsets[i] : offsets[i + 1]] for i in range(len(slots))]
-    has = arrays["has_initial_state"].data.tolist() if problem.op == FN else [True] * len(slots)
-    counts = (
-        None if arrays.get("num_accepted_tokens") is None else arrays["num_accepted_tokens"].data.tolist()
-    )
-    return Batch(problem, rows, slots, has, arrays["conv_states"].typed.bits, counts, packed)
+from oracle.conformance.relations_serving import layouts, prefixes, verify_trees, verify_windows
+from oracle.conformance.rows import Batch, Call, batch_of, differences, row_alone
+from oracle.numerics import from_bits
 
 
 def split(problem: Problem, call: Call) -> Iterator[str]:
@@ -136,7 +33,7 @@ def split(problem: Problem, call: Call) -> Iterator[str]:
                          pool=head.conv_states.bits)  # fmt: skip
         tail = call(second.to_fn())
         parts = zip(first.outputs(head), second.outputs(tail), strict=True)
-        yield from _differences(
+        yield from differences(
             f"split at {at}", whole, reference, [np.concatenate(p) for p in parts], tail.conv_states
         )
 
@@ -160,7 +57,7 @@ def chain(problem: Problem, call: Call) -> Iterator[str]:
             out.extend(new if on else ())
     outs = [np.array(out, dtype=states.bits.dtype if not out else out[0].dtype).reshape(-1, whole.rows[0].shape[1])
             for out in done]  # fmt: skip
-    yield from _differences("a chain of updates", whole, reference, outs, states)
+    yield from differences("a chain of updates", whole, reference, outs, states)
 
 
 def tokens_one_by_one(problem: Problem, call: Call) -> Iterator[str]:
@@ -174,9 +71,9 @@ def tokens_one_by_one(problem: Problem, call: Call) -> Iterator[str]:
         states = verdict.conv_states.bits
         done.append(step.outputs(verdict))
     outs = [np.concatenate([step[i] for step in done]) for i in range(len(whole.rows))]
-    yield from _differences("token by token", whole, reference, outs, verdict.conv_states)
+    yield from differences("token by token", whole, reference, outs, verdict.conv_states)
     verdict = call(whole.to_fn())
-    yield from _differences("as a prefill", whole, reference, whole.outputs(verdict), verdict.conv_states)
+    yield from differences("as a prefill", whole, reference, whole.outputs(verdict), verdict.conv_states)
 
 
 def separate(problem: Problem, call: Call) -> Iterator[str]:
@@ -185,11 +82,11 @@ def separate(problem: Problem, call: Call) -> Iterator[str]:
     reference = call(whole.again())
     states, outs = whole.pool, []
     for i in range(len(whole.rows)):
-        alone = _row_alone(whole, i, states)
+        alone = row_alone(whole, i, states)
         verdict = call(alone.again())
         states = verdict.conv_states.bits
         outs += alone.outputs(verdict)
-    yield from _differences("each row alone", whole, reference, outs, verdict.conv_states)
+    yield from differences("each row alone", whole, reference, outs, verdict.conv_states)
 
 
 def schedules(problem: Problem, call: Call) -> Iterator[str]:
@@ -200,7 +97,7 @@ def schedules(problem: Problem, call: Call) -> Iterator[str]:
         for bound in (None, max(len(row) for row in whole.rows), 2):
             verdict = call(whole.to_fn(schedule=schedule, max_seqlen=bound))
             label = f"schedule {schedule} with max_seqlen {bound}"
-            yield from _differences(label, whole, reference, whole.outputs(verdict), verdict.conv_states)
+            yield from differences(label, whole, reference, whole.outputs(verdict), verdict.conv_states)
 
 
 def permute_slots(problem: Problem, call: Call) -> Iterator[str]:
@@ -211,7 +108,7 @@ def permute_slots(problem: Problem, call: Call) -> Iterator[str]:
     renamed = replace(whole, slots=[last - slot for slot in whole.slots], pool=whole.pool[::-1].copy())
     verdict = call(renamed.again())
     states = from_bits(verdict.conv_states.bits[::-1].copy(), verdict.conv_states.dtype)
-    yield from _differences("renamed slots", whole, reference, renamed.outputs(verdict), states)
+    yield from differences("renamed slots", whole, reference, renamed.outputs(verdict), states)
 
 
 def reorder_rows(problem: Problem, call: Call) -> Iterator[str]:
@@ -221,7 +118,7 @@ def reorder_rows(problem: Problem, call: Call) -> Iterator[str]:
     turned = replace(whole, rows=whole.rows[::-1], slots=whole.slots[::-1], has=whole.has[::-1],
                      counts=whole.counts and whole.counts[::-1])  # fmt: skip
     verdict = call(turned.again())
-    yield from _differences(
+    yield from differences(
         "rows reversed", whole, reference, turned.outputs(verdict)[::-1], verdict.conv_states
     )
 
@@ -239,7 +136,7 @@ def add_padding(problem: Problem, call: Call) -> Iterator[str]:
     padded = replace(whole, rows=rows + empty, slots=slots + whole.slots[:3], has=has + [True] * 3)
     verdict = call(padded.to_fn(tail=7))
     outs = padded.outputs(verdict)[1 : len(rows) : 2]
-    yield from _differences("padding added", whole, reference, outs, verdict.conv_states)
+    yield from differences("padding added", whole, reference, outs, verdict.conv_states)
 
 
 def packed_steps(problem: Problem, call: Call) -> Iterator[str]:
@@ -247,15 +144,15 @@ def packed_steps(problem: Problem, call: Call) -> Iterator[str]:
     whole = batch_of(problem)
     reference = call(whole.to_update(3))
     verdict = call(whole.to_packed_update(tail=3))
-    yield from _differences("packed", whole, reference, whole.outputs(verdict), verdict.conv_states)
+    yield from differences("packed", whole, reference, whole.outputs(verdict), verdict.conv_states)
     ragged = replace(whole, rows=[row[: 1 + i % len(row)] for i, row in enumerate(whole.rows)])
     reference, states, outs = call(ragged.to_packed_update()), whole.pool, []
     for i in range(len(ragged.rows)):
-        alone = _row_alone(ragged, i, states)
+        alone = row_alone(ragged, i, states)
         verdict = call(alone.to_update(3))
         states = verdict.conv_states.bits
         outs += alone.outputs(verdict)
-    yield from _differences("ragged rows alone", ragged, reference, outs, verdict.conv_states)
+    yield from differences("ragged rows alone", ragged, reference, outs, verdict.conv_states)
 
 
 def serving(problem: Problem, call: Call) -> Iterator[str]:
@@ -316,7 +213,7 @@ def serving(problem: Problem, call: Call) -> Iterator[str]:
         ends[whole.slots[row], :history] = window
         ends[whole.slots[row], history:] = reference.conv_states.bits[whole.slots[row], history:]
     joined = [np.concatenate(parts) for parts in outs]
-    yield from _differences(
+    yield from differences(
         "served in steps", whole, reference, joined, from_bits(ends, reference.conv_states.dtype)
     )
 
@@ -327,7 +224,7 @@ def repeat(problem: Problem, call: Call) -> Iterator[str]:
     reference = call(whole.again())
     for attempt in (2, 3):
         verdict = call(whole.again())
-        yield from _differences(
+        yield from differences(
             f"call {attempt}", whole, reference, whole.outputs(verdict), verdict.conv_states
         )
 
@@ -346,29 +243,13 @@ RELATIONS = {
         packed_steps,
         serving,
         repeat,
+        layouts,
+        prefixes,
+        verify_windows,
+        verify_trees,
     )
 }
 
 
-def _row_alone(batch: Batch, i: int, pool: np.ndarray) -> Batch:
-    counts = batch.counts and [batch.counts[i]]
-    return replace(
-        batch, rows=[batch.rows[i]], slots=[batch.slots[i]], has=[batch.has[i]], pool=pool, counts=counts
-    )
-
-
 def _has_after(batch: Batch) -> list[bool]:
     return [flag or len(row) > 0 for flag, row in zip(batch.has, batch.rows, strict=True)]
-
-
-def _differences(
-    label: str, batch: Batch, want: Verdict, outs: list[np.ndarray], states: TypedArray
-) -> Iterator[str]:
-    for i, (expected, got) in enumerate(zip(batch.outputs(want), outs, strict=True)):
-        differs = (expected != got) & ~(is_nan(expected, want.out.dtype) & is_nan(got, want.out.dtype))
-        if differs.any():
-            t, d = (int(v) for v in np.argwhere(differs)[0])
-            yield (f"{label}: {int(differs.sum())} of {differs.size} outputs of row {i} differ, the first at token {t}, "
-                   f"channel {d}: bits 0x{int(expected[t, d]):x} and 0x{int(got[t, d]):x}")  # fmt: skip
-    if (want.conv_states.bits != states.bits).any():
-        yield f"{label}: states differ"

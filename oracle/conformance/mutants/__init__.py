@@ -9,12 +9,21 @@ import contextlib
 
 from oracle.conformance import catalogue
 from oracle.conformance.judge import Promises
-from oracle.conformance.mutants import arithmetic, boundaries, calls, memory, slots, speculative, states
+from oracle.conformance.mutants import (
+    arithmetic,
+    boundaries,
+    calls,
+    memory,
+    serving,
+    slots,
+    speculative,
+    states,
+)
 from oracle.conformance.mutants.base import MUTANTS, Mutant
 from oracle.conformance.worker import run_case
 
 __all__ = [
-    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "memory", "slots", "speculative",
+    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "memory", "serving", "slots", "speculative",
     "states",
 ]  # fmt: skip
 
