@@ -49,6 +49,7 @@ def test_the_worked_example_passes():
     cases = select(
         catalogue(), patterns=["fn/*-bf16", "update/*-f16", "fn/tail*", "fn/dtypes-x_f16*", "update/dim-7"]
     )
+    cases = [case for case in cases if not case.serving]
     result = runner.run(f"process:{sys.executable} {EXAMPLE}", cases)
     assert result.good, result.failures
     assert result.footer["counts"] == {"passed": len(cases)}

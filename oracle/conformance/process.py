@@ -8,7 +8,7 @@ It is started once. Every line it reads is a request, every line it writes the a
     {"request": "run", "op": "causal_conv1d_fn", "arrays": {"x": {...}, "bias": null, ...}, "options": {"activation": "silu"}}
     {"out": {...}, "conv_states": {...}}      or      {"error": "ValueError", "message": "x: expected ..."}
 
-Arrays are encoded as `codec` says, without strides. The errors are ValueError, TypeError, Unsupported, or anything
+What else an answer may hold is in `adapter`: "window_out", "parents", and a list of arrays as "out". Arrays are encoded as `codec` says, without strides. The errors are ValueError, TypeError, Unsupported, or anything
 else for a failure of its own. `oracle/examples/other_process.py` is such a program.
 """
 
@@ -59,10 +59,17 @@ class ProcessAdapter:
         if "error" in answer:
             kind = ERRORS.get(answer["error"], ProtocolError)
             raise kind(str(answer.get("message", answer["error"])))
-        return {
-            "out": codec.decode(answer.get("out")),
-            "conv_states": codec.decode(answer.get("conv_states")),
+        result: dict[str, Any] = {
+            name: codec.decode(answer[name]) for name in ("conv_states", "window_out") if name in answer
         }
+        if "parents" in answer:
+            result["parents"] = codec.decode(answer["parents"]).data
+        if "out" in answer:
+            out = answer["out"]
+            result["out"] = (
+                [codec.decode(part) for part in out] if isinstance(out, list) else codec.decode(out)
+            )
+        return result
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         line = ""
