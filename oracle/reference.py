@@ -7,7 +7,7 @@ are built on. Which columns of which slot a row reads and writes is in `referenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -240,7 +240,7 @@ def _fn_stores(rows: list[Row], given: Mapping[str, Any], sizes: FnSizes) -> lis
         return rows
     tracks, lengths = _integers(given.get("track_indices")), _integers(given.get("track_lengths"))
     blocks, computed = _integers(given.get("snapshot_indices")), _integers(given.get("num_computed_tokens"))
-    size = given.get("snapshot_block_size")
+    size = given.get("snapshot_block_size") or 1
     planned = []
     for row in _with_slots(rows, given, sizes.num_slots):
         count = row.tokens.stop - row.tokens.start
@@ -279,7 +279,7 @@ def _update_stores(rows: list[Row], given: Mapping[str, Any], sizes: UpdateSizes
     return planned
 
 
-def _with_slots(rows: list[Row], given: Mapping[str, Any], num_slots: int) -> list[Row]:
+def _with_slots(rows: list[Row], given: Mapping[str, Any], num_slots: int) -> Iterator[Row]:
     """Completes rows by their write slots, the layout, and how many tokens came before."""
     targets, seen = _integers(given.get("write_indices")), _integers(given.get("cache_seqlens"))
     layout, pad = given.get("state_layout", "front"), given.get("pad_slot_id", -1)
@@ -358,7 +358,7 @@ def _run(add_up: Callable, arguments: Mapping[str, Any], rows: list[Row]) -> _Re
                     taps = reference_states.chain(row.parents, node, width)
                     sums[row.tokens.start + node] = add_up(e[taps], w, b)[0]
         computed[row.tokens] = True
-        if pool is not None:
+        if pool is not None and old is not None:
             reference_states.store(pool, old, row, window, inputs)
         if windows is not None and row.buffer is not None:
             reference_states.store_windows(windows, row, window, inputs)

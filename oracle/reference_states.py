@@ -83,8 +83,8 @@ def store(pool: TypedArray, old: TypedArray, row: Row, before: TypedArray, input
     history, count = len(before.data), len(inputs.data)
     arrived = cast_bits(inputs.bits, inputs.dtype, pool.dtype)
     entries = np.concatenate([before.bits, arrived])
-    for slot, after in row.extra:
-        pool.bits[slot, :history] = entries[after : after + history]
+    for further, after in row.extra:
+        pool.bits[further, :history] = entries[after : after + history]
     if row.target is None:
         return
     if row.layout == "front":

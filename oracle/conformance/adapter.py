@@ -176,9 +176,12 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         "reference",
         f"contract-{CONTRACT_VERSION}",
         {
+            "supports": ["*"],
             "bit_exact": False,  # float64 sums may round to another 16-bit value than float32 sums do
             "unsupported": {"backend:*": "the reference ignores the name of a backend"},
         },
+        commit_windows=reference.commit_windows,
+        tree_parents_from_links=reference.tree_parents_from_links,
     )
 
 

@@ -121,8 +121,10 @@ class Model:
     def check_values(self, op, arrays, options, sizes) -> None:
         given = {name: None if a is None else a.typed for name, a in arrays.items()}
         if op == "commit_windows":
-            indices = (given[name] for name in ("accepted_steps", "cache_indices", "window_indices"))
-            values.check_commit_values(*indices, sizes, options.get("pad_slot_id", -1))
+            steps, slots, buffers = (
+                given[name] for name in ("accepted_steps", "cache_indices", "window_indices")
+            )
+            values.check_commit_values(steps, slots, buffers, sizes, options.get("pad_slot_id", -1))
         else:
             values.check_call(op, {**given, **options}, sizes)
 

@@ -109,9 +109,9 @@ def _write_slots(fn: Make, update: Make) -> list[Case]:
                slots=(4, 2, 5), num_slots=8, dim=8, args={"write_indices": (1, 3, 0)}, tier="core", **more),
     ]  # fmt: skip
     for layout, args in (("back", {}), ("ring", {"cache_seqlens": (0, 4, 1, 8, 3)})):
-        options, rest = {"options": {"state_layout": layout}}, {k: v for k, v in five.items() if k != "args"}
+        both: dict[str, Any] = five | {"args": {"write_indices": (1, 3, 5, 7, 9), **args}}
         cases.append(fn(f"write-slots-{layout}", f"{prefix} fresh-slot-not-cleared", lengths=(1, 2, 3, 9, 1), state_len=5,
-                        **rest, **options, args=five["args"] | args, tier="core", **more))  # fmt: skip
+                        options={"state_layout": layout}, tier="core", **both, **more))  # fmt: skip
     return cases
 
 
