@@ -34,7 +34,7 @@ class JaxAdapter:
         if not jax.config.jax_enable_x64:
             for dtype in WIDE:
                 unsupported[f"*:{dtype}"] = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
-        return {"device": self.device.device_kind, "unsupported": unsupported}
+        return {"device": self.device.device_kind, "supports": ["*"], "unsupported": unsupported}
 
     def run(self, op, arrays, options):
         for name, array in arrays.items():
@@ -42,18 +42,23 @@ class JaxAdapter:
                 raise Unsupported(f"{name}: JAX arrays have no strides")
             if array is not None and array.dtype in WIDE and not jax.config.jax_enable_x64:
                 raise Unsupported(f"{name}: {array.dtype} arrays need jax_enable_x64")
-        options = {"backend": self.backend, **options}
+        if op != "tree_parents_from_links":  # plain jnp, without a backend
+            options = {"backend": self.backend, **options}
         function = functools.partial(getattr(pallas_impl, op), **options)
         if not options.get("validate"):
-            function = _jitted(op, tuple(options.items()))
+            function = _jitted(op, tuple((name, type(value), value) for name, value in options.items()))
         with jax.default_device(self.device):
             result = function(**{name: None if a is None else _to_jax(a) for name, a in arrays.items()})
-            return {"out": _typed(result.out), "conv_states": _typed(result.conv_states)}
+            if op == "tree_parents_from_links":
+                return {"parents": np.asarray(result)}
+            found = {"conv_states": result} if op == "commit_windows" else result._asdict()
+            return {name: _typed(value) for name, value in found.items()}
 
 
 @functools.cache
 def _jitted(op, options):
-    return jax.jit(functools.partial(getattr(pallas_impl, op), **dict(options)))
+    """One program for the options (name, type, value); the type tells True from 1."""
+    return jax.jit(functools.partial(getattr(pallas_impl, op), **{name: value for name, _, value in options}))
 
 
 def adapter(device=None):
@@ -79,6 +84,8 @@ def _to_jax(array):
 def _typed(array):
     if array is None:
         return None
+    if isinstance(array, tuple):
+        return tuple(_typed(part) for part in array)
     data = np.asarray(array)
     name = data.dtype.name
     return TypedArray(name, data.view(np.uint16) if name == "bfloat16" else data)

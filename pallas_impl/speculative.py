@@ -98,7 +98,7 @@ def _commit(
 def tree_parents_from_links(next_token, next_sibling):
     """The parents of a draft tree's nodes from its links, for `tree_parents` of `causal_conv1d_update`.
 
-    The links are turned round by two scatters; then every node finds the oldest of its siblings in log2(n) steps
+    The links are turned round by two scatters; then every node finds the eldest of its siblings in log2(n) steps
     of pointer doubling.
 
     Args:
@@ -115,20 +115,15 @@ def tree_parents_from_links(next_token, next_sibling):
     batch, n = check_tree_parents_from_links(next_token, next_sibling)
     node = jnp.arange(n, dtype=jnp.int32)
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-
-    def turned(links, absent):
-        """[batch, n]: the node whose link names each node, or `absent` [n]."""
-        inside = xla.live_slots(links, batch, n, -1)
-        named = jnp.where(inside > node, inside, n)
-        return (
-            jnp.broadcast_to(absent, (batch, n))
-            .at[row, named]
-            .set(jnp.broadcast_to(node, (batch, n)), mode="drop")
-        )
-
-    parents = turned(next_token, jnp.full((n,), -1, jnp.int32))
-    elder = jnp.where(parents >= 0, node, turned(next_sibling, node))
+    named_by = jnp.full(
+        (batch, n), -1, jnp.int32
+    )  # 2 * namer, and 1 more as its sibling; the last namer counts
+    for links, as_sibling in ((next_token, 0), (next_sibling, 1)):
+        named = xla.live_slots(links, batch, n, -1)
+        place = (row, jnp.where(named > node, named, n))
+        named_by = named_by.at[place].max(2 * node + as_sibling, mode="drop")
+    elder = jnp.where((named_by >= 0) & (named_by % 2 == 1), named_by >> 1, node)
+    parents = jnp.where(node == 0, -1, jnp.maximum(named_by >> 1, 0))
     for _ in range(max(n - 1, 1).bit_length()):
         elder = jnp.take_along_axis(elder, elder, axis=1)
-    parents = jnp.take_along_axis(parents, elder, axis=1)
-    return jnp.where(node == 0, -1, jnp.where(parents < 0, 0, parents))
+    return jnp.take_along_axis(parents, elder, axis=1)

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.serving_brute_force import brute_force
 
-import pallas_impl
 from pallas_impl import causal_conv1d_fn, causal_conv1d_update, commit_windows, tree_parents_from_links
+from tests.serving_brute_force import brute_force
 
 BACKENDS = ("xla", "mosaic_gpu_interpret")
 
@@ -226,6 +225,9 @@ def test_links_of_a_tree():
     sibling = np.array([[-1, 2, 3, -1, 5, -1, -1, 8]])
     same(tree_parents_from_links(child, sibling), [[-1, 0, 0, 0, 1, 1, 3, 0]])
     same(tree_parents_from_links(child.astype(np.uint8), sibling), [[-1, 0, 0, 0, 1, 1, 3, 0]])
+    # The last namer counts, as a sibling rather than as a child; the root's sibling has its parent.
+    child, sibling = np.array([[3, 3, 4, -1, -1]]), np.array([[1, -1, 4, -1, -1]])
+    same(tree_parents_from_links(child, sibling), [[-1, -1, 0, 1, 0]])
     n = 100  # every node but the root is a sibling of the one before
     links = np.where(np.arange(n) < n - 1, np.arange(n) + 1, -1)
     flat = tree_parents_from_links(np.eye(1, n, dtype=int), np.where(np.arange(n) == 0, -1, links)[None])
