@@ -58,6 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     sub = command("mutants", _mutants, "Show which case fails each wrong-on-purpose reference.")
     sub.add_argument("--only", help="a mutant's name")
 
+    sub = command(
+        "engine", _engine, "Serve random traffic; every request must end with the bits of its own plain run."
+    )
+    sub.add_argument("--impl", required=True, help="package.module:adapter")
+    sub.add_argument("--device", help="handed to the adapter, for example cuda")
+    sub.add_argument(
+        "--steps", type=int, default=2000, help="of the engine; layouts but the first get a quarter (2000)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of everything that is random (0)")
+
     sub = command("demo", _demo, "Run serving batches through both twins and compare them with the oracle.")
     sub.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the kernels run (default: what there is)"
@@ -178,6 +188,25 @@ def _verify(options: Any) -> int:
     except VectorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _engine(options: Any) -> int:
+    from oracle.conformance.adapter import load_adapter
+    from oracle.conformance.engine import EngineFailure, run_engines
+
+    if options.steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {options.steps}")
+    adapter = load_adapter(options.impl, options.device)
+    try:
+        counts = run_engines(adapter, options.steps, options.seed)
+    except EngineFailure as failure:
+        print(f"FAILED: {failure}")
+        return 1
+    for layout, done in counts.items():
+        print(f"{layout}: " + ", ".join(f"{count} {what}" for what, count in sorted(done.items())))
+    ended = sum(done["ended"] for done in counts.values())
+    print(f"{adapter.name} {adapter.version}: {ended} requests, each with the bits of its plain run")
     return 0
 
 

@@ -405,9 +405,10 @@ class TreeWindowsInFlatOrder(Mutant):
     """Outputs follow the tree, windows the order in memory."""
 
     def step_window(self, call, row, window, t):
-        parents = call.indices.pop("tree_parents")
+        kept = dict(call.indices)
+        call.indices.pop("tree_parents", None)
         flat = super().step_window(call, row, window, t)
-        call.indices["tree_parents"] = parents
+        call.indices = kept
         return flat
 
 
