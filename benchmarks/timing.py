@@ -235,6 +235,8 @@ class CuptiTimer:
 
     def cold(self, call: Callable[[], Any]) -> tuple[float, int]:
         """Microseconds and GPU operations of one call behind an L2 flush."""
+        self._device.synchronize()
+        self._cupti.collect()  # what preparing the call left
         self._device.flush()
         call()
         self._device.synchronize()
@@ -248,6 +250,7 @@ class CuptiTimer:
     def warm(self, call: Callable[[], Any]) -> tuple[float, int]:
         """Microseconds and GPU operations of the second of two calls."""
         self._device.synchronize()
+        self._cupti.collect()
         call()
         call()
         self._device.synchronize()

@@ -454,8 +454,10 @@ def test_a_call_without_gpu_work_is_no_fast_call():
     with pytest.raises(timing.CuptiUnavailable, match="no activity record"):
         timer.cold(lambda: None)
     device.work("leftover", 1)
+    assert timer.cold(lambda: device.work("kernel", 9_000)) == (9.0, 1)
+    device.flush = lambda: device.work("other", 1)
     with pytest.raises(timing.CuptiUnavailable, match="flush"):
-        timer.cold(lambda: device.work("kernel", 1))
+        timer.cold(lambda: device.work("kernel", 9_000))
 
 
 FAKE_CUPTI = r"""

@@ -39,18 +39,9 @@ def word_bits(dtype, width):
     return bits if bits in (32, 64) and width > 1 else 0
 
 
-def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=8192, tokens=16384):
-    chosen = config.prefill_config(
-        tokens,
-        dim,
-        8,
-        width,
-        ITEMSIZE[dtype],
-        walk,
-        tokens,
-        "flat" if flat else "per_sequence",
-        target.warp_size,
-    )
+def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=8192, tokens=16384, batch=8):
+    schedule = "flat" if flat else "per_sequence"
+    chosen = config.prefill_config(tokens, dim, batch, width, walk, tokens, schedule, target.warp_size)
     unit = ["stride_x_d", "stride_o_d"] if walk else ["stride_x_t", "stride_o_t"]
     other = ["stride_x_t", "stride_o_t"] if walk else ["stride_x_d", "stride_o_d"]
     floats = dict.fromkeys(["x", "weight", "bias", "conv_states", "out"], "*" + dtype)
@@ -59,14 +50,12 @@ def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=81
         WIDTH=width, SILU=True, HAS_BIAS=True, HAS_POOL=True, HAS_INDICES=True, HAS_MASK=True, FLAT=flat, WALK=walk,
         PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), BLOCK_T=chosen.block_t, BLOCK_D=chosen.block_d,
         GROUP=chosen.group, STAGES=chosen.stages, SEARCH=chosen.search,
-        STREAMS=chosen.streams,
     )  # fmt: skip
     strides = ["stride_s_n", "stride_s_l", *other]
     integers = ["tokens", "dim", "batch", "num_slots", "pad_slot_id", "stride_w_d", *strides]
-    maxnreg = chosen.maxnreg if target.backend == "cuda" else None
     return compile_kernel(
         prefill._prefill_kernel, target, chosen, pointers, constants, integers, [*pointers, "dim", *strides],
-        num_warps=chosen.num_warps, maxnreg=maxnreg,
+        num_warps=chosen.num_warps,
     )  # fmt: skip
 
 
@@ -120,16 +109,23 @@ def accesses(compiled, target):
     return [({"ld": "load", "st": "store"}[kind], int(n or 1) * int(bits) // 8) for kind, n, bits in found]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "batch"), [(33, 5), (16384, 8), (2176, 129)], ids=["small", "long", "short"]
+)
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_prefill_fast_path(target):
-    compiled = compiled_prefill(target)
+def test_prefill_fast_path(target, tokens, batch):
+    compiled = compiled_prefill(target, tokens=tokens, batch=batch)
     assert spilled_bytes(compiled, target) == 0
+    chosen = config.prefill_config(tokens, 8192, batch, 4, True, None, "flat", target.warp_size)
+    vector = 2 * chosen.block_d // (chosen.num_warps * target.warp_size)  # bytes a thread
     counts = accesses(compiled, target)
-    assert counts.count(("load", 16)) >= 8 + 3 + 3, "a group of tokens, the halo, the window"
-    assert {size for kind, size in counts if kind == "store"} == {16}
-    assert sum(size < 16 for kind, size in counts if kind == "load") <= 8, (
-        "offsets, slot and flag alone are narrow"
-    )
+    assert {size for kind, size in counts if kind == "store"} == {vector}, "a thread's channels in one access"
+    loads = [size for kind, size in counts if kind == "load"]
+    assert sum(size < vector for size in loads) <= 8, "offsets, slot and flag alone are narrow"
+    grouped = (
+        chosen.group if chosen.stages == 1 or target.backend == "hip" else 0
+    )  # else they go to shared memory
+    assert loads.count(vector) >= grouped + 3 + 3, "a group of tokens, the halo, the window"
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -171,7 +167,9 @@ def test_the_spill_check_can_fail():
     target = TARGETS["sm_90"]
     config_function = config.prefill_config
     try:
-        config.prefill_config = lambda *args: config_function(*args)._replace(maxnreg=64)
+        config.prefill_config = lambda *args: config_function(*args)._replace(
+            block_d=4096
+        )  # 32 channels a thread
         assert spilled_bytes(compiled_prefill(target), target) > 0
     finally:
         config.prefill_config = config_function

@@ -68,13 +68,14 @@ def test_schedules_and_blocks_agree_in_every_bit(lengths):
     rows = run_fn(arguments, schedule="per_sequence", max_seqlen=max(lengths))
     assert torch.equal(rows.out, plain.out)
     assert torch.equal(rows.conv_states, plain.conv_states)
-    for block_t, block_d, num_warps, streams, stages in [
-        (8, 256, 1, 1, 1),
-        (16, 512, 2, 4, 1),
-        (32, 1024, 4, 1, 1),
+    for block_t, block_d, num_warps, group, stages in [
+        (4, 256, 2, 4, 1),
+        (8, 256, 1, 8, 1),
+        (16, 512, 2, 8, 1),
+        (32, 1024, 4, 8, 1),
         (64, 512, 2, 8, 3),
     ]:
-        chosen = config.PrefillConfig(True, True, block_t, block_d, 8, 1, 32, num_warps, streams, stages)
+        chosen = config.PrefillConfig(True, True, block_t, block_d, group, 1, 32, num_warps, stages)
         pool, out = arguments["conv_states"].clone(), torch.full_like(arguments["x"], torch.nan)
         tensors = list((arguments | {"conv_states": pool}).values())
         prefill.prepare(*tensors, True, -1, chosen)(*tensors, out)

@@ -183,12 +183,13 @@ def test_a_max_seqlen_that_is_too_small_skips_no_token():
 
 
 CONFIGS = [
-    config.PrefillConfig(flat, True, block_t, block_d, group, 3, search, 1, streams, stages)
+    config.PrefillConfig(flat, True, block_t, block_d, group, 3, search, 1, stages)
     for flat in (True, False)
-    for block_t, block_d, group, search, streams, stages in [
-        (8, 16, 4, 2, 1, 1),
-        (16, 64, 8, 4, 3, 3),
-        (64, 32, 8, 32, 2, 1),
+    for block_t, block_d, group, search, stages in [
+        (4, 16, 4, 2, 1),
+        (8, 16, 4, 2, 1),
+        (16, 64, 8, 4, 3),
+        (64, 32, 8, 32, 1),
     ]
 ] + [config.PrefillConfig(True, False, 16, 16, 8, 3, 32, 4)]
 
@@ -358,20 +359,22 @@ def test_a_prepared_call_is_not_reused_where_a_check_would_fail():
 def test_config_is_small_for_small_batches_and_flat_for_skew():
     def chosen(**sizes):
         return config.prefill_config(
-            **{"tokens": 16384, "dim": 8192, "batch": 8, "width": 4, "itemsize": 2, "walk": True} | sizes
+            **{"tokens": 16384, "dim": 8192, "batch": 8, "width": 4, "walk": True} | sizes
         )
 
-    assert chosen().block_t == 64
-    assert chosen(tokens=33, batch=5).block_t == 8
+    assert chosen().block_t == 16
+    assert chosen().group == 16, "long rows: one group a block"
+    assert chosen(tokens=2176, batch=129).group == 8, "short rows: fewer registers"
+    assert chosen(tokens=33, batch=5).block_t == 4
     assert not chosen(max_seqlen=2048).flat
     assert chosen(tokens=16639, batch=256, max_seqlen=16384).flat
     assert chosen(max_seqlen=None).flat
     assert not chosen(max_seqlen=2048, schedule="per_sequence").flat
     assert chosen(batch=1, max_seqlen=16384).flat, "no row to find, and no programs for the tail"
     for dim in (1, 5, 640, 3712, 8192, 65536):
-        for itemsize in (2, 4):
+        for width in range(1, 9):
             for tokens in (1, 100, 10**6):
-                c = chosen(tokens=tokens, dim=dim, itemsize=itemsize)
+                c = chosen(tokens=tokens, dim=dim, width=width)
                 assert c.block_t % c.group == 0
-                assert c.block_t >= 8, "a halo of 7 tokens must stay inside the row"
+                assert c.block_t >= width - 1, "another program than the row's first would read its slot"
                 assert c.block_d & (c.block_d - 1) == 0

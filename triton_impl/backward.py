@@ -70,7 +70,7 @@ def backward_config(
         block_d=block_d,
         group=4,
         row_blocks=row_blocks,
-        search=32 if batch < 32 else 512,
+        search=32,
         num_warps=max(block_d // (warp_size * vector), 1),
     )
 
@@ -235,12 +235,14 @@ def _backward_kernel(
         channel_blocks = tl.cdiv(dim, BLOCK_D)
         block_d = tl.program_id(0) % channel_blocks
         program = tl.program_id(0) // channel_blocks
-        row = _find_row(query_start_loc, program, batch, tokens, BLOCK_T, SEARCH)
+        row, row_start, row_end, _, _ = _find_row(
+            query_start_loc, None, None, program, batch, tokens, 0, 0, BLOCK_T, SEARCH, False, False
+        )
     else:
         row = tl.program_id(0)
         block_d = tl.program_id(2)
-    row_start = offset(query_start_loc, row, batch, tokens)
-    row_end = offset(query_start_loc, row + 1, batch, tokens)
+        row_start = offset(query_start_loc, row, batch, tokens)
+        row_end = offset(query_start_loc, row + 1, batch, tokens)
     number = row_start // BLOCK_T + row  # of the row's first block
     blocks = row_end // BLOCK_T + row + 1 - number  # numbers up to the next row's; the last may be no block
     if FLAT:

@@ -11,16 +11,13 @@ class PrefillConfig(NamedTuple):
     Attributes:
       flat: schedule "flat" rather than "per_sequence".
       walk: walk tokens one channel vector at a time (x with unit channel stride), else shifted tiles.
-      block_t: tokens a program; at least 8, so that a halo never leaves the row.
+      block_t: tokens a program; at least width-1, so that only a row's first program reads its slot.
       block_d: channels a program, a power of two.
       group: tokens loaded before the first is used; divides block_t.
       row_blocks: per_sequence: programs along a row.
-      search: row starts compared at a time when a flat program finds its row.
+      search: row starts compared at a time when a flat program finds its row: one a lane.
       num_warps: warps a program.
-      streams: flat: places of the batch worked on at a time, so that short rows, which mostly wait, run beside
-        long ones, which fill the memory's bandwidth.
       stages: groups in flight; above 1 they go through shared memory asynchronously.
-      maxnreg: registers a thread may use, or None for no limit.
     """
 
     flat: bool
@@ -31,9 +28,7 @@ class PrefillConfig(NamedTuple):
     row_blocks: int
     search: int
     num_warps: int
-    streams: int = 1
     stages: int = 1
-    maxnreg: int | None = None
 
 
 class UpdateConfig(NamedTuple):
@@ -58,7 +53,6 @@ def prefill_config(
     dim: int,
     batch: int,
     width: int,
-    itemsize: int,
     walk: bool,
     max_seqlen: int | None = None,
     schedule: str = "auto",
@@ -68,24 +62,27 @@ def prefill_config(
 
     Args:
       tokens, dim, batch, width: sizes of the call.
-      itemsize: bytes of an element of x.
       walk: whether to walk tokens one channel vector at a time.
       max_seqlen: host bound of the longest row, or None.
       schedule: "auto", "per_sequence" or "flat".
       warp_size: threads of a warp of the device.
     """
-    if walk:
-        vector = 16 // itemsize  # channels a thread
-        block_d = min(max(_next_power_of_2(dim), warp_size), 64 * vector)
-        num_warps = max(block_d // (warp_size * vector), 1)
-        # large blocks reload less of the row before them; small ones keep every multiprocessor busy
-        programs = 1056  # 8 on each of 132 multiprocessors
-        block_t = 64
-        while block_t > 8 and tokens * -(-dim // block_d) < block_t * programs:
-            block_t //= 2
-        maxnreg = 144 if width <= 4 else None  # as many programs on a multiprocessor as fit without spills
+    stages = 1
+    if not walk:
+        block_t, group, block_d, num_warps = 64, 8, min(max(_next_power_of_2(dim), 1), 16), 4
     else:
-        block_t, block_d, num_warps, maxnreg = 64, min(max(_next_power_of_2(dim), 1), 16), 4, None
+        if (
+            tokens * dim < 1 << 20
+        ):  # too little to fill a device: short programs, since only their latency shows
+            channels = 4  # a thread
+            block_t = group = max(4, _next_power_of_2(width - 1))
+        elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
+            channels = 2
+            block_t = group = 16
+        else:  # short rows mostly wait: fewer registers, so that more of them wait at a time
+            channels, block_t, group, stages = 4, 16, 8, 2
+        block_d = min(max(_next_power_of_2(dim), warp_size), 4 * warp_size * channels)
+        num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
     per_sequence_blocks, flat_blocks = (batch + 1) * row_blocks, tokens // block_t + batch + 1
     flat = schedule == "flat" or (schedule == "auto" and 4 * per_sequence_blocks > 5 * flat_blocks)
@@ -94,12 +91,11 @@ def prefill_config(
         walk=walk,
         block_t=block_t,
         block_d=block_d,
-        group=8,
+        group=group,
         row_blocks=row_blocks,
-        search=32 if batch < 32 else 512,
+        search=32,
         num_warps=num_warps,
-        streams=8 if flat_blocks >= 64 else 1,
-        maxnreg=maxnreg,
+        stages=stages,
     )
 
 

@@ -20,86 +20,183 @@ from triton_impl.taps import (
     NATIVE_PTX,
     activate,
     convolve,
-    load_bias,
-    load_taps,
+    load_bias_word,
+    load_words,
     narrow,
     offset,
     recast,
+    unpack_taps,
     widen,
     word_bits,
 )
 
+SHORT = tl.constexpr(2)  # tokens; a row of a decode step has its own, shorter way
+
 
 @triton.jit
-def _find_row(query_start_loc, block, batch, tokens, BLOCK_T: tl.constexpr, SEARCH: tl.constexpr):
-    """The last row in [0, batch] whose first block is at most `block`, SEARCH candidates at a time."""
+def _row_facts(
+    query_start_loc, cache_indices, has_initial_state, row, batch, tokens, stride_c, stride_h,
+    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Start, end, slot and flag of rows, all asked for before any is used: one wait."""
+    slot = row
+    flag = tl.zeros_like(row)
+    start = offset(query_start_loc, row, batch, tokens)
+    end = offset(query_start_loc, row + 1, batch, tokens)
+    if HAS_INDICES:
+        slot = tl.load(cache_indices + row.to(tl.int64) * stride_c, mask=row < batch, other=0)
+    if HAS_MASK:
+        flag = tl.load(has_initial_state + row.to(tl.int64) * stride_h, mask=row < batch, other=0).to(
+            tl.int32
+        )
+    return start, end, slot, flag
+
+
+@triton.jit
+def _find_row(
+    query_start_loc, cache_indices, has_initial_state, block, batch, tokens, stride_c, stride_h,
+    BLOCK_T: tl.constexpr, SEARCH: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """The last row in [0, batch] whose first block is at most `block`, with its facts; SEARCH candidates at a time.
+
+    The last step of the search loads the facts of all candidates, which saves a wait for those of the row found.
+    """
     row = 0
     size = batch + 1
     lane = tl.arange(0, SEARCH)
-    while size > 1:
+    while size > SEARCH:
         step = (size + SEARCH - 1) // SEARCH
         candidate = row + lane * step
-        inside = lane * step < size
         start = offset(query_start_loc, candidate, batch, tokens)
-        passed = tl.sum((inside & (start // BLOCK_T + candidate <= block)).to(tl.int32), axis=0)
-        ahead = tl.maximum(passed - 1, 0) * step
+        passed = (lane * step < size) & (start // BLOCK_T + candidate <= block)
+        ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0) * step
         row += ahead
         size = tl.minimum(step, size - ahead)
-    return row
+    candidate = row + lane
+    start, end, slot, flag = _row_facts(
+        query_start_loc, cache_indices, has_initial_state, candidate, batch, tokens, stride_c, stride_h,
+        HAS_INDICES, HAS_MASK,
+    )  # fmt: skip
+    passed = (lane < size) & (start // BLOCK_T + candidate <= block)
+    ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0)
+    found = lane == ahead
+    start = tl.sum(tl.where(found, start, 0), axis=0)
+    end = tl.sum(tl.where(found, end, 0), axis=0)
+    if HAS_INDICES:
+        slot = tl.sum(tl.where(found, slot, 0), axis=0)
+    else:
+        slot = row + ahead
+    if HAS_MASK:
+        flag = tl.sum(tl.where(found, flag, 0), axis=0)
+    else:
+        flag = 0
+    return row + ahead, start, end, slot, flag
+
+
+@triton.jit
+def _entry(
+    x, pool, position, row_start, ch, wanted, has_state, stride_x_t, stride_x_d, stride_s_l, stride_s_d,
+    WIDTH: tl.constexpr, HAS_POOL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The input at a position of a row; before the row's start the entry of its slot, or zero without a state."""
+    in_row = position >= row_start
+    source = x + position * stride_x_t
+    if HAS_POOL:
+        slot_source = pool + (position - row_start + WIDTH - 1) * stride_s_l
+        if x.dtype == pool.dtype:  # one load from either place, so that nothing waits to choose
+            source = tl.where(in_row, source, slot_source)
+            step = tl.where(in_row, stride_x_d, stride_s_d)
+            value = tl.load(source + ch * step, mask=wanted & (in_row | has_state), other=0.0)
+        else:
+            new = tl.load(source + ch * stride_x_d, mask=wanted & in_row, other=0.0)
+            old = tl.load(
+                slot_source + ch * stride_s_d, mask=wanted & has_state & (position < row_start), other=0.0
+            )
+            value = tl.where(in_row, recast(new, DTYPE), recast(old, DTYPE))
+    else:
+        value = tl.load(source + ch * stride_x_d, mask=wanted & in_row, other=0.0)
+    return recast(value, DTYPE)
+
+
+@triton.jit
+def _group(
+    source, target, window, words, bias_word, in_dim, left, stride_x_t, stride_o_t,
+    weight_dtype: tl.constexpr, carried: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Outputs of the first min(GROUP, left) tokens behind `window`; returns the window behind GROUP tokens."""
+    rows = ()
+    for i in tl.static_range(GROUP):  # all are asked for before the first is used
+        rows = rows + (tl.load(source, mask=in_dim & (i < left), other=0.0),)
+        source += stride_x_t  # carried along, which needs fewer registers than a product a row
+    taps = unpack_taps(words, WIDTH, weight_dtype)
+    start = widen(bias_word)
+    for i in tl.static_range(GROUP):
+        e = window + (recast(rows[i], carried),)
+        value = activate(convolve(e, taps, start, WIDTH), SILU, PTX)
+        tl.store(target, narrow(value, target.dtype.element_ty), mask=in_dim & (i < left))
+        target += stride_o_t
+        window = e[1:]
+    return window
 
 
 @triton.jit
 def _walk_block(
-    x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
-    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
+    x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
+    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, last) of a row, one vector of channels a token, GROUP loads issued before the first use."""
+    # inputs are carried as they were loaded, so that the wait for them comes with their first use
+    raw: tl.constexpr = not HAS_POOL or x.dtype == pool.dtype
+    carried: tl.constexpr = x.dtype.element_ty if raw else tl.float32
+
     # window: the width-1 inputs before `first`
     window = ()
     for j in tl.static_range(WIDTH - 1):
-        before = first + (j - WIDTH + 1)
-        in_row = before >= row_start
-        past = widen(tl.load(x + before * stride_x_t + ch * stride_x_d, mask=in_dim & in_row, other=0.0))
-        if HAS_POOL:
-            column = before - row_start + (WIDTH - 1)
-            kept = tl.load(
-                pool + column * stride_s_l + ch * stride_s_d,
-                mask=in_dim & has_state & (before < row_start),
-                other=0.0,
-            )
-            past = tl.where(in_row, past, widen(kept))
-        window = window + (past,)
+        before = _entry(
+            x, pool, first + (j - WIDTH + 1), row_start, ch, in_dim, has_state,
+            stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, HAS_POOL, carried,
+        )  # fmt: skip
+        window = window + (before,)
 
-    # taps, store; addresses are carried along, which needs fewer registers than a product a row
+    # taps, store
     source = x + first * stride_x_t + ch * stride_x_d
     target = out + first * stride_o_t + ch * stride_o_d
-    for t in tl.range(first, last, GROUP, num_stages=STAGES):
-        rows = ()
-        for i in tl.static_range(GROUP):
-            rows = rows + (tl.load(source, mask=in_dim & (t + i < last), other=0.0),)
-            source += stride_x_t
-        for i in tl.static_range(GROUP):
-            window = window + (widen(rows[i]),)
-            value = activate(convolve(window, taps, start_value, WIDTH), SILU, PTX)
-            tl.store(target, narrow(value, out.dtype.element_ty), mask=in_dim & (t + i < last))
-            target += stride_o_t
-            window = window[1:]
+    if last - first <= SHORT:
+        _group(
+            source, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_o_t,
+            weight_dtype, carried, WIDTH, SILU, PTX, SHORT,
+        )  # fmt: skip
+    elif GROUP == BLOCK_T:
+        _group(
+            source, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_o_t,
+            weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
+        )  # fmt: skip
+    else:
+        for t in tl.range(first, last, GROUP, num_stages=STAGES):
+            window = _group(
+                source, target, window, words, bias_word, in_dim, last - t, stride_x_t, stride_o_t,
+                weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
+            )  # fmt: skip
+            source += GROUP * stride_x_t
+            target += GROUP * stride_o_t
 
 
 @triton.jit
 def _tile_block(
-    x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
-    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
+    x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
+    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Tokens [first, last) of a row as one tile, a shifted load for each tap: for x with unit token stride."""
-    t = first + tl.arange(0, BLOCK_T)[:, None]
+    taps = unpack_taps(words, WIDTH, weight_dtype)
+    t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     ch = ch[None, :]
     here = (t < last) & in_dim[None, :]
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + start_value[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + widen(bias_word)[None, :]
     for j in tl.static_range(WIDTH):
         source = t + (j - WIDTH + 1)
         in_row = source >= row_start
@@ -128,19 +225,48 @@ def _store_window(
     """Leaves the last width-1 entries of old window ++ x in the slot."""
     entries = ()
     for c in tl.static_range(WIDTH - 1):
-        source = row_end + (c - WIDTH + 1)
-        in_row = source >= row_start
-        new = tl.load(x + source * stride_x_t + ch * stride_x_d, mask=in_dim & in_row, other=0.0)
-        column = row_end - row_start + c
-        kept = tl.load(
-            pool + column * stride_s_l + ch * stride_s_d,
-            mask=in_dim & has_state & (source < row_start),
-            other=0.0,
-        )
-        entries = entries + (tl.where(in_row, recast(new, pool.dtype.element_ty), kept),)
+        entry = _entry(
+            x, pool, row_end + (c - WIDTH + 1), row_start, ch, in_dim, has_state,
+            stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, True, pool.dtype.element_ty,
+        )  # fmt: skip
+        entries = entries + (entry,)
     tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
     for c in tl.static_range(WIDTH - 1):
         tl.store(pool + c * stride_s_l + ch * stride_s_d, entries[c], mask=in_dim)
+
+
+@triton.jit
+def _block(
+    x, out, pool, words, bias_word, row_start, row_end, first, live, ch, in_dim, has_state,
+    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, HAS_MASK: tl.constexpr, PTX: tl.constexpr,
+    WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The block of a row that begins at token `first`: outputs, and the new window if it is the row's first."""
+    last = first + tl.minimum(row_end - first, BLOCK_T)
+    if live:
+        if WALK:
+            _walk_block(
+                x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
+                stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, GROUP, STAGES,
+            )  # fmt: skip
+        else:
+            _tile_block(
+                x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
+                stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, BLOCK_D,
+            )  # fmt: skip
+        if HAS_POOL and WIDTH > 1:
+            if first == row_start:
+                _store_window(
+                    x, pool, row_start, row_end, ch, in_dim, has_state,
+                    stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
+                )  # fmt: skip
+    else:
+        zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
+        for t in range(first, last):
+            tl.store(out + t * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "pad_slot_id"])
@@ -153,7 +279,6 @@ def _prefill_kernel(
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     SEARCH: tl.constexpr,
-    STREAMS: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
@@ -163,73 +288,50 @@ def _prefill_kernel(
     stride_o_t = tl.cast(stride_o_t, tl.int64)
     stride_o_d = tl.cast(stride_o_d, tl.int64)
 
-    # mapping of programs
-    if FLAT:
-        channel_blocks = tl.cdiv(dim, BLOCK_D)
-        block_d = tl.program_id(0) % channel_blocks
-        turn = tl.program_id(0) // channel_blocks
-        stream_blocks = tl.num_programs(0) // channel_blocks // STREAMS
-        program = turn % STREAMS * stream_blocks + turn // STREAMS
-        row = _find_row(query_start_loc, program, batch, tokens, BLOCK_T, SEARCH)
-    else:
-        row = tl.program_id(0)
-        block_d = tl.program_id(2)
-
-    # slot, flag and offsets are asked for before any is used: one wait for all
-    slot = row.to(tl.int64)
-    live = row < batch
-    has_state = row < 0
-    if HAS_POOL:
-        if HAS_INDICES:
-            slot = tl.load(cache_indices + row.to(tl.int64) * stride_c, mask=live, other=-1).to(tl.int64)
-        live = live & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots)
-        if HAS_MASK:
-            has_state = (
-                tl.load(has_initial_state + row.to(tl.int64) * stride_h, mask=row < batch, other=0) != 0
-            )
-    pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
-    row_start = offset(query_start_loc, row, batch, tokens)
-    row_end = offset(query_start_loc, row + 1, batch, tokens)
-    if FLAT:
-        block = program - row_start // BLOCK_T - row
-        next_block = tl.cdiv(tokens, BLOCK_T) + 1  # a program has one block
-    else:
-        block = tl.program_id(1).to(tl.int64)
-        next_block = tl.num_programs(1)
-    first = row_start + block * BLOCK_T
-    if (block < 0) | (first >= row_end):
-        return
-
+    # mapping of programs; the taps are under way while the row is looked for
+    channel_blocks = tl.cdiv(dim, BLOCK_D)
+    block_d = tl.program_id(0) % channel_blocks if FLAT else tl.program_id(2)
     ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     in_dim = ch < dim
-    while first < row_end:
-        last = tl.minimum(first + BLOCK_T, row_end)
-        if live:
-            taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-            start_value = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
-            if WALK:
-                _walk_block(
-                    x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
-                    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
-                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, GROUP, STAGES,
-                )  # fmt: skip
-            else:
-                _tile_block(
-                    x, out, pool, taps, start_value, row_start, first, last, ch, in_dim, has_state,
-                    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
-                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, BLOCK_D,
-                )  # fmt: skip
-            if HAS_POOL and WIDTH > 1:
-                if first == row_start:
-                    _store_window(
-                        x, pool, row_start, row_end, ch, in_dim, has_state,
-                        stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
-                    )  # fmt: skip
-        else:
-            zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
-            for t in range(first, last):
-                tl.store(out + t * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
-        first += next_block * BLOCK_T
+    words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
+    bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
+    if FLAT:
+        program = tl.program_id(0) // channel_blocks
+        row, row_start, row_end, slot, flag = _find_row(
+            query_start_loc, cache_indices, has_initial_state, program, batch, tokens, stride_c, stride_h,
+            BLOCK_T, SEARCH, HAS_INDICES, HAS_MASK,
+        )  # fmt: skip
+        block = program - row_start // BLOCK_T - row
+    else:
+        row = tl.program_id(0)
+        row_start, row_end, slot, flag = _row_facts(
+            query_start_loc, cache_indices, has_initial_state, row, batch, tokens, stride_c, stride_h,
+            HAS_INDICES, HAS_MASK,
+        )  # fmt: skip
+        block = tl.program_id(1)
+    last_block = (row_end - row_start - 1) // BLOCK_T
+    if (block < 0) | (row_end <= row_start) | (block > last_block):
+        return
+    slot = slot.to(tl.int64)
+    live = row < batch
+    if HAS_POOL:
+        live = live & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots)
+    has_state = flag != 0
+    pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
+
+    if FLAT:
+        _block(
+            x, out, pool, words, bias_word, row_start, row_end, row_start + block * BLOCK_T, live, ch, in_dim, has_state,
+            stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight.dtype.element_ty,
+            WIDTH, SILU, HAS_POOL, HAS_MASK, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
+        )  # fmt: skip
+    else:
+        for k in range(block, last_block + 1, tl.num_programs(1)):
+            _block(
+                x, out, pool, words, bias_word, row_start, row_end, row_start + k * BLOCK_T, live, ch, in_dim, has_state,
+                stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight.dtype.element_ty,
+                WIDTH, SILU, HAS_POOL, HAS_MASK, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
+            )  # fmt: skip
 
 
 def prepare(
@@ -249,8 +351,7 @@ def prepare(
     batch = query_start_loc.shape[0] - 1
     channel_blocks = triton.cdiv(dim, config.block_d)
     if config.flat:
-        stream_blocks = triton.cdiv(tokens // config.block_t + batch + 1, config.streams)
-        grid = (stream_blocks * config.streams * channel_blocks, 1, 1)
+        grid = ((tokens // config.block_t + batch + 1) * channel_blocks, 1, 1)
     else:
         grid = (batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ), channel_blocks)
     num_slots = 0 if conv_states is None else conv_states.shape[0]
@@ -263,10 +364,10 @@ def prepare(
         WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=conv_states is not None,
         HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
         FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
-        BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages, SEARCH=config.search,
-        STREAMS=config.streams,
+        BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages,
+        SEARCH=config.search,
     )  # fmt: skip
     return Launch(
         _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
-        num_warps=config.num_warps, maxnreg=config.maxnreg,
+        num_warps=config.num_warps,
     )  # fmt: skip

@@ -26,9 +26,13 @@ def word_bits(weight):
 
 @triton.jit
 def offset(query_start_loc, i, batch, tokens):
-    """Entry i of query_start_loc, clamped to [0, tokens]; entry 0 is taken as 0, entry batch+1 is `tokens`."""
-    offset = tl.load(query_start_loc + i, mask=(i > 0) & (i <= batch), other=0).to(tl.int64)
-    return tl.where(i > batch, tokens, tl.minimum(tl.maximum(offset, 0), tokens))
+    """Entry i of query_start_loc, clamped to [0, tokens]; entry 0 is taken as 0, entry batch+1 is `tokens`.
+
+    It has the width of `tokens`, which is 32 bits wherever that is enough.
+    """
+    offset = tl.load(query_start_loc + i, mask=(i > 0) & (i <= batch), other=0)
+    offset = tl.maximum(tl.minimum(offset, tokens), 0).to(tokens.dtype)
+    return tl.where(i > batch, tokens, offset)
 
 
 @triton.jit
@@ -65,43 +69,61 @@ def recast(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH: tl.constexpr, WORD_BITS: tl.constexpr):
-    """Returns the taps of channels `ch` as WIDTH float32 vectors, oldest first.
+def load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH: tl.constexpr, WORD_BITS: tl.constexpr):
+    """Asks for the taps of channels `ch`, for `unpack_taps`.
 
     WORD_BITS is 32 or 64 when the taps of one channel fill one aligned machine word of that size
     (16-byte loads, no stride between lanes), else 0.
     """
-    taps = ()
+    words = ()
     if WORD_BITS == 0:
         for j in tl.static_range(WIDTH):
-            tap = tl.load(
-                weight + ch * tl.cast(stride_w_d, tl.int64) + j * tl.cast(stride_w_j, tl.int64),
-                mask=in_dim,
-                other=0.0,
-            )
-            taps = taps + (widen(tap),)
+            tap = weight + ch * tl.cast(stride_w_d, tl.int64) + j * tl.cast(stride_w_j, tl.int64)
+            words = words + (tl.load(tap, mask=in_dim, other=0.0),)
+    elif WORD_BITS == 64:
+        words = (tl.load(weight.to(tl.pointer_type(tl.int64)) + ch, mask=in_dim, other=0),)
     else:
-        bits: tl.constexpr = WORD_BITS // WIDTH
-        if WORD_BITS == 64:
-            word = tl.load(weight.to(tl.pointer_type(tl.int64)) + ch, mask=in_dim, other=0)
-        else:
-            word = tl.load(weight.to(tl.pointer_type(tl.int32)) + ch, mask=in_dim, other=0)
+        words = (tl.load(weight.to(tl.pointer_type(tl.int32)) + ch, mask=in_dim, other=0),)
+    return words
+
+
+@triton.jit
+def unpack_taps(words, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns the taps as WIDTH float32 vectors, oldest first."""
+    taps = ()
+    if words[0].dtype.is_int():
+        bits: tl.constexpr = words[0].dtype.primitive_bitwidth // WIDTH
         for j in tl.static_range(WIDTH):
-            lane = word >> (j * bits)
+            lane = words[0] >> (j * bits)
             if bits == 32:
                 taps = taps + (lane.to(tl.int32).to(tl.float32, bitcast=True),)
             else:
-                taps = taps + (widen(lane.to(tl.int16).to(weight.dtype.element_ty, bitcast=True)),)
+                taps = taps + (widen(lane.to(tl.int16).to(DTYPE, bitcast=True)),)
+    else:
+        for j in tl.static_range(WIDTH):
+            taps = taps + (widen(words[j]),)
     return taps
 
 
 @triton.jit
-def load_bias(bias, ch, in_dim, stride_b, HAS_BIAS: tl.constexpr):
+def load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH: tl.constexpr, WORD_BITS: tl.constexpr):
+    """Returns the taps of channels `ch` as WIDTH float32 vectors, oldest first."""
+    words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
+    return unpack_taps(words, WIDTH, weight.dtype.element_ty)
+
+
+@triton.jit
+def load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        start = widen(tl.load(bias + ch * tl.cast(stride_b, tl.int64), mask=in_dim, other=0.0))
+        word = tl.load(bias + ch * tl.cast(stride_b, tl.int64), mask=in_dim, other=0.0)
     else:
-        start = tl.zeros_like(ch).to(tl.float32)
-    return start
+        word = tl.zeros_like(ch).to(tl.float32)
+    return word
+
+
+@triton.jit
+def load_bias(bias, ch, in_dim, stride_b, HAS_BIAS: tl.constexpr):
+    return widen(load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS))
 
 
 @triton.jit
@@ -127,5 +149,5 @@ def convolve(window, taps, start, WIDTH: tl.constexpr):
     """start + sum of taps[j] * window[j], oldest first, one fused multiply-add a tap."""
     acc = start
     for j in tl.static_range(WIDTH):
-        acc = tl.fma(window[j], taps[j], acc)
+        acc = tl.fma(widen(window[j]), taps[j], acc)
     return acc
