@@ -24,17 +24,10 @@ class PrefillConfig(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The programs of a prefill: `blocks` of tokens times `columns` of channels.
-
-    Attributes:
-      blocks, columns: as said.
-      streams: flat: places of the batch that are worked on at a time, block numbers interleaved, so that
-        short rows, which mostly wait, run beside long ones, which fill the memory's bandwidth.
-    """
+    """The programs of a prefill: `blocks` of tokens times `columns` of channels."""
 
     blocks: int
     columns: int
-    streams: int
 
 
 class UpdateConfig(NamedTuple):
@@ -74,7 +67,7 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
     average = tokens // max(batch, 1)
     block_t = 8
     if tokens * cdiv(dim, lanes) >= 32 * 1056:  # enough for every program an H100 holds at once
-        block_t = 32 if average >= 16 else 16 if average >= 8 else 8
+        block_t = 32 if average >= 32 else 16 if average >= 8 else 8
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     row_blocks = max(cdiv(longest, block_t), 1)
     flat_blocks = tokens // block_t + batch + 1
@@ -87,10 +80,8 @@ def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Gr
     """The grid of a prefill; with flat it depends on shapes alone."""
     columns = cdiv(dim, config.lanes * config.tiles)
     if not config.flat:
-        return Grid(batch * config.row_blocks + config.tail_blocks, columns, 1)
-    blocks = tokens // config.block_t + batch + 1
-    streams = 8 if blocks >= 64 else 1
-    return Grid(cdiv(blocks, streams) * streams, columns, streams)
+        return Grid(batch * config.row_blocks + config.tail_blocks, columns)
+    return Grid(tokens // config.block_t + batch + 1, columns)
 
 
 def update_config(batch: int, dim: int) -> UpdateConfig:

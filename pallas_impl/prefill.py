@@ -114,27 +114,31 @@ def _kernel(
     program = lax.axis_index("program")
     block, column = div(program, grid.columns), rem(program, grid.columns)
     if config.flat:
-        block = rem(block, grid.streams) * (grid.blocks // grid.streams) + div(block, grid.streams)
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = jnp.minimum(div(block, config.row_blocks), batch)
     start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
     end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
     row_length = end - start
-    slot, live = row_slot(refs, row, batch, num_slots, pad_slot_id)
-    stateful = _stateful(refs, row, batch, always_state)
 
     def run_block(index):
         begin = start + index * block_t
         length = jnp.minimum(end - begin, block_t)
         first = index == 0
-        for i, channels in tiles():
+        for i, channels in tiles():  # x is asked for before it is known whether the row is live
 
-            @pl.when(live & (channels.start < dim))
+            @pl.when((row < batch) & (channels.start < dim))
             def _(i=i, channels=channels):
                 load_rows(x, channels, tile.at[i], tile_ready.at[i], begin, length)
-                if history:
-                    load_history(i, channels, begin, first)
+
+        slot, live = row_slot(refs, row, batch, num_slots, pad_slot_id)
+        stateful = _stateful(refs, row, batch, always_state)
+        if history:
+            for i, channels in tiles():
+
+                @pl.when(live & (channels.start < dim))
+                def _(i=i, channels=channels):
+                    load_history(i, channels, begin, first, slot, stateful)
 
         for i, channels in tiles():
 
@@ -142,10 +146,14 @@ def _kernel(
             def _(i=i, channels=channels):
                 @pl.when(live)
                 def _():
-                    convolve_tile(i, channels, length, first)
+                    convolve_tile(i, channels, length, first, stateful)
 
                 @pl.when(jnp.logical_not(live))
                 def _():
+                    @pl.when(row < batch)
+                    def _():
+                        plgpu.barrier_wait(tile_ready.at[i])
+
                     lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
                 plgpu.commit_smem()
@@ -163,7 +171,7 @@ def _kernel(
         for i in range(config.tiles):
             yield i, pl.ds((column * config.tiles + i) * lanes, lanes)
 
-    def load_history(i, channels, begin, first):
+    def load_history(i, channels, begin, first, slot, stateful):
         """Before a row's first block its window; before another the tokens there. Also the row's last tokens."""
         if pool is not None:
 
@@ -180,7 +188,7 @@ def _kernel(
             def _():
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(far, history), channels], edge.at[i], edge_ready.at[i])
 
-    def convolve_tile(i, channels, length, first):
+    def convolve_tile(i, channels, length, first, stateful):
         taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         past = ()
         if history:
@@ -212,15 +220,17 @@ def _kernel(
                 for j in range(history):
                     window[i, j] = new_state(i, j)
 
-        def group(g, past):
-            for r in range(GROUP):
-                past = (*past, tile[i, g * GROUP + r].astype(jnp.float32))
+        def rows(first, count, past):
+            for r in range(count):
+                past = (*past, tile[i, first + r].astype(jnp.float32))
                 y = convolve(past, taps, bias, silu=silu, interpret=interpret)
-                tile[i, g * GROUP + r] = y.astype(tile.dtype)
+                tile[i, first + r] = y.astype(tile.dtype)
                 past = past[1:]
             return past
 
-        lax.fori_loop(0, div(length + GROUP - 1, GROUP), group, past)
+        groups = div(length, GROUP)
+        past = lax.fori_loop(0, groups, lambda g, past: rows(g * GROUP, GROUP, past), past)
+        lax.fori_loop(groups * GROUP, length, lambda r, past: rows(r, 1, past), past)
 
     def new_state(i, j):
         """Entry row_length + j of window ++ x, in the pool's dtype."""
