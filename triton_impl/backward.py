@@ -235,7 +235,7 @@ def _backward_kernel(
         channel_blocks = tl.cdiv(dim, BLOCK_D)
         block_d = tl.program_id(0) % channel_blocks
         program = tl.program_id(0) // channel_blocks
-        row, row_start, row_end, _, _ = _find_row(
+        row, row_start, row_end, no_slot, no_flag = _find_row(
             query_start_loc, None, None, program, batch, tokens, 0, 0, BLOCK_T, SEARCH, False, False
         )
     else:
