@@ -102,7 +102,10 @@ def chosen(names: list[str]) -> list[str]:
 def judge(
     peer: str, device: str, patterns: list[str], tiers: tuple[str, ...] | list[str], jobs: int
 ) -> reports.Report:
-    """Runs one peer through the catalogue taken apart; every record's command repeats it."""
+    """Runs one peer through the catalogue taken apart.
+
+    Every record's command repeats it. What the peer cannot run has no record: its header says what that is.
+    """
     factory = FACTORIES.get(peer, f"{peer}:adapter")
     environment = {"TRITON_INTERPRET": "1"} if peer in TRITON and device == "cpu" else {}
     if device == "cpu":
@@ -112,12 +115,13 @@ def judge(
         select(apart(catalogue()), patterns=patterns, tiers=tiers),
         device=device, environment=environment, jobs=jobs, progress=runner.Progress(peer),
     )  # fmt: skip
-    for record in result.cases:
+    ran = [case for case in result.cases if case["status"] != "unsupported"]
+    for record in ran:
         extra = "" if device == "cpu" else f" --device {device}"
         record["command"] = (
             f"python -m oracle.conformance.peers {peer}{extra} --cases {shlex.quote(record['id'])}"
         )
-    return result
+    return reports.close(result.header, ran, result.footer["seconds"], result.footer["findings"])
 
 
 if __name__ == "__main__":

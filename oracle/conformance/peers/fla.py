@@ -29,7 +29,7 @@ class Fla(DenseAdapter):
         self.interpreted = triton.knobs.runtime.interpret
         if self.interpreted:
             tuner = triton.runtime.autotuner.Autotuner
-            tuner.do_bench = lambda self, call, quantiles: [call(), 1.0, 1.0, 1.0][1:]
+            tuner.do_bench = lambda self, call, quantiles: [1.0, 1.0, 1.0]
         self.ops = importlib.import_module("fla.modules.causal_conv1d.ops")  # after that, since it tunes
         self.version = version("fla-core")
         self.device = device or ("cpu" if self.interpreted else "cuda")

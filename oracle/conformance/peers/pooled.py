@@ -83,7 +83,7 @@ class PooledAdapter:
             if self.device.startswith("cuda"):
                 torch.cuda.synchronize()
         except RuntimeError as error:
-            if "CUDA error" not in str(error):
+            if not any(text in str(error) for text in ("CUDA error", "Triton Error [CUDA]")):
                 raise
             print(error, file=sys.stderr, flush=True)
             os._exit(70)  # a fault leaves no usable context: this case crashed, the next gets a new process
