@@ -1,8 +1,8 @@
 """The ragged convolutions of tpu-inference, with its parameters and layouts; no activation, which its callers apply.
 
-What differs, on purpose: sums are float32 with one rounding at the end; a row of zero tokens leaves its slot alone (there
-it is zeroed if the row has no state); has_initial_state counts in batches of single tokens too; padding rows touch no
-slot, and their tokens give zeros.
+As there, a row of zero tokens without a state zeroes its slot. What differs, on purpose: sums are float32 with one
+rounding at the end; has_initial_state counts in batches of single tokens too; padding rows touch no slot, and their
+tokens give zeros.
 """
 
 import functools
@@ -62,8 +62,9 @@ def ragged_conv1d(
     slots = jnp.where(jnp.arange(slots.shape[0]) < distribution[2], slots, -1)
     return tuple(
         causal_conv1d_fn(
-            x, conv_weight[:, 0], conv_bias, conv_state, query_start_loc, slots, has_initial_state[:batch]
-        )
+            x, conv_weight[:, 0], conv_bias, conv_state, query_start_loc, slots, has_initial_state[:batch],
+            empty_rows="apply",
+        )  # fmt: skip
     )
 
 
