@@ -3,6 +3,7 @@
 Peers that are not in the test environment are found on PYTHONPATH; oracle/conformance/peers/README.md says how to have them.
 """
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -211,6 +212,29 @@ def test_what_is_not_there_is_named(package):
 def test_commands_say_what_they_expected(capsys):
     assert command.main(["no_such_peer"]) == 2
     assert "peer: expected one of causal_conv1d_fn" in capsys.readouterr().err
+
+
+def test_a_failure_without_a_cause_is_marked():
+    case = {
+        "id": "fn/seed@f32",
+        "status": "wrong_state",
+        "flags": ["sequence-leak"],
+        "detail": "conv_states: wrong",
+    }
+    header = {"name": "vllm-triton", "version": "0", "device": "cuda", "cases": 3}
+    judged = report.Report(header, [case, {**case, "status": "passed"}], {})
+    page = table.write([judged], table.causes())
+    assert "| vllm-triton 0 | cuda | 3 | 1 | 1 | 1 |" in page
+    assert "| sequence-leak | 1/2 ? |" in page
+    cause = table.Cause("V", ("vllm-triton",), "fault", "what", cases=("fn/seed*",), detail="conv_states")
+    assert "| sequence-leak | 1/2 **V** |" in table.write([judged], [cause])
+    for other in (
+        {"peers": ("fla",)},
+        {"cases": ("fn/tail*",)},
+        {"flags": ("tile-halo-wrong",)},
+        {"detail": "out:"},
+    ):
+        assert not dataclasses.replace(cause, **other).explains("vllm-triton", case)
 
 
 # What is committed.
