@@ -5,6 +5,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from oracle.contract import (
     ConvOutput,
@@ -284,7 +285,9 @@ def causal_conv1d_update(
         config = update_config(sizes.batch, sizes.dim)
         if num_accepted_tokens is None and sizes.seqlen != 1:
             longest = sizes.seqlen if max_seqlen is None else operator.index(max_seqlen)
-            config = prefill_config(sizes.tokens, sizes.dim, sizes.batch, longest, "auto")
+            # Rows of equal length need no flat schedule, and no offsets.
+            schedule = "auto" if sizes.seqlen is None else "per_sequence"
+            config = prefill_config(sizes.tokens, sizes.dim, sizes.batch, longest, schedule)
     out, pool = _update(
         x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
         silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), config=config,
@@ -337,7 +340,7 @@ def _update(
     seqlen = None if query_start_loc is not None else rows.shape[0] // batch
     starts = query_start_loc
     if starts is None:
-        starts = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen
+        starts = np.arange(batch + 1, dtype=np.int32) * np.int32(seqlen)
     elif starts.dtype != jnp.int32:
         starts = xla.offsets(starts, x.shape[0])
     columns = weight.shape[1] - 1
@@ -356,8 +359,9 @@ def _update(
         if seqlen == 1:
             return update.launch(x, weight, bias, pool, slots, pad_slot_id=pad_slot_id, **options)
         return prefill.launch(
-            x, weight, bias, pool, starts, slots, None, pad_slot_id=pad_slot_id, always_state=True, **options
-        )
+            x, weight, bias, pool, starts if seqlen is None else None, slots, None, seqlen=seqlen,
+            pad_slot_id=pad_slot_id, always_state=True, **options
+        )  # fmt: skip
 
     out, pool = _on_tma(
         launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret

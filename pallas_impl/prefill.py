@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
 from pallas_impl.config import prefill_grid
-from pallas_impl.taps import convolve, div, find_row, layout, load_taps, rem
+from pallas_impl.taps import add, convolve, div, find_row, layout, load_taps, rem
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -28,7 +28,8 @@ GROUP = 8  # rows of a tile convolved between two turns of the loop
 
 def launch(
     x, weight, bias, conv_states, starts, slots, has_state, *,
-    silu, pad_slot_id, config, interpret, always_state=False,
+    silu, pad_slot_id, config, interpret, always_state=False, seqlen=None, residual=None, seqlens=None,
+    channel=0, split_sizes=None, state_layout="front", store_state=True,
 ):  # fmt: skip
     """Runs the kernel.
 
@@ -36,22 +37,27 @@ def launch(
       x, weight, bias: as in `causal_conv1d_fn`; rows of x and of the pool are multiples of 16 bytes and
         at least 128 channels long.
       conv_states: the pool, or None. It is written in place where XLA owns it, else XLA copies it first.
-      starts: [batch+1] int32.
+      starts: [batch+1] int32, or None: every row has `seqlen` tokens, and the schedule is per_sequence.
       slots: [batch] int32, or None for the identity.
       has_state: [batch] bool, or None: no row has a state (every row, with `always_state`).
       config: a `PrefillConfig`.
       interpret: False, or the parameters of Pallas' GPU interpreter.
+      residual, seqlens, state_layout: as in `causal_conv1d_fn`; seqlens is `cache_seqlens` as int32.
+      channel: first channel of x that is read, a multiple of 16 bytes.
+      split_sizes: channels of each result, multiples of `config.lanes`; None: one result.
+      store_state: False: the pool is only read.
 
     Returns:
-      (out, conv_states)
+      (out, conv_states); with `split_sizes`, `out` is a tuple.
     """
-    tokens, dim = x.shape
-    width = weight.shape[1]
-    batch = starts.shape[0] - 1
+    tokens = x.shape[0]
+    dim, width = weight.shape
+    batch = tokens // seqlen if starts is None else starts.shape[0] - 1
     pooled = conv_states is not None and width > 1 and batch > 0
     grid = prefill_grid(config, tokens, dim, batch)
     programs = check_grid(grid.blocks * grid.columns, grid.blocks * config.block_t)
     pool_dtype = conv_states.dtype if pooled else x.dtype
+    window_copies = width - 1 if pooled and state_layout == "ring" else 1
     tile = lambda rows: (config.tiles, rows, config.lanes)  # noqa: E731
     scratch = dict(
         tile=plgpu.SMEM(tile(config.block_t), x.dtype),
@@ -59,11 +65,16 @@ def launch(
         window=plgpu.SMEM(tile(max(width - 1, 1)), pool_dtype),
         tile_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
         edge_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
-        window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
+        window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles * window_copies),
     )
-    names = ["x", "weight", "starts"]
-    operands = [x, weight, starts]
-    for name, operand in (("bias", bias), ("slots", slots), ("has_state", has_state)):
+    if residual is not None:
+        scratch["added"] = plgpu.SMEM(tile(config.block_t), residual.dtype)
+        scratch["added_ready"] = plgpu.Barrier(num_barriers=config.tiles)
+    names, operands = ["x", "weight"], [x, weight]
+    for name, operand in (
+        ("starts", starts), ("bias", bias), ("slots", slots), ("has_state", has_state), ("residual", residual),
+        ("seqlens", seqlens),
+    ):  # fmt: skip
         if operand is not None:
             names.append(name)
             operands.append(operand)
@@ -72,22 +83,26 @@ def launch(
         operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
 
     body = functools.partial(
-        _kernel, num_slots=None if conv_states is None else conv_states.shape[0], config=config, grid=grid,
+        _kernel, num_slots=None if conv_states is None else conv_states.shape[0], batch=batch, seqlen=seqlen,
+        config=config, grid=grid,
         silu=silu, pad_slot_id=pad_slot_id, interpret=bool(interpret), always_state=always_state,
+        channel=channel, state_layout=state_layout, store_state=store_state, window_copies=window_copies,
     )  # fmt: skip
+    sizes = (dim,) if split_sizes is None else split_sizes
 
     def kernel(*refs):
-        *inputs, out = refs
-        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), out), **scratch)
+        inputs, outs = refs[: len(names)], refs[len(names) :]
+        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), outs), **scratch)
 
-    (out,) = pl.kernel(
+    outs = pl.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
+        out_type=tuple(jax.ShapeDtypeStruct((tokens, size), x.dtype) for size in sizes),
         mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",)),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="causal_conv1d_prefill",
     )(*operands)
+    out = outs[0] if split_sizes is None else tuple(outs)
     return out, jax.freeze(operands[-1]) if pooled else conv_states
 
 
@@ -102,13 +117,14 @@ def check_grid(programs, tokens=0):
 
 
 def _kernel(
-    refs, out, *, tile, edge, window, tile_ready, edge_ready, window_ready,
-    num_slots, config, grid, silu, pad_slot_id, interpret, always_state,
+    refs, outs, *, tile, edge, window, tile_ready, edge_ready, window_ready,
+    num_slots, batch, seqlen, config, grid, silu, pad_slot_id, interpret, always_state, channel, state_layout, store_state,
+    window_copies, added=None, added_ready=None,
 ):  # fmt: skip
-    x, weight, starts, pool = refs["x"], refs["weight"], refs["starts"], refs.get("pool")
-    tokens, dim = x.shape
-    history = weight.shape[1] - 1
-    batch = starts.shape[0] - 1
+    x, weight, starts, pool = refs["x"], refs["weight"], refs.get("starts"), refs.get("pool")
+    seqlens, new_pool = refs.get("seqlens"), pool if store_state else None
+    tokens = x.shape[0]
+    dim, history = weight.shape[0], weight.shape[1] - 1
     lanes, block_t = config.lanes, config.block_t
 
     program = lax.axis_index("program")
@@ -117,8 +133,12 @@ def _kernel(
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = jnp.minimum(div(block, config.row_blocks), batch)
-    start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
-    end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
+    if starts is None:
+        start = row * seqlen
+        end = jnp.minimum(start + seqlen, tokens)
+    else:
+        start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
+        end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
     row_length = end - start
 
     def run_block(index):
@@ -129,10 +149,17 @@ def _kernel(
 
             @pl.when((row < batch) & (channels.start < dim))
             def _(i=i, channels=channels):
-                load_rows(x, channels, tile.at[i], tile_ready.at[i], begin, length)
+                load_rows(x, of_x(channels), tile.at[i], tile_ready.at[i], begin, length)
 
         slot, live = row_slot(refs, row, batch, num_slots, pad_slot_id)
         stateful = _stateful(refs, row, batch, always_state)
+        if added is not None:
+            for i, channels in tiles():
+
+                @pl.when(live & (channels.start < dim))
+                def _(i=i, channels=channels):
+                    load_rows(refs["residual"], channels, added.at[i], added_ready.at[i], begin, length)
+
         if history:
             for i, channels in tiles():
 
@@ -157,8 +184,8 @@ def _kernel(
                     lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
                 plgpu.commit_smem()
-                store_rows(tile.at[i], out, channels, begin, length)
-                if pool is not None:
+                store_parts(tile.at[i], outs, channels, begin, length)
+                if new_pool is not None:
 
                     @pl.when(live & first)
                     def _():
@@ -171,22 +198,29 @@ def _kernel(
         for i in range(config.tiles):
             yield i, pl.ds((column * config.tiles + i) * lanes, lanes)
 
+    def of_x(channels):
+        return pl.ds(channels.start + channel, lanes) if channel else channels
+
+    def needs_edge(first):
+        later = jnp.logical_not(first)
+        return later | (row_length > block_t) if store_state else later
+
     def load_history(i, channels, begin, first, slot, stateful):
         """Before a row's first block its window; before another the tokens there. Also the row's last tokens."""
         if pool is not None:
 
             @pl.when(first & stateful)
             def _():
-                plgpu.copy_gmem_to_smem(
-                    pool.at[slot, pl.ds(0, history), channels], window.at[i], window_ready.at[i]
-                )
+                ready = lambda j: window_ready.at[i * window_copies + j]  # noqa: E731
+                load_window(pool, slot, channels, window.at[i], ready, state_layout, seqlens, row)
 
         if tokens > block_t:
-            far = jnp.where(first, end, begin) - history
+            far = (jnp.where(first, end, begin) if store_state else begin) - history
 
-            @pl.when(jnp.logical_not(first) | (row_length > block_t))
+            @pl.when(needs_edge(first))
             def _():
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(far, history), channels], edge.at[i], edge_ready.at[i])
+                halo = x.at[pl.ds(far, history), of_x(channels)]
+                plgpu.copy_gmem_to_smem(halo, edge.at[i], edge_ready.at[i])
 
     def convolve_tile(i, channels, length, first, stateful):
         taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
@@ -196,7 +230,8 @@ def _kernel(
 
                 @pl.when(first & stateful)
                 def _():
-                    plgpu.barrier_wait(window_ready.at[i])
+                    for j in range(window_copies):
+                        plgpu.barrier_wait(window_ready.at[i * window_copies + j])
 
             @pl.when(first & jnp.logical_not(stateful))
             def _():
@@ -205,7 +240,7 @@ def _kernel(
 
             if tokens > block_t:
 
-                @pl.when(jnp.logical_not(first) | (row_length > block_t))
+                @pl.when(needs_edge(first))
                 def _():
                     plgpu.barrier_wait(edge_ready.at[i])
 
@@ -213,7 +248,9 @@ def _kernel(
                 first, lambda: _widen_rows(window, i, history), lambda: _widen_rows(edge, i, history)
             )
         plgpu.barrier_wait(tile_ready.at[i])
-        if pool is not None:
+        if added is not None:
+            plgpu.barrier_wait(added_ready.at[i])
+        if new_pool is not None:
 
             @pl.when(first)
             def _():
@@ -224,6 +261,8 @@ def _kernel(
             for r in range(count):
                 past = (*past, tile[i, first + r].astype(jnp.float32))
                 y = convolve(past, taps, bias, silu=silu, interpret=interpret)
+                if added is not None:
+                    y = add(y, added[i, first + r].astype(jnp.float32), interpret=interpret)
                 tile[i, first + r] = y.astype(tile.dtype)
                 past = past[1:]
             return past
@@ -283,10 +322,23 @@ def _stateful(refs, row, batch, always_state):
     return jnp.bool_("pool" in refs and always_state)
 
 
+def load_window(pool, slot, channels, window, ready, layout, seqlens, row):
+    """Starts the copy of a slot's window, in front or at the back; of a rotating slot one row for each `ready(j)`."""
+    history, state_len = window.shape[0], pool.shape[1]
+    if layout == "ring":
+        oldest = rem(jnp.maximum(seqlens[row], 0), state_len) + state_len - history
+        for j in range(history):
+            place = pool.at[slot, pl.ds(rem(oldest + j, state_len), 1), channels]
+            plgpu.copy_gmem_to_smem(place, window.at[pl.ds(j, 1)], ready(j))
+        return
+    first = 0 if layout == "front" else state_len - history
+    plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(first, history), channels], window, ready(0))
+
+
 def load_rows(x, channels, tile, ready, begin, length):
     """Starts the copy of `length` tokens, or a few more, into the first rows of the tile."""
     smaller = 0
-    sizes = sorted({min(n, x.shape[0]) for n in (1, GROUP, tile.shape[0])})
+    sizes = sorted({min(n, x.shape[0], tile.shape[0]) for n in (1, GROUP, tile.shape[0])})
     for size in sizes:
 
         @pl.when((length > smaller) & (length <= size))
@@ -310,6 +362,22 @@ def store_rows(tile, out, channels, begin, length):
                 copy_out(tile.at[pl.ds(done, size)], target, channels, out.shape[1])
 
         size //= 2
+
+
+def store_parts(tile, outs, channels, begin, length):
+    """`store_rows` to that of several results which has these channels; each is a multiple of the tile."""
+    if len(outs) == 1:
+        store_rows(tile, outs[0], channels, begin, length)
+        return
+    first = 0
+    for out in outs:
+        end = first + out.shape[1]
+
+        @pl.when((channels.start >= first) & (channels.start < end))
+        def _(out=out, first=first):
+            store_rows(tile, out, pl.ds(channels.start - first, channels.size), begin, length)
+
+        first = end
 
 
 def copy_out(rows, target, channels, dim):

@@ -1,7 +1,8 @@
 """Calls with serving arguments: the second path of both operations, beside the plain one in `api`.
 
-Where TMA cannot address a dim, the kernels compute `out` from padded copies of x and of the batch's windows, and
-`xla_serving` stores states and windows.
+A prefill is the plain kernel with another read of the window and, unless its own store of the state will do, a kernel
+that stores all states (`states`). An update is one kernel (`verify`). Where TMA cannot address a dim, the
+kernels compute `out` from padded copies of x and of the batch's windows, and `xla_serving` stores the rest.
 """
 
 import functools
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_impl import verify, xla, xla_serving
+import pallas_impl.prefill
+from pallas_impl import states, verify, xla, xla_serving
 from pallas_impl.backends import CLIPS, interpreter
 from pallas_impl.config import choose_lanes, tma_dim
 from pallas_impl.transforms import refuse_transforms
-from pallas_impl.xla_serving import Arrays
 
 
 @functools.partial(jax.jit, static_argnames=("options", "config", "interpret"))
@@ -22,9 +23,58 @@ def prefill(
     x, weight, bias, conv_states, query_start_loc, cache_indices, arrays, *, options, config, interpret
 ):
     """A packed prefill with any of `arrays` and `options`. Returns (out, conv_states)."""
-    starts = xla.offsets(query_start_loc, x.shape[0])
-    out, pool, _ = xla_serving.run(x, weight, bias, conv_states, starts, cache_indices, arrays, options)
-    return out, pool
+    starts = query_start_loc
+    if config is None or starts.dtype != jnp.int32:  # the kernels clamp them
+        starts = xla.offsets(starts, x.shape[0])
+    if config is None or x.size == 0 or starts.shape[0] == 1:
+        return xla_serving.run(x, weight, bias, conv_states, starts, cache_indices, arrays, options)[:2]
+    x, weight, bias, conv_states, starts, cache_indices, arrays = refuse_transforms(
+        x, weight, bias, conv_states, starts, cache_indices, arrays
+    )
+    (dim, width), interpret = weight.shape, interpreter(interpret)
+    x, split, inner, lanes = _fit(x, dim, options, config.lanes)
+    launch = functools.partial(
+        pallas_impl.prefill.launch,
+        silu=options.silu,
+        config=config._replace(lanes=lanes),
+        interpret=interpret,
+    )
+    if tma_padding(dim, (x, conv_states, arrays.residual), interpret):
+        out = lambda x, weight, bias, windows, rows, stateful, residual, _: launch(  # noqa: E731
+            x,
+            weight,
+            bias,
+            windows,
+            starts,
+            rows,
+            stateful,
+            residual=residual,
+            pad_slot_id=-1,
+            store_state=False,
+        )[0]
+        out, pool, _ = _by_windows(
+            out, x, weight, bias, conv_states, starts, cache_indices, arrays, inner, interpret
+        )
+        return xla_serving.split_out(out, options), pool
+    own_store = (
+        options.state_layout == "front" and not options.apply_empty and arrays.write_indices is None
+        and arrays.snapshot_indices is None and arrays.track_indices is None
+    )  # fmt: skip
+    arrays = _narrow_all(arrays, conv_states, starts.shape[0] - 1, options)
+    slots = cache_indices
+    if conv_states is not None:
+        slots = narrow(slots, starts.shape[0] - 1, conv_states.shape[0], options.pad_slot_id)
+    out, pool = launch(
+        x, weight, bias, conv_states, starts, slots, arrays.has_initial_state, pad_slot_id=options.pad_slot_id,
+        residual=arrays.residual, seqlens=arrays.cache_seqlens, channel=inner.channel,
+        split_sizes=inner.split_sizes, state_layout=options.state_layout, store_state=own_store,
+    )  # fmt: skip
+    if not own_store and pool is not None and pool.size and (width > 1 or options.state_layout != "front"):
+        pool = states.launch(
+            x, pool, starts, slots, arrays, after=jax.tree.leaves(out)[0], history=width - 1, options=inner,
+            lanes=choose_lanes(dim), interpret=interpret,
+        )  # fmt: skip
+    return split(out), pool
 
 
 @functools.partial(jax.jit, static_argnames=("options", "kernel", "interpret"))
@@ -32,29 +82,34 @@ def update(
     x, weight, bias, conv_states, cache_indices, query_start_loc, arrays, *, options, kernel, interpret
 ):
     """A decode step with any of `arrays` and `options`. Returns (out, conv_states, window_out)."""
-    shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     batch = shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
-    seqlen = rows.shape[0] // max(batch, 1) if query_start_loc is None else None
-    if seqlen is not None:
-        starts = np.arange(batch + 1, dtype=np.int32) * np.int32(seqlen)  # a constant of the program
-    elif query_start_loc.dtype == jnp.int32 and kernel:
-        starts = query_start_loc  # the kernel clamps them
-    else:
-        starts = xla.offsets(query_start_loc, rows.shape[0])
-    if kernel and rows.size and batch:
-        arrays = (
-            arrays
-            if arrays.residual is None
-            else arrays._replace(residual=arrays.residual.reshape(-1, weight.shape[0]))
-        )
+    seqlen = x.shape[0] // max(batch, 1) if query_start_loc is None else None
+    starts = query_start_loc
+    if starts is None:
+        starts = np.arange(batch + 1, dtype=np.int32) * np.int32(seqlen)
+    elif starts.dtype != jnp.int32 or not kernel:
+        starts = xla.offsets(starts, x.shape[0])
+    if arrays.residual is not None:
+        arrays = arrays._replace(residual=arrays.residual.reshape(-1, weight.shape[0]))
+    if kernel and x.size and batch:
         out, pool, windows = _verify(
-            rows, weight, bias, conv_states, starts, cache_indices, arrays, seqlen, options, interpret
+            x,
+            weight,
+            bias,
+            conv_states,
+            starts,
+            cache_indices,
+            arrays,
+            seqlen,
+            options,
+            interpreter(interpret),
         )
     else:
         if xla.WIDENS_SCATTERS:  # see xla.update
-            rows = jax.lax.optimization_barrier(rows)
+            x = jax.lax.optimization_barrier(x)
         out, pool, windows = xla_serving.run(
-            rows, weight, bias, conv_states, jnp.asarray(starts), cache_indices, arrays, options
+            x, weight, bias, conv_states, jnp.asarray(starts), cache_indices, arrays, options
         )
     return jax.tree.map(lambda out: out.reshape(*shape, out.shape[-1]), out), pool, windows
 
@@ -63,65 +118,83 @@ def _verify(x, weight, bias, conv_states, starts, cache_indices, arrays, seqlen,
     x, weight, bias, conv_states, starts, cache_indices, arrays = refuse_transforms(
         x, weight, bias, conv_states, starts, cache_indices, arrays
     )
-    batch = starts.shape[0] - 1
-    x, split, inner, lanes = _fit(x, weight.shape[0], options, interpret)
+    dim, batch = weight.shape[0], starts.shape[0] - 1
+    x, split, inner, lanes = _fit(x, dim, options, choose_lanes(dim))
     launch = functools.partial(
-        verify.launch, starts=None if seqlen is not None else starts, seqlen=seqlen, lanes=lanes,
-        interpret=interpreter(interpret),
-    )  # fmt: skip
-    extra = tma_padding(weight.shape[0], (x, conv_states, arrays.residual, arrays.window_out), interpret)
-    if not extra:
+        verify.launch,
+        starts=None if seqlen is not None else starts,
+        seqlen=seqlen,
+        lanes=lanes,
+        interpret=interpret,
+    )
+    narrow_arrays = _narrow_all(arrays, conv_states, batch, options)
+    if not tma_padding(dim, (x, conv_states, arrays.residual, arrays.window_out), interpret):
         slots = narrow(cache_indices, batch, conv_states.shape[0], options.pad_slot_id)
         out, pool, windows = launch(
-            x,
-            weight,
-            bias,
-            conv_states,
-            slots=slots,
-            arrays=_narrow_all(arrays, conv_states, batch, options),
-            options=inner,
+            x, weight, bias, conv_states, slots=slots, arrays=narrow_arrays, options=inner
         )
         return split(out), pool, windows
-    dim, starts = weight.shape[0], xla.offsets(starts, x.shape[0])
-    x = jax.lax.slice_in_dim(x, inner.channel, inner.channel + dim, axis=1)
+
+    def out(x, weight, bias, windows, rows, _, residual, alone):
+        arrays = xla_serving.Arrays(residual=residual, tree_parents=narrow_arrays.tree_parents)
+        return launch(x, weight, bias, windows, slots=rows, arrays=arrays, options=alone)[0]
+
+    out, pool, windows = _by_windows(
+        out, x, weight, bias, conv_states, starts, cache_indices, arrays, inner, interpret
+    )
+    return xla_serving.split_out(out, options), pool, windows
+
+
+def _by_windows(launch, x, weight, bias, conv_states, starts, cache_indices, arrays, options, interpret):
+    """Runs a kernel for `out` alone, on padded arrays; states and windows are stored without one."""
+    (dim, width), batch, starts = weight.shape, starts.shape[0] - 1, xla.offsets(starts, x.shape[0])
+    x = jax.lax.slice_in_dim(x, options.channel, options.channel + dim, axis=1)
     slots, live, windows = xla_serving.rows_of(
-        conv_states, cache_indices, batch, weight.shape[1] - 1, arrays, options, x
+        conv_states, cache_indices, batch, width - 1, arrays, options, x
     )
-    wide = functools.partial(_pad_last, extra=extra)
-    alone = Arrays(
-        residual=wide(arrays.residual),
-        tree_parents=_narrow_all(arrays, conv_states, batch, options).tree_parents,
+    rows = stateful = padded = None
+    extra = tma_padding(dim, (x, conv_states, arrays.residual, arrays.window_out), interpret)
+    wide = lambda array: array if array is None else _pad_last(array, extra)  # noqa: E731
+    if conv_states is not None:
+        rows = jnp.where(live, jnp.arange(batch, dtype=jnp.int32), -1)
+        stateful, padded = xla_serving.stateful_rows(live, arrays, options), wide(windows)
+    alone = options._replace(pad_slot_id=-1, channel=0, split_sizes=None, commit=False, state_layout="front")
+    out = launch(
+        wide(x),
+        jnp.pad(weight, ((0, extra), (0, 0))),
+        wide(bias),
+        padded,
+        rows,
+        stateful,
+        wide(arrays.residual),
+        alone,
     )
-    out, _, _ = launch(
-        wide(x), jnp.pad(weight, ((0, extra), (0, 0))), wide(bias), wide(windows),
-        slots=jnp.where(live, jnp.arange(batch, dtype=jnp.int32), -1), arrays=alone,
-        options=inner._replace(pad_slot_id=-1, channel=0, split_sizes=None, commit=False, state_layout="front"),
-    )  # fmt: skip
     window_out = xla_serving.store_windows(x, starts, live, windows, arrays, options)
-    if options.commit:
+    if conv_states is not None and options.commit:
         conv_states = xla_serving.store_states(x, conv_states, starts, slots, windows, arrays, options)
-    return xla_serving.split_out(out[0][:, :dim], options), conv_states, window_out
+    return out[:, :dim], conv_states, window_out
 
 
-def _fit(x, dim, options, interpret):
+def _fit(x, dim, options, lanes):
     """Decides how x is read and `out` written: (x, finish of `out`, `Options` of the kernel, lanes).
 
-    Channels that do not begin at a multiple of 16 bytes, or in rows that do not, are cut out first; parts that
-    are no multiple of the lanes are cut from one result.
+    Channels that do not begin at a multiple of 16 bytes, or in rows that do not, are cut out of x first; parts
+    that are no multiples of the lanes are cut from one result.
     """
-    channel = 16 // x.dtype.itemsize
-    if options.channel % channel or x.shape[1] % channel:
+    aligned = 16 // x.dtype.itemsize
+    sizes = options.split_sizes
+    if options.channel % aligned or x.shape[1] % aligned:
         x = jax.lax.slice_in_dim(x, options.channel, options.channel + dim, axis=1)
         options = options._replace(channel=0)
-    lanes, sizes = choose_lanes(dim), options.split_sizes
-    if sizes is None:
-        return x, lambda out: out[0], options, lanes
-    if any(size % lanes for size in sizes):
-        lanes = 128
-    if any(size % lanes for size in sizes):
-        split = lambda out: xla_serving.split_out(out[0], options)  # noqa: E731
-        return x, split, options._replace(split_sizes=None), choose_lanes(dim)
-    return x, lambda out: tuple(out), options, lanes
+    for fewer in (lanes, 128):
+        if sizes is None or not any(size % fewer for size in sizes):
+            return x, lambda out: out, options, fewer
+    return (
+        x,
+        functools.partial(xla_serving.split_out, options=options),
+        options._replace(split_sizes=None),
+        lanes,
+    )
 
 
 def tma_padding(dim, arrays, interpret):
@@ -132,8 +205,6 @@ def tma_padding(dim, arrays, interpret):
 
 
 def _pad_last(array, extra):
-    if array is None:
-        return None
     padded = jnp.pad(xla.to_bits(array), [(0, 0)] * (array.ndim - 1) + [(0, extra)])
     return jax.lax.bitcast_convert_type(padded, array.dtype)
 
@@ -146,7 +217,7 @@ def narrow(slots, batch, end, pad_slot_id):
 
 
 def _narrow_all(arrays, conv_states, batch, options):
-    """The integer arrays as int32; a conversion is a small kernel of its own."""
+    """The integer arrays as int32 (`num_computed_tokens` as it is); a conversion is a small kernel of its own."""
     is_wide = lambda array: array is not None and array.dtype != jnp.int32  # noqa: E731
     new = {}
     if conv_states is not None:
@@ -158,9 +229,8 @@ def _narrow_all(arrays, conv_states, batch, options):
         if is_wide(arrays.num_accepted_tokens):
             new["num_accepted_tokens"] = xla.first_columns(arrays.num_accepted_tokens, state_len) + 1
     if arrays.window_out is not None:
-        new["window_indices"] = narrow(
-            arrays.window_indices, batch, arrays.window_out.shape[0], options.pad_slot_id
-        )
+        buffers = arrays.window_out.shape[0]
+        new["window_indices"] = narrow(arrays.window_indices, batch, buffers, options.pad_slot_id)
     if is_wide(arrays.track_lengths):
         new["track_lengths"] = xla_serving.natural(arrays.track_lengths)
     if is_wide(arrays.tree_parents):

@@ -28,7 +28,7 @@ BARRIERS = 32  # Mosaic GPU has no more in an array
 OLD, ARRIVED, ZERO, NOTHING = range(4)  # where a column comes from
 
 
-def launch(x, conv_states, starts, slots, arrays, *, history, options, lanes, interpret):
+def launch(x, conv_states, starts, slots, arrays, *, after, history, options, lanes, interpret):
     """Runs the kernel.
 
     Args:
@@ -37,6 +37,8 @@ def launch(x, conv_states, starts, slots, arrays, *, history, options, lanes, in
       starts: [batch+1] int32.
       slots: [batch] int32, or None for the identity.
       arrays: `Arrays` of int32 and bool; `num_computed_tokens` of any integers.
+      after: the output kernel's result. It is not read, but as an operand it tells XLA that this kernel comes after
+        the one that reads the windows, so that the pool need not be copied.
       history: width-1.
       options: `Options`; `channel` is a multiple of 16 bytes.
       lanes: channels of a tile.
@@ -48,9 +50,8 @@ def launch(x, conv_states, starts, slots, arrays, *, history, options, lanes, in
     tokens, dim = x.shape[0], conv_states.shape[2]
     batch = starts.shape[0] - 1
     columns = cdiv(dim, lanes)
-    operands = dict(x=x, starts=starts)
-    operands |= dict(
-        slots=slots, has_state=arrays.has_initial_state, writes=arrays.write_indices, seqlens=arrays.cache_seqlens,
+    operands = dict(
+        x=x, starts=starts, after=after, slots=slots, has_state=arrays.has_initial_state, writes=arrays.write_indices, seqlens=arrays.cache_seqlens,
         tracked=arrays.track_indices, track_lengths=arrays.track_lengths,
     )  # fmt: skip
     groups, group_t, moves = batch, None, COLUMNS
@@ -111,6 +112,37 @@ def _kernel(refs, *, moved, ready, batch, columns, group_t, history, options, la
     window = functools.partial(entry, start=start, columns=history, stateful=stateful)
     valid = functools.partial(in_range, end=num_slots, pad_slot_id=options.pad_slot_id)
 
+    def store_snapshots():
+        table, size = refs["snapshots"], min(options.snapshot_block_size, 2**31 - 1)
+        before = jnp.maximum(refs["computed"][row], 0) if "computed" in refs else jnp.int32(0)
+        first, until = div(before, size), size - rem(before, size)
+        if "first" in refs:
+            first, until = refs["first"][row], refs["until"][row]
+        last = jnp.where(length >= until, div(jnp.maximum(length - until, 0), size), -1)
+
+        def boundary(m):
+            """Of a move: how many boundaries of this row come before its own, and whose slot it is."""
+            ahead = index * SNAPSHOTS + div(m, history)
+            block = first + ahead
+            target = table[row, jnp.clip(block, 0, table.shape[1] - 1)]
+            return ahead, target, (ahead >= 0) & (ahead <= last) & (block < table.shape[1]) & valid(target)
+
+        def source(m):
+            ahead, _, stored = boundary(m)
+            kind, place = window(until + jnp.where(stored, ahead, 0) * size + rem(m, history))
+            return jnp.where(stored, kind, NOTHING), place
+
+        for begin in range(0, SNAPSHOTS * history, moved.shape[0]):
+            count = min(moved.shape[0], SNAPSHOTS * history - begin)
+
+            @pl.when((index >= 0) & (index * SNAPSHOTS + begin // history <= last))
+            def _(begin=begin, count=count):
+                move(
+                    count,
+                    lambda m: source(begin + m),
+                    lambda m: (boundary(begin + m)[1], rem(begin + m, history)),
+                )
+
     @pl.when(live & ((length > 0) | options.apply_empty))
     def _():
         if group_t is not None:
@@ -143,37 +175,6 @@ def _kernel(refs, *, moved, ready, batch, columns, group_t, history, options, la
                     stateful,
                     history=history,
                     layout=options.state_layout,
-                )
-
-    def store_snapshots():
-        table, size = refs["snapshots"], min(options.snapshot_block_size, 2**31 - 1)
-        before = jnp.maximum(refs["computed"][row], 0) if "computed" in refs else jnp.int32(0)
-        first, until = div(before, size), size - rem(before, size)
-        if "first" in refs:
-            first, until = refs["first"][row], refs["until"][row]
-        last = jnp.where(length >= until, div(jnp.maximum(length - until, 0), size), -1)
-
-        def boundary(m):
-            """Of a move: how many boundaries of this row come before its own, and whose slot it is."""
-            ahead = index * SNAPSHOTS + div(m, history)
-            block = first + ahead
-            target = table[row, jnp.clip(block, 0, table.shape[1] - 1)]
-            return ahead, target, (ahead >= 0) & (ahead <= last) & (block < table.shape[1]) & valid(target)
-
-        def source(m):
-            ahead, _, stored = boundary(m)
-            kind, place = window(until + jnp.where(stored, ahead, 0) * size + rem(m, history))
-            return jnp.where(stored, kind, NOTHING), place
-
-        for begin in range(0, SNAPSHOTS * history, moved.shape[0]):
-            count = min(moved.shape[0], SNAPSHOTS * history - begin)
-
-            @pl.when((index >= 0) & (index * SNAPSHOTS + begin // history <= last))
-            def _(begin=begin, count=count):
-                move(
-                    count,
-                    lambda m: source(begin + m),
-                    lambda m: (boundary(begin + m)[1], rem(begin + m, history)),
                 )
 
 

@@ -88,9 +88,10 @@ def convolve(window, taps, start, *, silu, interpret):
 
 
 def add(total, value, *, interpret):
-    """total + value, rounded once; the last product of `total` is never fused into the sum. Float32 vectors."""
+    """total + value of float32 vectors; the product that `total` ends with is rounded before."""
     if interpret:
-        return lax.optimization_barrier(total) + value
+        # Compilers fuse that product into the sum even across an optimization barrier, but not across a choice.
+        return jnp.where(total == total, total, jnp.nan) + value
     kind = layout(total.shape[0])
 
     @plgpu.inline_mgpu(

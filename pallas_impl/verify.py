@@ -19,14 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_impl.config import cdiv
 from pallas_impl.prefill import (
     COMPILER_PARAMS,
+    GROUP,
     check_grid,
     copy_out,
     load_rows,
+    load_window,
     row_slot,
     store_rows,
     store_zeros,
 )
-from pallas_impl.rolling import BLOCK_T, _bounds
+from pallas_impl.rolling import _bounds
 from pallas_impl.states import COLUMNS, Mover, in_range, store_slot
 from pallas_impl.taps import add, convolve, div, load_taps, rem
 
@@ -48,14 +50,15 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
       interpret: False, or the parameters of Pallas' GPU interpreter.
 
     Returns:
-      (out, conv_states, window_out): `out` is a tuple of `split_sizes`, or of one.
+      (out, conv_states, window_out); with `split_sizes`, `out` is a tuple.
     """
     tokens = x.shape[0]
     dim, width = weight.shape
     history, state_len = width - 1, conv_states.shape[1]
     batch = tokens // seqlen if starts is None else starts.shape[0] - 1
     columns = cdiv(dim, lanes)
-    tail_programs = 0 if starts is None else min(cdiv(tokens, BLOCK_T), 8)
+    block_t = GROUP if starts is not None else min(GROUP, 1 << (seqlen - 1).bit_length())
+    tail_programs = 0 if starts is None else min(cdiv(tokens, block_t), 8)
     stores = options.commit and (history > 0 or (state_len > 0 and options.state_layout != "front"))
     front = options.state_layout == "front"
     windows = arrays.window_out if history else None
@@ -73,25 +76,25 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
 
     tile = lambda rows, dtype: plgpu.SMEM((rows, lanes), dtype)  # noqa: E731
     scratch = dict(
-        tile=tile(BLOCK_T, x.dtype), window=tile(max(history, 1), conv_states.dtype),
+        tile=tile(block_t, x.dtype), window=tile(max(history, 1), conv_states.dtype),
         tile_ready=plgpu.Barrier(), window_ready=plgpu.Barrier(num_barriers=max(history, 1)),
     )  # fmt: skip
     if arrays.residual is not None:
-        scratch |= dict(added=tile(BLOCK_T, arrays.residual.dtype), added_ready=plgpu.Barrier())
+        scratch |= dict(added=tile(block_t, arrays.residual.dtype), added_ready=plgpu.Barrier())
     if tree:
-        rows = BLOCK_T * max(history, 1)
+        rows = block_t * max(history, 1)
         scratch |= dict(
             chain=tile(rows, x.dtype),
-            chain_ready=plgpu.Barrier(num_arrivals=max(history, 1), num_barriers=BLOCK_T),
+            chain_ready=plgpu.Barrier(num_arrivals=max(history, 1), num_barriers=block_t),
         )
         if conv_states.dtype != x.dtype:
             scratch["older"] = tile(rows, conv_states.dtype)
         if windows is not None:
             scratch["recent"] = tile(rows, windows.dtype)
     elif windows is not None:
-        scratch["recent"] = tile(history + BLOCK_T, windows.dtype)
+        scratch["recent"] = tile(history + block_t, windows.dtype)
     if stores and front and history and not (windows is not None and windows.dtype == conv_states.dtype):
-        scratch["kept"] = tile(history + BLOCK_T, conv_states.dtype)
+        scratch["kept"] = tile(history + block_t, conv_states.dtype)
     if stores and not front:
         scratch |= dict(
             moved=tile(COLUMNS, conv_states.dtype), moved_ready=plgpu.Barrier(num_barriers=COLUMNS)
@@ -101,7 +104,8 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
     sizes = (dim,) if options.split_sizes is None else options.split_sizes
     body = functools.partial(
         _kernel, batch=batch, seqlen=seqlen, columns=columns, tail_programs=tail_programs, sizes=sizes,
-        pool_shape=conv_states.shape, stores=stores, options=options, lanes=lanes, interpret=bool(interpret),
+        pool_shape=conv_states.shape, stores=stores, options=options, block_t=block_t, lanes=lanes,
+        interpret=bool(interpret),
     )  # fmt: skip
 
     def kernel(*refs):
@@ -120,12 +124,26 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
         interpret=interpret,
         name="causal_conv1d_verify",
     )(*operands.values())
+    out = outs[0] if options.split_sizes is None else tuple(outs)
     pool = jax.freeze(operands["pool"]) if stores else conv_states
-    return outs, pool, jax.freeze(operands["windows"]) if windows is not None else arrays.window_out
+    return out, pool, jax.freeze(operands["windows"]) if windows is not None else arrays.window_out
 
 
 def _kernel(
-    refs, outs, *, batch, seqlen, columns, tail_programs, sizes, pool_shape, stores, options, lanes, interpret
+    refs,
+    outs,
+    *,
+    batch,
+    seqlen,
+    columns,
+    tail_programs,
+    sizes,
+    pool_shape,
+    stores,
+    options,
+    block_t,
+    lanes,
+    interpret,
 ):
     x, weight, pool, windows = refs["x"], refs["weight"], refs.get("pool"), refs.get("windows")
     tile, window = refs["tile"], refs["window"]
@@ -147,13 +165,13 @@ def _kernel(
     valid = functools.partial(in_range, pad_slot_id=options.pad_slot_id)
 
     def load(block):
-        begin = start + block * BLOCK_T
-        length = jnp.minimum(end - begin, BLOCK_T)
+        begin = start + block * block_t
+        length = jnp.minimum(end - begin, block_t)
         load_rows(x, x_channels, tile, refs["tile_ready"], begin, length)
         if residual is not None:
             load_rows(residual, channels, refs["added"], refs["added_ready"], begin, length)
         if tree and history:
-            lax.fori_loop(0, length, lambda t, _: load_ancestors(block * BLOCK_T + t, t), None)
+            lax.fori_loop(0, length, lambda t, _: load_ancestors(block * block_t + t, t), None)
 
     def store_out(begin, length):
         first = 0
@@ -167,19 +185,14 @@ def _kernel(
 
             first = end
 
-    def load_window():
-        if options.state_layout == "ring":
-            oldest = rem(jnp.maximum(refs["seqlens"][here], 0), state_len) + state_len - history
-            for j in range(history):
-                newer = pool.at[slot, pl.ds(rem(oldest + j, state_len), 1), channels]
-                plgpu.copy_gmem_to_smem(newer, window.at[pl.ds(j, 1)], refs["window_ready"].at[j])
-            return
-        first = 0 if front else state_len - history
+    def load_windows():
         if "counts" in refs:
             first = jnp.clip(refs["counts"][here], 1, state_len - history + 1) - 1
-        plgpu.copy_gmem_to_smem(
-            pool.at[slot, pl.ds(first, history), channels], window, refs["window_ready"].at[0]
-        )
+            past = pool.at[slot, pl.ds(first, history), channels]
+            plgpu.copy_gmem_to_smem(past, window, refs["window_ready"].at[0])
+            return
+        ready = lambda j: refs["window_ready"].at[j]  # noqa: E731
+        load_window(pool, slot, channels, window, ready, options.state_layout, refs.get("seqlens"), here)
 
     def wait_window():
         for j in range(history if options.state_layout == "ring" else 1):
@@ -230,23 +243,23 @@ def _kernel(
             result(past, t, taps, bias)
             return past[1:]
 
-        blocks = div(end - start + BLOCK_T - 1, BLOCK_T)
+        blocks = div(end - start + block_t - 1, block_t)
 
         def turn(block, past):
-            begin = start + block * BLOCK_T
-            length = jnp.minimum(end - begin, BLOCK_T)
+            begin = start + block * block_t
+            length = jnp.minimum(end - begin, block_t)
             wait_block()
             past = lax.fori_loop(0, length, token, past)
             plgpu.commit_smem()
             store_out(begin, length)
             if recent is not None:
-                store_windows(block * BLOCK_T, length, lambda t: t + 1)
+                store_windows(block * block_t, length, lambda t: t + 1)
             if "counts" in refs and kept is not None:
-                to = history - 1 + block * BLOCK_T
+                to = history - 1 + block * block_t
 
                 @pl.when(valid(target, end=num_slots))
                 def _():
-                    arrived = kept.at[pl.ds(history, BLOCK_T)]
+                    arrived = kept.at[pl.ds(history, block_t)]
                     store_rows(arrived, pool.at[target], channels, to, jnp.clip(state_len - to, 0, length))
 
             @pl.when(block + 1 == blocks)
@@ -265,7 +278,7 @@ def _kernel(
                 load(block + 1)
                 for run in runs:
                     for j in range(history):
-                        run[j] = run[BLOCK_T + j]
+                        run[j] = run[block_t + j]
 
             return past
 
@@ -340,17 +353,17 @@ def _kernel(
             result((*values, arrived.astype(jnp.float32)), t, taps, bias)
             return first
 
-        blocks = div(end - start + BLOCK_T - 1, BLOCK_T)
+        blocks = div(end - start + block_t - 1, block_t)
 
         def turn(block, _):
-            begin = start + block * BLOCK_T
-            length = jnp.minimum(end - begin, BLOCK_T)
+            begin = start + block * block_t
+            length = jnp.minimum(end - begin, block_t)
             wait_block()
-            lax.fori_loop(0, length, node, block * BLOCK_T)
+            lax.fori_loop(0, length, node, block * block_t)
             plgpu.commit_smem()
             store_out(begin, length)
             if recent is not None:
-                store_windows(block * BLOCK_T, length, lambda t: t * history)
+                store_windows(block * block_t, length, lambda t: t * history)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(block + 1 < blocks)
@@ -363,7 +376,7 @@ def _kernel(
     def _():
         load(0)
         if history and not tree:
-            load_window()
+            load_windows()
         taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         (climb if tree else walk)(taps, bias)
         if stores and not front:
@@ -383,16 +396,16 @@ def _kernel(
 
     @pl.when(jnp.logical_not(live))
     def _():
-        for t in range(BLOCK_T):
+        for t in range(block_t):
             store_zeros(tile, t, interpret)
         plgpu.commit_smem()
         first = place - row
         stride = jnp.where(row < batch, jnp.int32(1), jnp.int32(max(tail_programs, 1)))
-        blocks = div(jnp.maximum(end - start, 0) + BLOCK_T - 1, BLOCK_T)
+        blocks = div(jnp.maximum(end - start, 0) + block_t - 1, block_t)
 
         def turn(i, _):
-            begin = start + (first + i * stride) * BLOCK_T
-            store_out(begin, jnp.minimum(end - begin, BLOCK_T))
+            begin = start + (first + i * stride) * block_t
+            store_out(begin, jnp.minimum(end - begin, block_t))
 
         lax.fori_loop(0, lax.div(jnp.maximum(blocks - first + stride - 1, 0), stride), turn, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_impl import xla
-from pallas_impl.taps import activate, multiply_add, split
+from pallas_impl.taps import activate, add, multiply_add, split
 
 
 class Arrays(NamedTuple):
@@ -145,10 +145,8 @@ def convolve(x, weight, bias, starts, live, windows, arrays, options):
     if options.silu:
         total = activate(total)
     if arrays.residual is not None:
-        if options.silu:
-            total = lax.optimization_barrier(total)  # fusing its product into the sum would round once
-        residual = arrays.residual.reshape(-1, x.shape[1])
-        total = total + jnp.pad(residual, ((0, tokens - residual.shape[0]), (0, 0))).astype(jnp.float32)
+        residual = jnp.pad(arrays.residual, ((0, tokens - arrays.residual.shape[0]), (0, 0)))
+        total = add(total, residual.astype(jnp.float32), interpret=True)
     computed = (row < batch) & live[owner]
     return jnp.where(computed[:, None], total, 0.0).astype(x.dtype)
 

@@ -60,12 +60,11 @@ def ragged_conv1d(
     batch = query_start_loc.shape[0] - 1
     slots = state_indices[:batch]
     slots = jnp.where(jnp.arange(slots.shape[0]) < distribution[2], slots, -1)
-    return tuple(
-        causal_conv1d_fn(
-            x, conv_weight[:, 0], conv_bias, conv_state, query_start_loc, slots, has_initial_state[:batch],
-            empty_rows="apply",
-        )  # fmt: skip
-    )
+    result = causal_conv1d_fn(
+        x, conv_weight[:, 0], conv_bias, conv_state, query_start_loc, slots, has_initial_state[:batch],
+        empty_rows="apply",
+    )  # fmt: skip
+    return tuple(result)
 
 
 def ragged_causal_conv1d(
