@@ -621,14 +621,14 @@ SPECULATIVE = (
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: dao.causal_conv1d_update(X.t(), STATE, W, cache_seqlens=ONE), Unsupported, "cache_seqlens"),
-        (lambda: sglang.causal_conv1d_update(X.t(), STATE, W, cache_seqlens=ONE), Unsupported, "cache_seqlens"),
-        (lambda: sglang.causal_conv1d_update_triton(X.t(), STATE, W, cache_seqlens=ONE), Unsupported, "cache_seqlens"),
+        (lambda: dao.causal_conv1d_update(X.t(), STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
+        (lambda: sglang.causal_conv1d_update(X.t(), STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
+        (lambda: sglang.causal_conv1d_update_triton(X.t(), STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
         *[
-            (lambda n=name: sglang.causal_conv1d_update_triton(X.t(), STATE, W, **{n: ONE}), Unsupported, name)
+            (lambda n=name: sglang.causal_conv1d_update_triton(X.t(), STATE, W, **{n: ONE}), ValueError, name)
             for name in SPECULATIVE
         ],
-        (lambda: vllm.causal_conv1d_update(X.t(), STATE, W, num_accepted_tokens=ONE), Unsupported, "num_accepted_tokens"),
+        (lambda: vllm.causal_conv1d_update(X.t(), STATE, W, num_accepted_tokens=ONE), ValueError, "num_accepted_tokens"),
         (lambda: vllm.causal_conv1d_fn(X, W, None, STATE, STARTS, pad_slot_id=1), Unsupported, "pad_slot_id"),
         (lambda: fla.causal_conv1d(X.t()[None], W, cp_context=object()), Unsupported, "cp_context"),
         (lambda: fla.causal_conv1d(X.t()[None], W, backend="cuda"), Unsupported, "backend"),

@@ -1,12 +1,27 @@
 """Causal depthwise conv1d for serving engines: Triton kernels for PyTorch.
 
 `causal_conv1d_fn` runs packed prefills, `causal_conv1d_update` decode steps; both keep the conv states
-of all sequences in a pool addressed by slot. `causal_conv1d` is the differentiable form, for training.
+of all sequences in a pool addressed by slot. `commit_windows` and `tree_parents_from_links` go with speculative
+decoding. `causal_conv1d` is the differentiable form, for training.
 The contract is in `oracle.contract`.
 """
 
-from oracle.contract import ConvOutput, Unsupported
-from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
+from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
+from triton_impl.api import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    commit_windows,
+    tree_parents_from_links,
+)
 from triton_impl.functional import causal_conv1d
 
-__all__ = ["ConvOutput", "Unsupported", "causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update"]
+__all__ = [
+    "ConvOutput",
+    "ConvWindowOutput",
+    "Unsupported",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "commit_windows",
+    "tree_parents_from_links",
+]

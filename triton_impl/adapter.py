@@ -27,7 +27,7 @@ class TorchAdapter:
 
     def capabilities(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {"device": name}
+        return {"device": name, "supports": ["*"]}
 
     def run(self, op, arrays, options):
         bases = {name: None if a is None else self._base(a) for name, a in arrays.items()}
@@ -35,13 +35,17 @@ class TorchAdapter:
             name: None if a is None else bases[name].as_strided(a.shape, a.strides, a.offset)
             for name, a in arrays.items()
         }
+        if op == "tree_parents_from_links":
+            return {"parents": _to_numpy(triton_impl.tree_parents_from_links(**views, **options))}
         result = getattr(triton_impl, op)(**views, **{"backend": self.backend, **options})
-        if result.conv_states is not views["conv_states"]:
-            raise RuntimeError("conv_states: expected the very tensor that was passed in")
+        found = {"conv_states": result} if op == "commit_windows" else result._asdict()
+        for name in ("conv_states", "window_out"):
+            if name in found and found[name] is not views[name]:
+                raise RuntimeError(f"{name}: expected the very tensor that was passed in")
         memory = {
             name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse
         }
-        return {"out": _typed(result.out), "conv_states": _typed(result.conv_states), "memory": memory}
+        return {name: _typed(value) for name, value in found.items()} | {"memory": memory}
 
     def _base(self, array):
         """The whole buffer on the device; of a huge, mostly empty one only the view is copied."""
@@ -82,4 +86,6 @@ def _to_numpy(tensor):
 def _typed(tensor):
     if tensor is None:
         return None
+    if isinstance(tensor, tuple):
+        return tuple(_typed(part) for part in tensor)
     return TypedArray(str(tensor.dtype).removeprefix("torch."), _to_numpy(tensor))

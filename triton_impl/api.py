@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from oracle.contract import ConvOutput, Unsupported
-from triton_impl import ops, run
+from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
+from triton_impl import ops, run, serving
 
 
 def causal_conv1d_fn(
@@ -23,6 +23,18 @@ def causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    empty_rows="skip",
+    snapshot_indices=None,
+    snapshot_block_size=None,
+    num_computed_tokens=None,
+    track_indices=None,
+    track_lengths=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """Causal depthwise convolution over packed rows, reading and leaving each row's window in its slot.
 
@@ -45,21 +57,58 @@ def causal_conv1d_fn(
       schedule: "auto", "per_sequence" or "flat"; both give the same bits.
       backend: "auto" (the kernel on a GPU, eager elsewhere), "triton" or "eager".
       validate: read the index data (this synchronises) and raise on bad values before anything is written.
+      state_layout: where a slot holds the window: "front", in columns 0 .. width-2; "back", in the last width-1
+        columns of a slot that holds the last state_len inputs; "ring", token n in column n mod state_len.
+      cache_seqlens: [batch] integer, with "ring" and only there: tokens of each row before this call.
+      write_indices: [batch] integer slots that receive the new states; None: the slots that are read. A slot that is
+        padding receives nothing.
+      empty_rows: "skip": a row of zero tokens touches no slot. "apply": a fresh one clears its state, another one
+        is copied to its write slot.
+      snapshot_indices: [batch, blocks] integer slots for the windows at multiples of `snapshot_block_size` tokens of
+        the whole sequence: entry k takes the window that ends at token (k+1) * snapshot_block_size, if this call
+        reaches it. "front" only, as is `track_indices`.
+      snapshot_block_size: host int >= 1, tokens; with `snapshot_indices` and only there.
+      num_computed_tokens: [batch] integer, tokens of each row's sequence before this call; None: 0.
+      track_indices: [batch] integer slots for one more window a row, behind `track_lengths` of its tokens.
+      track_lengths: [batch] integer, clamped to [0, the row's tokens]; None: all of them.
+      residual: [tokens, dim] float, any strides, added after the activation, before the one rounding; or None.
+      channel_offset: host int o: x may be wider, and channels o to o+dim are the input, read in place; None: x has dim.
+      split_sizes: tuple of 1 to 8 host ints that add up to dim; `out` is then split, in the same launch.
 
     Returns:
       ConvOutput(out, conv_states): `out` [tokens, dim] in x's dtype, zero for padding rows and for tokens past
-      `query_start_loc[-1]`; `conv_states` is the tensor passed in.
+      `query_start_loc[-1]`; `conv_states` is the tensor passed in. With `split_sizes`, `out` is a tuple of contiguous
+      tensors [tokens, size], which share one allocation.
 
     Raises:
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; tensors on different devices;
         with `validate`, bad offsets, slots or max_seqlen.
       Unsupported: the backend asked for cannot run on these tensors; a backward pass; `validate` in a traced call.
     """
+    if (
+        cache_seqlens
+        is write_indices
+        is snapshot_indices
+        is snapshot_block_size
+        is num_computed_tokens
+        is None
+        and track_indices is track_lengths is residual is channel_offset is split_sizes is None
+        and state_layout == "front"
+        and empty_rows == "skip"
+    ):
+        args = (
+            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
+            activation, pad_slot_id, max_seqlen, schedule, backend,
+        )  # fmt: skip
+        return ConvOutput(_call(run.fn, ops.causal_conv1d_fn, args, validate), conv_states)
     args = (
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation, pad_slot_id, max_seqlen, schedule, backend,
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
+        snapshot_indices, num_computed_tokens, track_indices, track_lengths, residual,
+        activation, pad_slot_id, max_seqlen, schedule, backend, state_layout, empty_rows, snapshot_block_size,
+        channel_offset, split_sizes,
     )  # fmt: skip
-    return ConvOutput(_call(run.fn, ops.causal_conv1d_fn, args, validate), conv_states)
+    out = _call(serving.fn, ops.causal_conv1d_fn_serving, args, validate, residual)
+    return ConvOutput(_split(out, x, split_sizes), conv_states)
 
 
 def causal_conv1d_update(
@@ -76,11 +125,23 @@ def causal_conv1d_update(
     pad_slot_id=-1,
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    track_indices=None,
+    window_out=None,
+    window_indices=None,
+    commit=True,
+    tree_parents=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """One decode step: every live row continues from its slot.
 
     All tokens are committed, or, with `num_accepted_tokens`, the slot rolls: it keeps every new token behind the
-    window, and the next step's count tells where the window then begins.
+    window, and the next step's count tells where the window then begins. The other way to verify drafts keeps the
+    window after every token in `window_out`, with `commit=False`; `commit_windows` then moves one into the slot.
 
     Args:
       x: [batch, dim], [batch, seqlen, dim], or [tokens, dim] with `query_start_loc`; float32, float16 or bfloat16,
@@ -93,47 +154,151 @@ def causal_conv1d_update(
         at least 1 (0 counts as 1); or None.
       max_seqlen: host int, an upper bound of the longest row; only with `query_start_loc`.
       activation, pad_slot_id, backend, validate: as in `causal_conv1d_fn`.
+      state_layout, cache_seqlens, write_indices, residual, channel_offset, split_sizes: as in `causal_conv1d_fn`;
+        layouts other than "front" without `num_accepted_tokens` only.
+      track_indices: [batch] integer slots, "front" only, that receive the final windows as well.
+      window_out: [buffers, steps, width-1, dim], any of the three dtypes, any strides, written in place: entry
+        [buffer, t] takes the window after token t of a row. steps is at least the longest row (`max_seqlen`, which is
+        then required with `query_start_loc`). Not with `num_accepted_tokens`.
+      window_indices: [batch] integer, the buffer of each row; None: row i uses buffer i. Nothing is kept where it
+        is `pad_slot_id` or out of range.
+      commit: False leaves `conv_states` as it is. Not with `num_accepted_tokens`.
+      tree_parents: [batch, seqlen] integer: the tokens are nodes of a tree, which comes with x [batch, seqlen, dim]
+        and `commit=False`. The taps meet a node, its parent, its grandparent, ..., then the window from its newest
+        entry on. min(parent, i-1) counts; below 0, node i follows the window.
 
     Returns:
-      ConvOutput(out, conv_states): `out` has x's shape and dtype, zero for padding rows.
+      ConvOutput(out, conv_states): `out` has x's shape and dtype, zero for padding rows; split as in
+      `causal_conv1d_fn`. With `window_out`, ConvWindowOutput(out, conv_states, window_out).
 
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
+    if (
+        cache_seqlens is write_indices is track_indices is window_out is window_indices is None
+        and tree_parents is residual is channel_offset is split_sizes is None
+        and state_layout == "front"
+        and commit is True
+    ):
+        args = (
+            x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
+            max_seqlen, activation, pad_slot_id, backend,
+        )  # fmt: skip
+        return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
     args = (
-        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
-        max_seqlen, activation, pad_slot_id, backend,
+        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, cache_seqlens,
+        write_indices, track_indices, window_out, window_indices, residual, tree_parents,
+        max_seqlen, activation, pad_slot_id, backend, state_layout, commit, channel_offset, split_sizes,
     )  # fmt: skip
-    return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
+    out = _call(serving.step, ops.causal_conv1d_update_serving, args, validate, residual)
+    out = _split(out, x, split_sizes)
+    if window_out is None:
+        return ConvOutput(out, conv_states)
+    return ConvWindowOutput(out, conv_states, window_out)
+
+
+def commit_windows(
+    conv_states,
+    window_out,
+    accepted_steps,
+    cache_indices=None,
+    window_indices=None,
+    *,
+    pad_slot_id=-1,
+    backend="auto",
+    validate=False,
+):
+    """Moves the window after each row's last accepted token into its slot, in place.
+
+    Args:
+      conv_states: [num_slots, state_len, dim], any of the three dtypes, any strides, state_len >= width-1. Columns
+        0 .. width-2 of the slots of rows that accepted a token are written.
+      window_out: [buffers, steps, width-1, dim], as `causal_conv1d_update` left it; cast once if its dtype differs.
+      accepted_steps: [batch] integer, the last accepted token of each row, from 0; a row whose step lies outside
+        [0, steps) is left alone.
+      cache_indices: [batch] integer slots; None: row i uses slot i. Rows of padding are left alone.
+      window_indices: [batch] integer buffers; None: row i uses buffer i. Likewise.
+      pad_slot_id, backend, validate: as in `causal_conv1d_fn`.
+
+    Returns:
+      conv_states.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.check_commit_windows`; tensors on different devices; with
+        `validate`, bad steps, slots or buffers.
+      Unsupported: the backend asked for cannot run on these tensors; `validate` in a traced call.
+    """
+    args = conv_states, window_out, accepted_steps, cache_indices, window_indices, pad_slot_id, backend
+    if not _traced(conv_states):
+        serving.commit(*args, validate)
+    elif validate:
+        raise _validated_trace()
+    else:
+        ops.commit_windows(*args)
+    return conv_states
+
+
+def tree_parents_from_links(next_token, next_sibling):
+    """The parents of draft trees that are given by first children and next siblings; nothing synchronises.
+
+    Args:
+      next_token: [batch, n] integer: the first child of each node i; any value outside (i, n), such as -1, is none.
+      next_sibling: [batch, n] integer: the next sibling of each node, likewise.
+
+    Returns:
+      [batch, n] int32, the `tree_parents` of `causal_conv1d_update`: -1 for node 0 and its siblings, 0 for a node
+      that nothing names.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.check_tree_parents_from_links`; tensors on different devices.
+    """
+    return serving.parents_from_links(next_token, next_sibling)
 
 
 def causal_conv1d_update_(
-    x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, validate=False
+    x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, validate=False, **more
 ):
-    """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of."""
-    dense = x.is_contiguous() or x.mT.is_contiguous()
+    """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of.
+
+    `more` may hold query_start_loc, num_accepted_tokens, max_seqlen, state_layout and cache_seqlens.
+    """
+    dense = x.is_contiguous() or (x.dim() == 3 and x.mT.is_contiguous())
     if dense and not (_traced(x) or asks_for_gradient(x, weight, bias)):
-        args = (
-            x, weight, bias, conv_states, cache_indices, None, None, None, activation, pad_slot_id, "auto", validate,
-        )  # fmt: skip
-        return run.step(*args, out=x)
+        packing = [more.get(name) for name in ("query_start_loc", "num_accepted_tokens")]
+        layout, seqlens = more.get("state_layout", "front"), more.get("cache_seqlens")
+        options = more.get("max_seqlen"), activation, pad_slot_id, "auto"
+        tensors = (x, weight, bias, conv_states, cache_indices, *packing)
+        if layout == "front":
+            return run.step(*tensors, *options, validate, out=x)
+        unused = [None] * 6
+        return serving.step(*tensors, seqlens, *unused, *options, layout, True, None, None, validate, out=x)
     out, _ = causal_conv1d_update(
         x, weight, bias, conv_states, cache_indices,
-        activation=activation, pad_slot_id=pad_slot_id, validate=validate,
+        activation=activation, pad_slot_id=pad_slot_id, validate=validate, **more,
     )  # fmt: skip
     return x.copy_(out)
 
 
-def _call(direct, operator, args, validate):
+def _validated_trace():
+    return Unsupported("validate: expected False where the call is traced, since it reads data, got True")
+
+
+def _split(out, x, split_sizes):
+    if split_sizes is None:
+        return out
+    return serving.parts(out, (*x.shape[:-1], sum(split_sizes)), split_sizes)
+
+
+def _call(direct, operator, args, validate, *more):
     """Runs `direct`, which is quicker than an operator, wherever no tracer needs to see the call."""
     x, weight, bias = args[:3]
     traced = _traced(x)
     if traced and validate:
-        raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
-    if asks_for_gradient(x, weight, bias):
+        raise _validated_trace()
+    if asks_for_gradient(x, weight, bias, *more):
         with torch.no_grad():
             out = operator(*args) if traced else direct(*args, validate)
-        return ops.NoGradient.apply(out, x, weight, bias)
+        return ops.NoGradient.apply(out, x, weight, bias, *more)
     return operator(*args) if traced else direct(*args, validate)
 
 

@@ -98,7 +98,8 @@ class _Rows:
         m = torch.arange(self.x.shape[0] // block_size + 1, device=self.x.device)
         at = (block_size - computed % block_size)[:, None] + m * block_size
         block = (computed // block_size)[:, None] + m
-        row, m = ((at <= self.length[:, None]) & (block < snapshot_indices.shape[1])).nonzero(as_tuple=True)
+        reached = (at <= self.length[:, None]) & (block >= 0) & (block < snapshot_indices.shape[1])
+        row, m = reached.nonzero(as_tuple=True)
         slot = snapshot_indices[row, block[row, m]].long()
         return self.further_windows(conv_states, row, at[row, m], slot)
 
@@ -212,9 +213,7 @@ def update(
         parts = [rows.new_states(conv_states, moved, write_indices, num_accepted_tokens is not None)]
         if track_indices is not None:
             row = moved.nonzero().squeeze(1)
-            parts.append(
-                rows.further_windows(conv_states, row, rows.length[row], track_indices[row].long())
-            )
+            parts.append(rows.further_windows(conv_states, row, rows.length[row], track_indices[row].long()))
         _store(conv_states, parts)
     return _flat_parts(out.reshape(x.shape), split_sizes)
 

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from triton_impl.config import MAX_GRID_YZ
 from triton_impl.launch import Launch, known_pad, stride
+from triton_impl.slots import add_residual, find_window, output_channels, split_blocks
 from triton_impl.taps import (
     NATIVE_PTX,
     activate,
@@ -94,15 +95,23 @@ def _find_row(
 
 
 @triton.jit
+def _column(ring, i):
+    """Column of the window's entry i, given (column of entry 0, state_len) of a ring, or None."""
+    if ring is not None:
+        i = (ring[0] + i) % ring[1]
+    return i
+
+
+@triton.jit
 def _entry(
-    x, pool, position, row_start, ch, wanted, has_state, stride_x_t, stride_x_d, stride_s_l, stride_s_d,
+    x, pool, ring, position, row_start, ch, wanted, has_state, stride_x_t, stride_x_d, stride_s_l, stride_s_d,
     WIDTH: tl.constexpr, HAS_POOL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The input at a position of a row; before the row's start the entry of its slot, or zero without a state."""
     in_row = position >= row_start
     source = x + position * stride_x_t
     if HAS_POOL:
-        slot_source = pool + (position - row_start + WIDTH - 1) * stride_s_l
+        slot_source = pool + _column(ring, position - row_start + WIDTH - 1) * stride_s_l
         if x.dtype == pool.dtype:  # one load from either place, so that nothing waits to choose
             source = tl.where(in_row, source, slot_source)
             step = tl.where(in_row, stride_x_d, stride_s_d)
@@ -120,7 +129,7 @@ def _entry(
 
 @triton.jit
 def _group(
-    source, target, window, words, bias_word, in_dim, left, stride_x_t, stride_o_t,
+    source, added, target, window, words, bias_word, in_dim, left, stride_x_t, stride_r_t, stride_o_t,
     weight_dtype: tl.constexpr, carried: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, PTX: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -129,11 +138,18 @@ def _group(
     for i in tl.static_range(GROUP):  # all are asked for before the first is used
         rows = rows + (tl.load(source, mask=in_dim & (i < left), other=0.0),)
         source += stride_x_t  # carried along, which needs fewer registers than a product a row
+    residuals = ()
+    if added is not None:
+        for i in tl.static_range(GROUP):
+            residuals = residuals + (tl.load(added, mask=in_dim & (i < left), other=0.0),)
+            added += stride_r_t
     taps = unpack_taps(words, WIDTH, weight_dtype)
     start = widen(bias_word)
     for i in tl.static_range(GROUP):
         e = window + (recast(rows[i], carried),)
         value = activate(convolve(e, taps, start, WIDTH), SILU, PTX)
+        if added is not None:
+            value = add_residual(value, widen(residuals[i]), PTX)
         tl.store(target, narrow(value, target.dtype.element_ty), mask=in_dim & (i < left))
         target += stride_o_t
         window = e[1:]
@@ -142,8 +158,8 @@ def _group(
 
 @triton.jit
 def _walk_block(
-    x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
-    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
+    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t, stride_x_d,
+    stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
     BLOCK_T: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +172,7 @@ def _walk_block(
     window = ()
     for j in tl.static_range(WIDTH - 1):
         before = _entry(
-            x, pool, first + (j - WIDTH + 1), row_start, ch, in_dim, has_state,
+            x, pool, ring, first + (j - WIDTH + 1), row_start, ch, in_dim, has_state,
             stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, HAS_POOL, carried,
         )  # fmt: skip
         window = window + (before,)
@@ -164,30 +180,35 @@ def _walk_block(
     # taps, store
     source = x + first * stride_x_t + ch * stride_x_d
     target = out + first * stride_o_t + ch * stride_o_d
+    added = None
+    if residual is not None:
+        added = residual + first * stride_r_t + ch * stride_r_d
     if last - first <= SHORT:
         _group(
-            source, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_o_t,
+            source, added, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_r_t, stride_o_t,
             weight_dtype, carried, WIDTH, SILU, PTX, SHORT,
         )  # fmt: skip
     elif GROUP == BLOCK_T:
         _group(
-            source, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_o_t,
+            source, added, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_r_t, stride_o_t,
             weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
         )  # fmt: skip
     else:
         for t in tl.range(first, last, GROUP, num_stages=STAGES):
             window = _group(
-                source, target, window, words, bias_word, in_dim, last - t, stride_x_t, stride_o_t,
+                source, added, target, window, words, bias_word, in_dim, last - t, stride_x_t, stride_r_t, stride_o_t,
                 weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
             )  # fmt: skip
             source += GROUP * stride_x_t
+            if added is not None:
+                added += GROUP * stride_r_t
             target += GROUP * stride_o_t
 
 
 @triton.jit
 def _tile_block(
-    x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
-    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
+    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t, stride_x_d,
+    stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +223,7 @@ def _tile_block(
         in_row = source >= row_start
         value = widen(tl.load(x + source * stride_x_t + ch * stride_x_d, mask=here & in_row, other=0.0))
         if HAS_POOL and j < WIDTH - 1:
-            column = source - row_start + (WIDTH - 1)
+            column = _column(ring, source - row_start + (WIDTH - 1))
             kept = tl.load(
                 pool + column * stride_s_l + ch * stride_s_d,
                 mask=here & has_state & (source < row_start),
@@ -210,11 +231,11 @@ def _tile_block(
             )
             value = tl.where(in_row, value, widen(kept))
         acc = tl.fma(value, taps[j][None, :], acc)
-    tl.store(
-        out + t * stride_o_t + ch * stride_o_d,
-        narrow(activate(acc, SILU, PTX), out.dtype.element_ty),
-        mask=here,
-    )
+    value = activate(acc, SILU, PTX)
+    if residual is not None:
+        added = tl.load(residual + t * stride_r_t + ch * stride_r_d, mask=here, other=0.0)
+        value = add_residual(value, widen(added), PTX)
+    tl.store(out + t * stride_o_t + ch * stride_o_d, narrow(value, out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -226,7 +247,7 @@ def _store_window(
     entries = ()
     for c in tl.static_range(WIDTH - 1):
         entry = _entry(
-            x, pool, row_end + (c - WIDTH + 1), row_start, ch, in_dim, has_state,
+            x, pool, None, row_end + (c - WIDTH + 1), row_start, ch, in_dim, has_state,
             stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, True, pool.dtype.element_ty,
         )  # fmt: skip
         entries = entries + (entry,)
@@ -237,27 +258,28 @@ def _store_window(
 
 @triton.jit
 def _block(
-    x, out, pool, words, bias_word, row_start, row_end, first, live, ch, in_dim, has_state,
-    stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, HAS_MASK: tl.constexpr, PTX: tl.constexpr,
+    x, residual, out, pool, ring, words, bias_word, row_start, row_end, first, live, ch, in_dim, has_state,
+    stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
+    weight_dtype: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr,
+    HAS_MASK: tl.constexpr, STORES: tl.constexpr, PTX: tl.constexpr,
     WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The block of a row that begins at token `first`: outputs, and the new window if it is the row's first."""
+    """The block of a row that begins at token `first`: outputs, and with STORES the new window if it is the first."""
     last = first + tl.minimum(row_end - first, BLOCK_T)
     if live:
         if WALK:
             _walk_block(
-                x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
-                stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
+                stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
                 WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, GROUP, STAGES,
             )  # fmt: skip
         else:
             _tile_block(
-                x, out, pool, words, bias_word, row_start, first, last, ch, in_dim, has_state,
-                stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
+                stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
                 WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, BLOCK_D,
             )  # fmt: skip
-        if HAS_POOL and WIDTH > 1:
+        if STORES and WIDTH > 1:
             if first == row_start:
                 _store_window(
                     x, pool, row_start, row_end, ch, in_dim, has_state,
@@ -269,30 +291,32 @@ def _block(
             tl.store(out + t * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "pad_slot_id"])
-def _prefill_kernel(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, out,
-    tokens, dim, batch, num_slots, pad_slot_id,
+@triton.jit
+def _prefill(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
+    tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks,
     stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
-    stride_c, stride_h, stride_o_t, stride_o_d,
+    stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr,
+    SEARCH: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
     stride_x_d = tl.cast(stride_x_d, tl.int64)
+    stride_r_t = tl.cast(stride_r_t, tl.int64)
+    stride_r_d = tl.cast(stride_r_d, tl.int64)
     stride_s_l = tl.cast(stride_s_l, tl.int64)
     stride_s_d = tl.cast(stride_s_d, tl.int64)
     stride_o_t = tl.cast(stride_o_t, tl.int64)
     stride_o_d = tl.cast(stride_o_d, tl.int64)
 
     # mapping of programs; the taps are under way while the row is looked for
-    channel_blocks = tl.cdiv(dim, BLOCK_D)
     block_d = tl.program_id(0) % channel_blocks if FLAT else tl.program_id(2)
-    ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_dim = ch < dim
+    ch, in_dim, out, stride_o_t, stride_o_d = output_channels(
+        block_d, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
+    )
     words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
     bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
     if FLAT:
@@ -318,20 +342,71 @@ def _prefill_kernel(
         live = live & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots)
     has_state = flag != 0
     pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
+    ring = None
+    if LAYOUT == "back":
+        pool += (state_len - (WIDTH - 1)) * stride_s_l
+    elif LAYOUT == "ring":
+        ring = (
+            find_window(cache_seqlens, None, row, row < batch, stride_q, 0, state_len, WIDTH, LAYOUT),
+            state_len,
+        )
 
     if FLAT:
         _block(
-            x, out, pool, words, bias_word, row_start, row_end, row_start + block * BLOCK_T, live, ch, in_dim, has_state,
-            stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight.dtype.element_ty,
-            WIDTH, SILU, HAS_POOL, HAS_MASK, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
+            x, residual, out, pool, ring, words, bias_word, row_start, row_end, row_start + block * BLOCK_T, live, ch, in_dim,
+            has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
+            weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
         )  # fmt: skip
     else:
         for k in range(block, last_block + 1, tl.num_programs(1)):
             _block(
-                x, out, pool, words, bias_word, row_start, row_end, row_start + k * BLOCK_T, live, ch, in_dim, has_state,
-                stride_x_t, stride_x_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight.dtype.element_ty,
-                WIDTH, SILU, HAS_POOL, HAS_MASK, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
+                x, residual, out, pool, ring, words, bias_word, row_start, row_end, row_start + k * BLOCK_T, live, ch, in_dim,
+                has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
+                weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "pad_slot_id"])
+def _prefill_kernel(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, out,
+    tokens, dim, batch, num_slots, pad_slot_id,
+    stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
+    stride_c, stride_h, stride_o_t, stride_o_d,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
+    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
+    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    SEARCH: tl.constexpr,
+):  # fmt: skip
+    _prefill(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, None, None, out,
+        tokens, dim, batch, num_slots, 0, pad_slot_id, tl.cdiv(dim, BLOCK_D),
+        stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
+        stride_c, stride_h, 0, 0, 0, stride_o_t, stride_o_d,
+        WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
+        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, "front", HAS_POOL, (), 1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "channel_blocks"])
+def _serving_kernel(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
+    tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks,
+    stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
+    stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
+    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
+    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    SEARCH: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The same with a residual, split outputs, and windows elsewhere in their slots; STORES: leaves the new windows."""
+    _prefill(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
+        tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks,
+        stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
+        stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
+        WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
+        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, LAYOUT, STORES, SIZES, ALIGN,
+    )  # fmt: skip
 
 
 def prepare(
@@ -349,25 +424,64 @@ def prepare(
     """
     tokens, dim = x.shape
     batch = query_start_loc.shape[0] - 1
-    channel_blocks = triton.cdiv(dim, config.block_d)
-    if config.flat:
-        grid = ((tokens // config.block_t + batch + 1) * channel_blocks, 1, 1)
-    else:
-        grid = (batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ), channel_blocks)
+    grid = _grid(tokens, batch, triton.cdiv(dim, config.block_d), config)
     num_slots = 0 if conv_states is None else conv_states.shape[0]
     strides = (
         *x.stride(), *weight.stride(), stride(bias, 0),
         stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
         stride(cache_indices, 0), stride(has_initial_state, 0), *torch.empty_like(x, device="meta").stride(),
     )  # fmt: skip
-    constants = dict(
+    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config)
+    return Launch(
+        _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def prepare_serving(
+    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, silu,
+    pad_slot_id, config, *, layout, stores, split_sizes,
+):  # fmt: skip
+    """`prepare` for windows in another layout, a residual, and split outputs.
+
+    Args:
+      stores: whether the kernel leaves the new windows, in front of the slots that it reads.
+      split_sizes: channels of each part, or None; the parts then follow each other in a flat `out`.
+
+    Returns:
+      A Launch of (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens,
+      residual, out).
+    """
+    tokens, dim = x.shape
+    batch = query_start_loc.shape[0] - 1
+    blocks, sizes, align = split_blocks(dim, split_sizes, config.block_d)
+    num_slots, state_len = (0, 0) if conv_states is None else conv_states.shape[:2]
+    strides = (
+        *x.stride(), *weight.stride(), stride(bias, 0),
+        stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
+        stride(cache_indices, 0), stride(has_initial_state, 0), stride(cache_seqlens, 0),
+        stride(residual, 0), stride(residual, 1),
+        *((0, 1) if sizes else torch.empty_like(x, device="meta").stride()),
+    )  # fmt: skip
+    values = tokens, dim, batch, num_slots, state_len, known_pad(pad_slot_id, num_slots), blocks, *strides
+    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config)
+    constants |= dict(LAYOUT=layout, STORES=stores and conv_states is not None, SIZES=sizes, ALIGN=align)
+    return Launch(
+        _serving_kernel, _grid(tokens, batch, blocks, config), values, constants, num_warps=config.num_warps
+    )
+
+
+def _grid(tokens, batch, channel_blocks, config):
+    if config.flat:
+        return (tokens // config.block_t + batch + 1) * channel_blocks, 1, 1
+    return batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ), channel_blocks
+
+
+def _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config):
+    return dict(
         WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=conv_states is not None,
         HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
         FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
         BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages,
         SEARCH=config.search,
-    )  # fmt: skip
-    return Launch(
-        _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
-        num_warps=config.num_warps,
     )  # fmt: skip

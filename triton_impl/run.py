@@ -61,7 +61,7 @@ def fn(
         if _resolve(backend, x) == "eager":
             return eager.prefill(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
         config = prefill_config(
-            sizes.tokens, sizes.dim, sizes.batch, sizes.width, x.element_size(), walks(*x.stride()),
+            sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*x.stride()),
             max_seqlen, schedule, WARP_SIZE,
         )  # fmt: skip
         call = prefill.prepare(*tensors, activation is not None, pad_slot_id, config)
@@ -163,9 +163,9 @@ def _launch(call, x, *tensors):
         call(*tensors)
 
 
-def _check_devices(x, **others):
+def _check_devices(x, first="x", **others):
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{first}: expected a torch.Tensor, got {type(x).__name__}")
     device = x.device
     for name, tensor in others.items():
         if tensor is None:
@@ -173,7 +173,7 @@ def _check_devices(x, **others):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on x's device {device}, got {tensor.device}")
+            raise ValueError(f"{name}: expected a tensor on {first}'s device {device}, got {tensor.device}")
 
 
 def _resolve(backend, x):

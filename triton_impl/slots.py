@@ -59,9 +59,7 @@ def load_entries(
     for c in tl.static_range(COUNT):
         i = begin + c
         in_row = i >= WIDTH - 1
-        new = tl.load(
-            x + (i - (WIDTH - 1)) * stride_x_t + ch * stride_x_d, mask=in_dim & in_row, other=0.0
-        )
+        new = tl.load(x + (i - (WIDTH - 1)) * stride_x_t + ch * stride_x_d, mask=in_dim & in_row, other=0.0)
         kept = tl.load(
             old + column(first, i, state_len, LAYOUT) * stride_s_l + ch * stride_s_d,
             mask=in_dim & has_state & (i < WIDTH - 1),
@@ -122,7 +120,9 @@ def leave_state(
                 arrived = tl.load(token, mask=inside & (i >= state_len), other=0.0)
                 at = (turn + c + j) % state_len if LAYOUT == "ring" else i
                 kept = tl.load(
-                    old + at * stride_s_l + ch * stride_s_d, mask=inside & has_state & (i < state_len), other=0.0
+                    old + at * stride_s_l + ch * stride_s_d,
+                    mask=inside & has_state & (i < state_len),
+                    other=0.0,
                 )
                 entries = entries + (tl.where(i >= state_len, recast(arrived, old.dtype.element_ty), kept),)
             tl.debug_barrier()  # what later turns of the loop read lies behind what this one writes
@@ -135,7 +135,15 @@ def leave_state(
 
 @triton.jit
 def output_channels(
-    block, dim, tokens, out, stride_o_t, stride_o_d, SIZES: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
+    block,
+    dim,
+    tokens,
+    out,
+    stride_o_t,
+    stride_o_d,
+    SIZES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The channels of a block, and where their results go: a block lies in one of the parts of SIZES.
 
@@ -182,3 +190,11 @@ def add_residual(value, residual, PTX: tl.constexpr):
     else:
         total = value + residual
     return total
+
+
+def split_blocks(dim, split_sizes, block_d):
+    """How many programs share a row's channels, the parts' sizes, and the largest of 1, 2, .. 16 that divides all."""
+    sizes = () if split_sizes is None else tuple(split_sizes)
+    blocks = sum(triton.cdiv(size, block_d) for size in sizes or (dim,))
+    align = min([16, *(size & -size for size in sizes)])
+    return blocks, sizes, align

@@ -25,7 +25,7 @@ def _row_of_block(query_start_loc, block, batch, tokens, BLOCK: tl.constexpr, SE
     while size > 1:
         step = (size + SEARCH - 1) // SEARCH
         candidate = row + lane * step
-        start = offset(query_start_loc, candidate, batch, tokens)
+        start = offset(query_start_loc, candidate, batch, tokens).to(tl.int64)  # BLOCK may be as wide
         passed = (lane * step < size) & (start // BLOCK + candidate <= block)
         ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0) * step
         row += ahead
@@ -73,7 +73,7 @@ def _states_kernel(
         row = program.to(tl.int64)
     else:
         row = _row_of_block(query_start_loc, program, batch, tokens, BLOCK, SEARCH).to(tl.int64)
-    row_start = offset(query_start_loc, row, batch, tokens)
+    row_start = offset(query_start_loc, row, batch, tokens).to(tl.int64)
     length = tl.maximum(offset(query_start_loc, row + 1, batch, tokens) - row_start, 0)
     in_rows = row < batch
     slot, live = find_slot(cache_indices, row, in_rows, stride_c, num_slots, pad_slot_id)
@@ -83,9 +83,7 @@ def _states_kernel(
         has_state = row < 0
         if has_initial_state is not None:
             has_state = tl.load(has_initial_state + row * stride_h, mask=in_rows, other=0) != 0
-        first = find_window(
-            cache_seqlens, None, row, in_rows, stride_q, 0, state_len, WIDTH, LAYOUT
-        )
+        first = find_window(cache_seqlens, None, row, in_rows, stride_q, 0, state_len, WIDTH, LAYOUT)
         tokens_of_row = x + row_start * stride_x_t
         old = conv_states + slot * stride_s_n
 
@@ -101,12 +99,19 @@ def _states_kernel(
             ahead = BLOCK - consumed % BLOCK
             count = tl.where(length >= ahead, (length - ahead) // BLOCK + 1, 0)
             count = tl.minimum(count, tl.maximum(snapshots - passed, 0))
-            near = tl.minimum(count, tl.cdiv(tl.maximum(WIDTH - 1 - ahead, 0), BLOCK))  # these see the old window
+            near = tl.minimum(
+                count, tl.cdiv(tl.maximum(WIDTH - 1 - ahead, 0), BLOCK)
+            )  # these see the old window
             begin = tl.where(block == 0, 0, tl.maximum(block, near))
             end = tl.where(block == 0, tl.maximum(near, 1), block + 1)
             for m in range(begin, tl.minimum(end, count)):
                 target, stores = find_slot(
-                    snapshot_indices + row * stride_i_b, passed + m, in_rows, stride_i_k, num_slots, pad_slot_id
+                    snapshot_indices + row * stride_i_b,
+                    passed + m,
+                    in_rows,
+                    stride_i_k,
+                    num_slots,
+                    pad_slot_id,
                 )
                 _keep_window(
                     tokens_of_row, old, ahead + m * BLOCK, first, state_len, conv_states, target, stores, ch, in_dim, has_state,

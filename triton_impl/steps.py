@@ -17,6 +17,7 @@ from triton_impl.slots import (
     leave_state,
     load_entries,
     output_channels,
+    split_blocks,
     store_entries,
 )
 from triton_impl.taps import (
@@ -34,7 +35,17 @@ from triton_impl.taps import (
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "buffers", "pad_buffer", "steps", "dim_blocks"]
+    do_not_specialize=[
+        "tokens",
+        "batch",
+        "num_slots",
+        "state_len",
+        "pad_slot_id",
+        "buffers",
+        "pad_buffer",
+        "steps",
+        "dim_blocks",
+    ]
 )
 def _step_kernel(
     x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, cache_seqlens, write_indices,
@@ -97,7 +108,9 @@ def _step_kernel(
     )
     arrived = ()
     for i in tl.static_range(GROUP):
-        arrived = arrived + (tl.load(x + i * stride_x_t + ch * stride_x_d, mask=in_dim & (i < length), other=0.0),)
+        arrived = arrived + (
+            tl.load(x + i * stride_x_t + ch * stride_x_d, mask=in_dim & (i < length), other=0.0),
+        )
     taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
     start = load_bias(bias, ch, in_dim, stride_b, bias is not None)
     old = conv_states + slot * stride_s_n
@@ -116,7 +129,13 @@ def _step_kernel(
         )  # fmt: skip
         tl.debug_barrier()
         store_entries(
-            conv_states + tracked * stride_s_n, final, ch, in_dim & moved & tracks, stride_s_l, stride_s_d, WIDTH - 1
+            conv_states + tracked * stride_s_n,
+            final,
+            ch,
+            in_dim & moved & tracks,
+            stride_s_l,
+            stride_s_d,
+            WIDTH - 1,
         )
     if COMMIT:
         write = slot
@@ -181,14 +200,6 @@ def row_strides(tensor, packed):
     return (0, *tensor.stride()) if packed else (tensor.stride(0), 0, tensor.stride(1))
 
 
-def channel_blocks(dim, split_sizes, block_d):
-    """How many programs share a row's channels, the parts' sizes, and the largest of 1, 2, .. 16 that divides all."""
-    sizes = () if split_sizes is None else tuple(split_sizes)
-    blocks = sum(triton.cdiv(size, block_d) for size in sizes or (dim,))
-    align = min([16, *(size & -size for size in sizes)])
-    return blocks, sizes, align
-
-
 def prepare(tensors, out, *, layout, commit, silu, pad_slot_id, split_sizes, longest, config):
     """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
 
@@ -215,9 +226,11 @@ def prepare(tensors, out, *, layout, commit, silu, pad_slot_id, split_sizes, lon
     tokens = x.shape[0] if packed else batch * seqlen
     num_slots, state_len, _ = conv_states.shape
     buffers, steps = (0, 0) if window_out is None else window_out.shape[:2]
-    dim_blocks, sizes, align = channel_blocks(dim, split_sizes, config.block_d)
+    dim_blocks, sizes, align = split_blocks(dim, split_sizes, config.block_d)
     tail = triton.cdiv(tokens, 64) if packed else 0
-    group = min(triton.next_power_of_2(max(1, 4 if longest is None else longest)), 8 if weight.shape[1] <= 4 else 4)
+    group = min(
+        triton.next_power_of_2(max(1, 4 if longest is None else longest)), 8 if weight.shape[1] <= 4 else 4
+    )
     values = (
         tokens, batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots), buffers,
         known_pad(pad_slot_id, buffers), steps, dim_blocks,

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, stride
-from triton_impl.slots import add_residual, column, find_slot, find_window, output_channels
-from triton_impl.steps import channel_blocks
+from triton_impl.slots import add_residual, column, find_slot, find_window, output_channels, split_blocks
 from triton_impl.taps import (
     NATIVE_PTX,
     activate,
@@ -25,7 +24,15 @@ from triton_impl.taps import (
 
 
 @triton.jit(
-    do_not_specialize=["batch", "num_slots", "state_len", "pad_slot_id", "buffers", "pad_buffer", "dim_blocks"]
+    do_not_specialize=[
+        "batch",
+        "num_slots",
+        "state_len",
+        "pad_slot_id",
+        "buffers",
+        "pad_buffer",
+        "dim_blocks",
+    ]
 )
 def _tree_kernel(
     x, weight, bias, conv_states, cache_indices, cache_seqlens, tree_parents, window_out, window_indices, residual, out,
@@ -108,7 +115,9 @@ def _tree_kernel(
         window = ()
         for j in tl.static_range(WIDTH):  # oldest first
             new = widen(arrived[i * WIDTH + WIDTH - 1 - j])
-            entry = tl.where(sources[i * WIDTH + WIDTH - 1 - j] >= 0, new, widen(stored[i * WIDTH + WIDTH - 1 - j]))
+            entry = tl.where(
+                sources[i * WIDTH + WIDTH - 1 - j] >= 0, new, widen(stored[i * WIDTH + WIDTH - 1 - j])
+            )
             window = window + (entry,)
         value = activate(convolve(window, taps, start, WIDTH), SILU, PTX)
         if residual is not None:
@@ -143,7 +152,7 @@ def prepare(tensors, out, *, layout, silu, pad_slot_id, split_sizes, config):
     width = weight.shape[1]
     num_slots, state_len, _ = conv_states.shape
     buffers = 0 if window_out is None else window_out.shape[0]
-    dim_blocks, sizes, align = channel_blocks(dim, split_sizes, config.block_d)
+    dim_blocks, sizes, align = split_blocks(dim, split_sizes, config.block_d)
     nodes = min(2 if width <= 4 else 1, max(seqlen, 1))
     values = (
         batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots), buffers,

@@ -8,7 +8,9 @@ from triton_impl.slots import find_slot
 from triton_impl.taps import recast
 
 
-@triton.jit(do_not_specialize=["batch", "num_slots", "pad_slot_id", "buffers", "pad_buffer", "steps", "dim_blocks"])
+@triton.jit(
+    do_not_specialize=["batch", "num_slots", "pad_slot_id", "buffers", "pad_buffer", "steps", "dim_blocks"]
+)
 def _commit_kernel(
     conv_states, window_out, accepted_steps, cache_indices, window_indices,
     batch, dim, num_slots, pad_slot_id, buffers, pad_buffer, steps, dim_blocks,

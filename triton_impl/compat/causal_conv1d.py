@@ -5,8 +5,8 @@
 or, for programs that import `causal_conv1d` themselves, `triton_impl.compat.install("causal_conv1d")`.
 
 Beyond the peer: any strides and any `dim`, initial and final states in either memory layout, widths 1 to 8, every
-mix of float dtypes, slots past the pool are padding rather than a fault. Less than the peer: no circular buffer
-(`cache_seqlens`), which is refused, not ignored. The prefill has gradients; the update, as the peer's, has none.
+mix of float dtypes, slots past the pool are padding rather than a fault. The prefill has gradients; the update, as
+the peer's, has none.
 """
 
 import torch
@@ -16,7 +16,7 @@ from triton_impl.api import asks_for_gradient
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
     expect,
-    expect_slots,
+    expect_integers,
     expect_states,
     expect_weight,
     folded_channels,
@@ -113,12 +113,12 @@ def causal_conv1d_update(
     Args:
       x: [batch, dim] or [batch, dim, seqlen].
       conv_state: [batch or num_slots, dim, state_len], state_len >= width-1, any strides. The window is the last
-        width-1 columns and the slot shifts as a whole, as the peer does it; the columns before the window
-        cost a copy, so state_len = width-1 is the fast one.
+        width-1 columns and the slot shifts as a whole, as the peer does it.
       weight: [dim, width].
       bias: [dim] or None.
       activation: None, "silu" or "swish".
-      cache_seqlens: None; a circular buffer is refused.
+      cache_seqlens: [batch] integer, tokens of each row before this step, or None. With it a slot is a circular
+        buffer: column n mod state_len holds token n; the caller advances the counts.
       conv_state_indices: [batch] integer slots, or None: row i uses slot i. Negative slots, and slots past the
         pool, are padding: their output is zero and no slot is touched.
 
@@ -127,18 +127,17 @@ def causal_conv1d_update(
 
     Raises:
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d_update`.
-      Unsupported: `cache_seqlens`; a backward pass.
+      Unsupported: a backward pass.
     """
-    refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
     dim = token_axes(x)
     width = expect_weight(weight, dim)
     expect_states("conv_state", conv_state, dim, width)
-    expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
-    if x.dim() == 2:
-        return update_at_back(x, weight, bias, conv_state, conv_state_indices, activation=activation)
-    tokens = x.transpose(1, 2)
-    out = update_at_back(tokens, weight, bias, conv_state, conv_state_indices, activation=activation)
-    return out.transpose(1, 2)
+    expect_integers("conv_state_indices", conv_state_indices, x.shape[0])
+    tokens = x if x.dim() == 2 else x.transpose(1, 2)
+    out = update_at_back(
+        tokens, weight, bias, conv_state, conv_state_indices, cache_seqlens, activation=activation
+    )
+    return out if x.dim() == 2 else out.transpose(1, 2)
 
 
 def causal_conv1d_varlen_states(x, cu_seqlens, state_len):

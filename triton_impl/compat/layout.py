@@ -7,8 +7,6 @@ import torch
 from oracle.contract import INDEX_DTYPES, WIDTH_MAX, WIDTH_MIN, Unsupported, dtype_name
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_update_
 
-MAX_COLUMNS = WIDTH_MAX - 1  # the widest window
-
 
 def expect(name, value, axes, **sizes):
     """Returns the shape of tensor `value`; raises in terms of the peer's `axes` unless it has them."""
@@ -50,14 +48,23 @@ def expect_states(name, states, dim, width):
         raise ValueError(f"{name}: expected state_len >= width-1 = {width - 1} on axis 2, got {state_len}")
 
 
-def expect_slots(name, slots, batch):
-    """Checks slots [batch] where the peer's name for them is not the contract's."""
-    if slots is not None:
-        expect(name, slots, ("batch",), batch=batch)
-        if dtype_name(slots.dtype) not in INDEX_DTYPES:
+def expect_integers(name, values, batch):
+    """Checks slots or counts [batch] where the peer's name for them is not the contract's."""
+    if values is not None:
+        expect(name, values, ("batch",), batch=batch)
+        if dtype_name(values.dtype) not in INDEX_DTYPES:
             raise TypeError(
-                f"{name}: expected dtype {' or '.join(INDEX_DTYPES)}, got {dtype_name(slots.dtype)}"
+                f"{name}: expected dtype {' or '.join(INDEX_DTYPES)}, got {dtype_name(values.dtype)}"
             )
+
+
+def expect_rolling_states(name, states, width, longest):
+    """Checks that slots [num_slots, dim, state_len] hold a window and the drafts of a row of `longest` tokens."""
+    if width > 1 and states.shape[2] < width - 2 + longest:
+        raise ValueError(
+            f"{name}: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 2 for rows of up to "
+            f"{longest} tokens, got {states.shape[2]}"
+        )
 
 
 def refuse(reason, **arguments):
@@ -119,53 +126,25 @@ def folded_channels(x, weight, bias, states=None, has_state=False, *, activation
     return out.t().view(batch, dim, seqlen)
 
 
-def update_at_back(x, weight, bias, states, slots, *, activation, pad_slot_id=-1, in_place=False):
-    """A decode step on slots whose window is their LAST width-1 columns, and which shift as a whole.
-
-    The window is a narrow view. Columns before it are history that no output needs; they are moved along by
-    a copy (slots None) or by one more small launch for every 7 columns.
+def update_at_back(
+    x, weight, bias, states, slots, cache_seqlens=None, *, activation, pad_slot_id=-1, in_place=False
+):
+    """A decode step on slots whose window is their LAST width-1 columns and which shift as a whole, or on rings.
 
     Args:
       x: [batch, dim] or [batch, seqlen, dim].
       states: [num_slots, dim, state_len], state_len >= width-1.
+      cache_seqlens: [batch] integer, tokens before this step: column n mod state_len holds token n; None: no rings.
       in_place: whether the result replaces x, and x is returned.
     """
-    older = states.shape[2] - (weight.shape[1] - 1)
-    window = states.transpose(1, 2)
-    if older:
-        window = window[:, older:]
-        if x.numel():
-            _shift_history(x if x.dim() == 3 else x[:, None], states, slots, older, pad_slot_id)
+    layout = {}
+    if cache_seqlens is not None:
+        layout = dict(state_layout="ring", cache_seqlens=cache_seqlens)
+    elif states.shape[2] > weight.shape[1] - 1:  # else front and back are the same
+        layout = dict(state_layout="back")
+    states = states.transpose(1, 2)
     if in_place:
-        return causal_conv1d_update_(x, weight, bias, window, slots, activation, pad_slot_id)
+        return causal_conv1d_update_(x, weight, bias, states, slots, activation, pad_slot_id, **layout)
     return causal_conv1d_update(
-        x, weight, bias, window, slots, activation=activation, pad_slot_id=pad_slot_id
-    ).out  # fmt: skip
-
-
-def _shift_history(x, states, slots, older, pad_slot_id):
-    """Moves columns [seqlen, seqlen+older) of slot ++ x into columns [0, older) of the slots of live rows."""
-    batch, seqlen, dim = x.shape
-    num_slots, _, state_len = states.shape
-    if slots is None:
-        rows = states[:batch]
-    elif num_slots:
-        rows = states.index_select(0, slots.long().clamp(0, num_slots - 1))
-    else:
-        return
-    if seqlen + older > state_len:
-        new = torch.cat([rows, x.transpose(1, 2).to(states.dtype)], dim=2)[:, :, seqlen : seqlen + older]
-    else:
-        new = rows[:, :, seqlen : seqlen + older]
-        if slots is None and seqlen < older:
-            new = new.clone()
-    if slots is None:
-        rows[:, :, :older].copy_(new)
-        return
-    # Only live rows may be written, and which those are is known on the device: a decode step of the columns as
-    # tokens writes them and nothing else.
-    for first in range(0, older, MAX_COLUMNS):
-        part = new[:, :, first : first + MAX_COLUMNS].transpose(1, 2)
-        columns = states[:, :, first : first + part.shape[1]].transpose(1, 2)
-        taps = x.new_zeros(()).expand(dim, part.shape[1] + 1)
-        causal_conv1d_update(part, taps, None, columns, slots, pad_slot_id=pad_slot_id)
+        x, weight, bias, states, slots, activation=activation, pad_slot_id=pad_slot_id, **layout
+    ).out

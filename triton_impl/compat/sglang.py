@@ -13,14 +13,15 @@ SGLang leaves them uninitialised or keeps x. A `pad_slot_id` is compared with sl
 
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.api import causal_conv1d_update as packed_update
+from triton_impl.api import tree_parents_from_links
 from triton_impl.compat.layout import (
     activation_name,
     expect,
-    expect_slots,
+    expect_integers,
+    expect_rolling_states,
     expect_states,
     expect_weight,
     longest,
-    refuse,
     refuse_unknown,
     token_axes,
     update_at_back,
@@ -113,11 +114,12 @@ def causal_conv1d_update(
     Args:
       x: [batch, dim] or [batch, dim, seqlen]; overwritten with the result.
       conv_state: [num_slots, dim, state_len]; the window is the last width-1 columns and the slot shifts as a
-        whole, so state_len = width-1 is the fast one. (SGLang's prefill leaves the window in front: with wider
-        slots its two halves do not fit together, and neither do these.)
+        whole. (SGLang's prefill leaves the window in front: with wider slots its two halves do not fit together, and
+        neither do these.)
       weight, bias: [dim, width]; [dim] or None.
       activation: None, "silu", "swish", True or False.
-      cache_seqlens: None; a circular buffer is refused.
+      cache_seqlens: [batch] integer, tokens of each row before this step, or None. With it a slot is a circular
+        buffer: column n mod state_len holds token n.
       conv_state_indices: [batch] integer slots, or None: row i uses slot i.
       pad_slot_id: slot number of padding rows; their output is zero (SGLang keeps x).
 
@@ -127,12 +129,11 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
-    refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
     dim = token_axes(x)
     expect_states("conv_state", conv_state, dim, expect_weight(weight, dim))
-    expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
+    expect_integers("conv_state_indices", conv_state_indices, x.shape[0])
     update_at_back(
-        x if x.dim() == 2 else x.transpose(1, 2), weight, bias, conv_state, conv_state_indices,
+        x if x.dim() == 2 else x.transpose(1, 2), weight, bias, conv_state, conv_state_indices, cache_seqlens,
         activation=activation_name(activation), pad_slot_id=pad_slot_id, in_place=True,
     )  # fmt: skip
     return x
@@ -211,17 +212,27 @@ def causal_conv1d_update_triton(
     """Decode step of the Triton module: window in front of wide slots, columns behind it never touched.
 
     Args:
-      x: [batch, dim] or [batch, dim, seqlen], any strides; not written. All tokens are committed.
+      x: [batch, dim] or [batch, dim, seqlen], any strides; not written. All tokens are committed, unless they roll
+        or are a tree.
       conv_state: [num_slots, dim, state_len], any strides, updated in place.
       weight, bias: [dim, width]; [dim] or None.
       activation: None, "silu", "swish", True or False.
-      cache_seqlens: None. SGLang ignores it, which gives wrong values; it is refused here.
+      cache_seqlens: [batch] integer, tokens of each row before this step, or None. With it a slot is a circular
+        buffer: column n mod state_len holds token n. (SGLang ignores it, which gives wrong values.)
       conv_state_indices: [batch] integer slots, or None: row i uses slot i.
-      num_accept_tokens, intermediate_conv_window, intermediate_state_indices, retrieve_next_token,
-        retrieve_next_sibling, retrieve_parent_token: None; speculative steps are refused.
+      num_accept_tokens: [batch] integer, how many tokens of each row's previous step were accepted, or None. With it
+        the window begins in column count-1 of a slot that keeps all new tokens behind it; state_len >= width-1 +
+        seqlen-1.
+      intermediate_conv_window: [buffers, steps, dim, width-1], any strides, or None; takes the window after every
+        token, in place. Not with `num_accept_tokens`.
+      intermediate_state_indices: [batch] integer buffers, or None: row i uses buffer i.
+      retrieve_next_token, retrieve_next_sibling: [batch, seqlen] integer, both or none: first child and next sibling
+        of every node of a draft tree, -1 for none. `conv_state` is then left as it is, for the caller to move an
+        accepted window into it (SGLang leaves the window of the last nodes by number there, which is no sequence's).
+      retrieve_parent_token: [batch, seqlen] integer, or None; takes the parent of every node, 0 for the root.
       pad_slot_id: slot number of padding rows.
       metadata: unused, as in SGLang.
-      validate_data: read the slots, which synchronises, and raise ValueError on bad ones.
+      validate_data: read the index data, which synchronises, and raise ValueError on bad values.
 
     Returns:
       A fresh tensor with x's shape and dtype.
@@ -229,22 +240,49 @@ def causal_conv1d_update_triton(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
-    refuse("a circular conv_state is not expressible as a view", cache_seqlens=cache_seqlens)
-    refuse(
-        "speculative decoding is not part of causal_conv1d_update",
-        num_accept_tokens=num_accept_tokens,
-        intermediate_conv_window=intermediate_conv_window,
-        intermediate_state_indices=intermediate_state_indices,
-        retrieve_next_token=retrieve_next_token,
-        retrieve_next_sibling=retrieve_next_sibling,
-        retrieve_parent_token=retrieve_parent_token,
-    )
     dim = token_axes(x)
-    expect_states("conv_state", conv_state, dim, expect_weight(weight, dim))
-    expect_slots("conv_state_indices", conv_state_indices, x.shape[0])
+    batch, seqlen = x.shape[0], 1 if x.dim() == 2 else x.shape[2]
+    width = expect_weight(weight, dim)
+    expect_states("conv_state", conv_state, dim, width)
+    expect_integers("conv_state_indices", conv_state_indices, batch)
+    more = {}
+    if cache_seqlens is not None:
+        more |= dict(state_layout="ring", cache_seqlens=cache_seqlens)
+    if num_accept_tokens is not None:
+        if intermediate_conv_window is not None:
+            raise ValueError("num_accept_tokens: expected None, since intermediate_conv_window is given")
+        expect_integers("num_accept_tokens", num_accept_tokens, batch)
+        expect_rolling_states("conv_state", conv_state, width, seqlen)
+        more |= dict(num_accepted_tokens=num_accept_tokens)
+    if intermediate_conv_window is not None:
+        sizes = dict(dim=dim, columns=width - 1)
+        steps = expect(
+            "intermediate_conv_window",
+            intermediate_conv_window,
+            ("buffers", "steps", "dim", "columns"),
+            **sizes,
+        )[1]
+        if steps < seqlen:
+            raise ValueError(f"intermediate_conv_window: expected steps >= {seqlen} on axis 1, got {steps}")
+        expect_integers("intermediate_state_indices", intermediate_state_indices, batch)
+        more |= dict(
+            window_out=intermediate_conv_window.transpose(2, 3), window_indices=intermediate_state_indices
+        )
+    elif intermediate_state_indices is not None:
+        raise ValueError("intermediate_state_indices: expected None, since intermediate_conv_window is None")
+    if retrieve_next_token is not None or retrieve_next_sibling is not None:
+        links = {"retrieve_next_token": retrieve_next_token, "retrieve_next_sibling": retrieve_next_sibling}
+        for name, link in links.items():
+            expect(name, link, ("batch", "seqlen"), batch=batch, seqlen=seqlen)
+        parents = tree_parents_from_links(retrieve_next_token, retrieve_next_sibling)
+        if retrieve_parent_token is not None:
+            retrieve_parent_token.copy_(parents.clamp(min=0))
+        more |= dict(tree_parents=parents, commit=False)
+    elif retrieve_parent_token is not None:
+        raise ValueError("retrieve_parent_token: expected None, since retrieve_next_token is None")
     out = packed_update(
         x if x.dim() == 2 else x.transpose(1, 2), weight, bias, _token_major(conv_state), conv_state_indices,
-        activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=bool(validate_data),
+        activation=activation_name(activation), pad_slot_id=pad_slot_id, validate=bool(validate_data), **more,
     ).out  # fmt: skip
     return out if x.dim() == 2 else out.transpose(1, 2)
 

@@ -17,10 +17,10 @@ from triton_impl.api import causal_conv1d_update_
 from triton_impl.compat.layout import (
     activation_name,
     expect,
-    expect_slots,
+    expect_integers,
+    expect_rolling_states,
     expect_states,
     expect_weight,
-    refuse,
     token_axes,
 )
 
@@ -103,10 +103,13 @@ def causal_conv1d_update(
       weight, bias: [dim, width]; [dim] or None.
       activation: None, "silu", "swish", True or False.
       conv_state_indices: [batch] integer slots, or [batch, n], of which column 0 counts; None: row i uses slot i.
-      num_accepted_tokens: None; speculative steps are refused.
-      query_start_loc: [batch+1]; every row then continues from its slot with its own number of tokens (vLLM
-        stores too few columns for rows shorter than the longest).
-      max_query_len: host bound of the longest row; used with `query_start_loc` only, -1 if unknown.
+      num_accepted_tokens: [batch] integer, how many tokens of each row's previous step were accepted (0 counts as
+        1), or None. With it the window begins in column count-1 of a slot that keeps all new tokens behind it;
+        state_len >= width-1 + n-1 for rows of up to n tokens.
+      query_start_loc: [batch+1]; every row then continues from its slot with its own number of tokens (without
+        `num_accepted_tokens` vLLM stores too few columns for rows shorter than the longest).
+      max_query_len: host bound of the longest row; used with `query_start_loc` only, where `num_accepted_tokens`
+        needs it; -1 if unknown.
       null_block_id: the slot whose rows are padding.
       validate_data: read the index data, which synchronises, and raise ValueError on bad values.
       out: a tensor with x's shape and dtype that takes the result; x is then left alone.
@@ -116,11 +119,8 @@ def causal_conv1d_update(
 
     Raises:
       ValueError, TypeError: bad shapes, dtypes or values.
-      Unsupported: `num_accepted_tokens`; a backward pass.
+      Unsupported: a backward pass.
     """
-    refuse(
-        "speculative decoding is not part of causal_conv1d_update", num_accepted_tokens=num_accepted_tokens
-    )
     if query_start_loc is None:
         dim = token_axes(x)
     else:
@@ -144,21 +144,29 @@ def causal_conv1d_update(
         if query_start_loc is None
         else expect("query_start_loc", query_start_loc, ("batch+1",))[0] - 1
     )
-    expect_slots("conv_state_indices", slots, batch)
+    expect_integers("conv_state_indices", slots, batch)
+    more = {}
+    if query_start_loc is not None:
+        more = dict(query_start_loc=query_start_loc, max_seqlen=max_query_len if max_query_len >= 0 else None)
+    if num_accepted_tokens is not None:
+        longest = max_query_len if query_start_loc is not None else 1 if x.dim() == 2 else x.shape[2]
+        if longest < 0:
+            raise ValueError(
+                "max_query_len: expected the tokens of the longest row, since query_start_loc and num_accepted_tokens "
+                f"are given, got {max_query_len}"
+            )
+        expect_integers("num_accepted_tokens", num_accepted_tokens, batch)
+        expect_rolling_states("conv_state", conv_state, width, longest)
+        more |= dict(num_accepted_tokens=num_accepted_tokens)
     states = conv_state.transpose(1, 2)
     activation, validate = activation_name(activation), bool(validate_data)
-    if query_start_loc is not None:
-        continues = torch.ones(max(batch, 0), dtype=torch.bool, device=x.device)
-        result = packed_fn(
-            x, weight, bias, states, query_start_loc, slots, continues, activation=activation,
-            pad_slot_id=null_block_id, max_seqlen=max_query_len if max_query_len >= 0 else None, validate=validate,
-        ).out  # fmt: skip
-        return (x if out is None else out).copy_(result)
     tokens = x if x.dim() == 2 else x.transpose(1, 2)
     if out is None:
-        causal_conv1d_update_(tokens, weight, bias, states, slots, activation, null_block_id, validate)
+        causal_conv1d_update_(
+            tokens, weight, bias, states, slots, activation, null_block_id, validate, **more
+        )
         return x
     result = packed_update(
-        tokens, weight, bias, states, slots, activation=activation, pad_slot_id=null_block_id, validate=validate
+        tokens, weight, bias, states, slots, activation=activation, pad_slot_id=null_block_id, validate=validate, **more
     ).out  # fmt: skip
     return out.copy_(result if x.dim() == 2 else result.transpose(1, 2))
