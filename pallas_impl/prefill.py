@@ -184,7 +184,7 @@ def _kernel(
                     lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
                 plgpu.commit_smem()
-                store_parts(tile.at[i], outs, channels, begin, length)
+                in_parts(outs, channels, lambda out, part: store_rows(tile.at[i], out, part, begin, length))
                 if new_pool is not None:
 
                     @pl.when(live & first)
@@ -364,10 +364,10 @@ def store_rows(tile, out, channels, begin, length):
         size //= 2
 
 
-def store_parts(tile, outs, channels, begin, length):
-    """`store_rows` to that of several results which has these channels; each is a multiple of the tile."""
+def in_parts(outs, channels, store):
+    """Calls `store(out, its channels)` for that of several results which has these channels of all of them."""
     if len(outs) == 1:
-        store_rows(tile, outs[0], channels, begin, length)
+        store(outs[0], channels)
         return
     first = 0
     for out in outs:
@@ -375,7 +375,7 @@ def store_parts(tile, outs, channels, begin, length):
 
         @pl.when((channels.start >= first) & (channels.start < end))
         def _(out=out, first=first):
-            store_rows(tile, out, pl.ds(channels.start - first, channels.size), begin, length)
+            store(out, pl.ds(channels.start - first, channels.size))
 
         first = end
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_impl.prefill
+import pallas_impl.update
 from pallas_impl import states, verify, xla, xla_serving
 from pallas_impl.backends import CLIPS, interpreter
-from pallas_impl.config import choose_lanes, tma_dim
+from pallas_impl.config import choose_lanes, tma_dim, update_config
 from pallas_impl.transforms import refuse_transforms
+from pallas_impl.xla_serving import Arrays
 
 
 @functools.partial(jax.jit, static_argnames=("options", "config", "interpret"))
@@ -130,13 +132,22 @@ def _verify(x, weight, bias, conv_states, starts, cache_indices, arrays, seqlen,
     narrow_arrays = _narrow_all(arrays, conv_states, batch, options)
     if not tma_padding(dim, (x, conv_states, arrays.residual, arrays.window_out), interpret):
         slots = narrow(cache_indices, batch, conv_states.shape[0], options.pad_slot_id)
+        others = arrays._replace(residual=None)
+        plain = all(a is None for a in others) and options.state_layout == "front" and options.commit
+        if plain and seqlen == 1:  # its one-token kernel takes several rows a program
+            out, pool = pallas_impl.update.launch(
+                x, weight, bias, conv_states, slots, silu=options.silu, pad_slot_id=options.pad_slot_id,
+                config=update_config(batch, dim)._replace(lanes=lanes), interpret=interpret,
+                residual=arrays.residual, channel=inner.channel, split_sizes=inner.split_sizes,
+            )  # fmt: skip
+            return split(out), pool, None
         out, pool, windows = launch(
             x, weight, bias, conv_states, slots=slots, arrays=narrow_arrays, options=inner
         )
         return split(out), pool, windows
 
     def out(x, weight, bias, windows, rows, _, residual, alone):
-        arrays = xla_serving.Arrays(residual=residual, tree_parents=narrow_arrays.tree_parents)
+        arrays = Arrays(residual=residual, tree_parents=narrow_arrays.tree_parents)
         return launch(x, weight, bias, windows, slots=rows, arrays=arrays, options=alone)[0]
 
     out, pool, windows = _by_windows(

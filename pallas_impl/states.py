@@ -101,7 +101,7 @@ def _kernel(refs, *, moved, ready, batch, columns, group_t, history, options, la
         row = find_row(starts, group, group_t, batch, tokens, interpret=interpret)
     offset = lambda i: jnp.clip(starts[jnp.minimum(i, batch)], 0, tokens)  # noqa: E731
     start = jnp.where(row == 0, 0, offset(row))
-    length = offset(row + 1) - start
+    length = jnp.maximum(offset(row + 1) - start, 0)
     index = jnp.int32(0) if group_t is None else group - div(start, group_t) - row
     slot, live = row_slot(refs, row, batch, num_slots, options.pad_slot_id)
     row = jnp.minimum(row, batch - 1)

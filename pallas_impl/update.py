@@ -13,30 +13,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, row_slot, store_zeros
-from pallas_impl.taps import convolve, div, load_taps, rem
+from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, in_parts, row_slot, store_zeros
+from pallas_impl.taps import add, convolve, div, load_taps, rem
 
 
-def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, interpret):
+def launch(
+    x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, interpret, residual=None, channel=0,
+    split_sizes=None,
+):  # fmt: skip
     """Runs the kernel on one token a row.
 
     Args:
-      x: [batch, dim]; rows of x and of the pool are multiples of 16 bytes and at least 128 channels long.
+      x: [batch, channels]; rows of x and of the pool are multiples of 16 bytes and at least 128 channels long.
       weight, bias, conv_states: as in `causal_conv1d_update`. The pool is written in place where XLA owns
         it, else XLA copies it first.
       slots: [batch] int32, or None for the identity.
       config: an `UpdateConfig`.
       interpret: False, or the parameters of Pallas' GPU interpreter.
+      residual: [batch, dim], or None.
+      channel: first channel of x that is read, a multiple of 16 bytes.
+      split_sizes: channels of each result, multiples of `config.lanes`; None: one result.
 
     Returns:
-      (out, conv_states)
+      (out, conv_states); with `split_sizes`, `out` is a tuple.
     """
-    batch, dim = x.shape
-    width = weight.shape[1]
+    batch = x.shape[0]
+    dim, width = weight.shape
     columns = cdiv(dim, config.lanes)
     config = config._replace(rows=min(config.rows, batch))
     names, operands = ["x", "weight"], [x, weight]
-    for name, operand in (("bias", bias), ("slots", slots)):
+    for name, operand in (("bias", bias), ("slots", slots), ("residual", residual)):
         if operand is not None:
             names.append(name)
             operands.append(operand)
@@ -49,44 +55,38 @@ def launch(x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, in
         tile_ready=plgpu.Barrier(num_arrivals=1),
         window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.rows),
     )
+    if residual is not None:
+        scratch["added"] = plgpu.SMEM((config.rows, config.lanes), residual.dtype)
+        scratch["added_ready"] = plgpu.Barrier()
     body = functools.partial(
         _kernel, columns=columns, num_slots=conv_states.shape[0], config=config, silu=silu, pad_slot_id=pad_slot_id,
-        interpret=bool(interpret),
+        channel=channel, interpret=bool(interpret),
     )  # fmt: skip
+    sizes = (dim,) if split_sizes is None else split_sizes
 
     def kernel(*refs):
-        *inputs, out = refs
-        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), out), **scratch)
+        inputs, outs = refs[: len(names)], refs[len(names) :]
+        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), outs), **scratch)
 
-    (out,) = pl.kernel(
+    outs = pl.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
+        out_type=tuple(jax.ShapeDtypeStruct((batch, size), x.dtype) for size in sizes),
         mesh=plgpu.Mesh(grid=(check_grid(cdiv(batch, config.rows) * columns),), grid_names=("program",)),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="causal_conv1d_update",
     )(*operands)
+    out = outs[0] if split_sizes is None else tuple(outs)
     return out, jax.freeze(operands[-1]) if width > 1 else conv_states
 
 
 def _kernel(
-    refs,
-    out,
-    *,
-    tile,
-    entries,
-    tile_ready,
-    window_ready,
-    columns,
-    num_slots,
-    config,
-    silu,
-    pad_slot_id,
-    interpret,
-):
+    refs, outs, *, tile, entries, tile_ready, window_ready, columns, num_slots, config, silu, pad_slot_id, channel,
+    interpret, added=None, added_ready=None,
+):  # fmt: skip
     x, weight, pool = refs["x"], refs["weight"], refs.get("pool")
     batch = x.shape[0]
-    history = weight.shape[1] - 1
+    dim, history = weight.shape[0], weight.shape[1] - 1
     program = lax.axis_index("program")
     group, column = div(program, columns), rem(program, columns)
     channels = pl.ds(column * config.lanes, config.lanes)
@@ -96,7 +96,10 @@ def _kernel(
         strict=True,
     )
 
-    plgpu.copy_gmem_to_smem(x.at[rows, channels], tile, tile_ready)
+    x_channels = pl.ds(channels.start + channel, config.lanes) if channel else channels
+    plgpu.copy_gmem_to_smem(x.at[rows, x_channels], tile, tile_ready)
+    if added is not None:
+        plgpu.copy_gmem_to_smem(refs["residual"].at[rows, channels], added, added_ready)
     if history:
         for r in range(config.rows):
 
@@ -107,6 +110,8 @@ def _kernel(
 
     taps, bias = load_taps(weight, refs.get("bias"), channels.start, config.lanes, interpret=interpret)
     plgpu.barrier_wait(tile_ready)
+    if added is not None:
+        plgpu.barrier_wait(added_ready)
     for r in range(config.rows):
 
         @pl.when(live[r])
@@ -118,6 +123,8 @@ def _kernel(
                 past = tuple(entries[r, j].astype(jnp.float32) for j in range(history))
                 entries[r, history] = token.astype(entries.dtype)
             y = convolve((*past, token.astype(jnp.float32)), taps, bias, silu=silu, interpret=interpret)
+            if added is not None:
+                y = add(y, added[r].astype(jnp.float32), interpret=interpret)
             tile[r] = y.astype(tile.dtype)
 
         @pl.when(jnp.logical_not(live[r]))
@@ -125,13 +132,16 @@ def _kernel(
             store_zeros(tile, r, interpret)
 
     plgpu.commit_smem()
-    copy_out(tile, lambda channels: out.at[rows, channels], channels, x.shape[1])
+    in_parts(
+        outs, channels,
+        lambda out, part: copy_out(tile, lambda channels: out.at[rows, channels], part, out.shape[1]),
+    )  # fmt: skip
     if history:
         for r in range(config.rows):
 
             @pl.when(live[r])
             def _(r=r):
                 window = lambda channels: pool.at[slots[r], pl.ds(0, history), channels]  # noqa: E731
-                copy_out(entries.at[r, pl.ds(1, history)], window, channels, x.shape[1])
+                copy_out(entries.at[r, pl.ds(1, history)], window, channels, dim)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

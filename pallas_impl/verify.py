@@ -22,6 +22,7 @@ from pallas_impl.prefill import (
     GROUP,
     check_grid,
     copy_out,
+    in_parts,
     load_rows,
     load_window,
     row_slot,
@@ -103,7 +104,7 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
             scratch["arrived"] = tile(COLUMNS, x.dtype)
     sizes = (dim,) if options.split_sizes is None else options.split_sizes
     body = functools.partial(
-        _kernel, batch=batch, seqlen=seqlen, columns=columns, tail_programs=tail_programs, sizes=sizes,
+        _kernel, batch=batch, seqlen=seqlen, columns=columns, tail_programs=tail_programs,
         pool_shape=conv_states.shape, stores=stores, options=options, block_t=block_t, lanes=lanes,
         interpret=bool(interpret),
     )  # fmt: skip
@@ -174,16 +175,7 @@ def _kernel(
             lax.fori_loop(0, length, lambda t, _: load_ancestors(block * block_t + t, t), None)
 
     def store_out(begin, length):
-        first = 0
-        for out, size in zip(outs, sizes, strict=True):
-            end = first + cdiv(size, lanes)
-            part = pl.ds((column - first) * lanes, lanes)
-
-            @pl.when((column >= first) & (column < end))
-            def _(out=out, part=part):
-                store_rows(tile, out, part, begin, length)
-
-            first = end
+        in_parts(outs, channels, lambda out, part: store_rows(tile, out, part, begin, length))
 
     def load_windows():
         if "counts" in refs:

@@ -155,6 +155,18 @@ def test_residual_split_and_a_wider_x(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(128, 256), (5, 379), None])
+def test_residual_split_and_a_wider_x_of_one_token_a_row(backend, sizes):
+    given = problem((1,) * 5, dim=384, wide=136, tail=0)
+    given["slots"][3] = -1
+    residual = integers(np.random.default_rng(1), 5, 384)
+    split = {} if sizes is None else dict(split_sizes=sizes)
+    check_update(
+        given, backend, {"residual": "float32"}, dense=0, residual=residual, channel_offset=128, **split
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_windows_of_every_step(backend, dtype):
     given = problem(LENGTHS)
