@@ -138,7 +138,6 @@ def _kernel(
     seqlen,
     columns,
     tail_programs,
-    sizes,
     pool_shape,
     stores,
     options,
