@@ -33,7 +33,6 @@ class BackwardConfig(NamedTuple):
       row_blocks: per_sequence: programs along a row.
       search: row starts compared at a time when a flat program finds its row.
       num_warps: warps a program.
-      maxnreg: registers a thread may use; none spills.
     """
 
     flat: bool
@@ -43,7 +42,6 @@ class BackwardConfig(NamedTuple):
     row_blocks: int
     search: int
     num_warps: int
-    maxnreg: int = 168
 
 
 def backward_config(
@@ -56,10 +54,10 @@ def backward_config(
     warp_size: int = 32,
 ) -> BackwardConfig:
     """Chooses blocks and schedule from sizes alone; arguments as in `config.prefill_config`."""
-    vector = 4 if width <= 4 else 2  # channels a thread; inputs, g, taps and sums of each lie in registers
+    vector = 2  # channels a thread: inputs, g, taps and sums of each lie in registers
     block_d = min(max(_next_power_of_2(dim), warp_size), 2 * warp_size * vector)
     # large blocks recompute less and leave fewer sums; small ones keep every multiprocessor busy
-    block_t = 256
+    block_t = 128
     while block_t > 32 and tokens * -(-dim // block_d) < block_t * 1056:
         block_t //= 2
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
@@ -68,7 +66,7 @@ def backward_config(
         flat=schedule == "flat" or (schedule == "auto" and 4 * per_sequence_blocks > 5 * flat_blocks),
         block_t=block_t,
         block_d=block_d,
-        group=4,
+        group=8 if width > 2 else 4,
         row_blocks=row_blocks,
         search=32,
         num_warps=max(block_d // (warp_size * vector), 1),
@@ -235,14 +233,15 @@ def _backward_kernel(
         channel_blocks = tl.cdiv(dim, BLOCK_D)
         block_d = tl.program_id(0) % channel_blocks
         program = tl.program_id(0) // channel_blocks
-        row, row_start, row_end, no_slot, no_flag = _find_row(
+        facts = _find_row(
             query_start_loc, None, None, program, batch, tokens, 0, 0, BLOCK_T, SEARCH, False, False
         )
+        row = facts[0]
     else:
         row = tl.program_id(0)
         block_d = tl.program_id(2)
-        row_start = offset(query_start_loc, row, batch, tokens)
-        row_end = offset(query_start_loc, row + 1, batch, tokens)
+    row_start = offset(query_start_loc, row, batch, tokens)
+    row_end = offset(query_start_loc, row + 1, batch, tokens)
     number = row_start // BLOCK_T + row  # of the row's first block
     blocks = row_end // BLOCK_T + row + 1 - number  # numbers up to the next row's; the last may be no block
     if FLAT:
@@ -349,7 +348,7 @@ def prepare(
     )  # fmt: skip
     walk = Launch(
         _backward_kernel, grid, (tokens, dim, batch, *strides), constants,
-        num_warps=config.num_warps, maxnreg=config.maxnreg,
+        num_warps=config.num_warps,
     )  # fmt: skip
     block_d = min(_next_power_of_2(dim), 64)
     constants = dict(WIDTH=width, HAS_BIAS=bias is not None, ROWS=32, BLOCK_D=block_d)
