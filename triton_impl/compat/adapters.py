@@ -6,6 +6,8 @@
 What a signature cannot express is declared unsupported. Errors are compared under the contract's names.
 """
 
+import inspect
+
 import torch
 
 from oracle.contract import Unsupported
@@ -20,46 +22,52 @@ _NO_CHOICE = {
     "schedule:*": "the peer's signature has no schedule",
     "relation:schedules": "the peer's signature has no schedule",
     "activation:True": "the peer takes True for silu",
-    "update:packed": "the adapter's update takes no packed rows",
-    "update:rolling": "the adapter's update takes no counts",
-    "relation:packed_steps": "the adapter's update takes no packed rows",
-    "relation:serving": "the adapter's update takes no counts",
 }
-_STEPS = ("query_start_loc", "num_accepted_tokens")  # of the update, which these signatures lack
+_NO_PACKED = {
+    "update:packed": "the peer's update takes no packed rows",
+    "relation:packed_steps": "the peer's update takes no packed rows",
+    "relation:serving": "the peer's update takes no packed rows",
+}
+_NO_COUNTS = {"update:rolling": "the peer's update takes no counts"}
 
 
 class PeerAdapter(own.TorchAdapter):
     """Runs a peer's two functions, given as functions of the contract's arguments, on the kernels or on a CPU."""
 
-    def __init__(self, name, fn, update, unsupported, device):
+    def __init__(self, name, fn, update, unsupported, device, supports=()):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__("auto", device)
         self.name = f"triton_impl-compat-{name}"
         self.functions = {"causal_conv1d_fn": fn, "causal_conv1d_update": update}
-        self.unsupported = unsupported
+        self.unsupported, self.supports = unsupported, list(supports)
 
     def capabilities(self):
-        return {**super().capabilities(), "unsupported": self.unsupported}
+        return {**super().capabilities(), "unsupported": self.unsupported, "supports": self.supports}
 
     def run(self, op, arrays, options):
         given = {name: a for name, a in arrays.items() if a is not None}
         bases = {name: self._base(a) for name, a in given.items()}
         tensors = dict.fromkeys(arrays)
         tensors |= {name: bases[name].as_strided(a.shape, a.strides, a.offset) for name, a in given.items()}
-        if op == "causal_conv1d_update":
-            for name in _STEPS:
-                if tensors.pop(name, None) is not None:
-                    raise Unsupported(f"{name}: expected None, the adapter's update has no such argument")
-            if options.get("max_seqlen") is not None:
+        function = self.functions[op]
+        known = inspect.signature(function).parameters
+        if op == "causal_conv1d_update" and options.get("max_seqlen") is not None:
+            if tensors["query_start_loc"] is None:
                 raise ValueError(
                     f"max_seqlen: expected None without packed rows, got {options['max_seqlen']}"
                 )
+        for name in [name for name in tensors if name not in known]:
+            if tensors.pop(name) is not None:
+                raise Unsupported(f"{name}: expected None, the peer's function has no such argument")
         try:
-            out = self.functions[op](**tensors, **options)
+            out = function(**tensors, **options)
         except (ValueError, TypeError, Unsupported) as error:
             raise type(error)(_contract_names(str(error))) from error
         memory = {name: own._to_numpy(bases[name]) for name, a in given.items() if not a.sparse}
-        return {"out": own._typed(out), "conv_states": own._typed(tensors["conv_states"]), "memory": memory}
+        result = {"out": out, "conv_states": tensors["conv_states"]}
+        if "window_out" in given:
+            result["window_out"] = tensors["window_out"]
+        return {name: own._typed(value) for name, value in result.items()} | {"memory": memory}
 
 
 def _contract_names(text):
@@ -69,6 +77,10 @@ def _contract_names(text):
         "conv_state_indices": "cache_indices",
         "seq_lens_cpu": "max_seqlen",
         "null_block_id": "pad_slot_id",
+        "max_query_len": "max_seqlen",
+        "num_accept_tokens": "num_accepted_tokens",
+        "intermediate_conv_window": "window_out",
+        "intermediate_state_indices": "window_indices",
     }
     return ours.get(theirs, theirs) + colon + rest
 
@@ -96,14 +108,18 @@ def sglang(device=None):
             has_initial_state, activation, pad_slot_id, validate,
         ).t()  # fmt: skip
 
-    def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1, validate=False):
+    def update(
+        x, weight, bias, conv_states, cache_indices, num_accepted_tokens=None, activation=None, pad_slot_id=-1,
+        validate=False, window_out=None, window_indices=None,
+    ):  # fmt: skip
         out = sg.causal_conv1d_update_triton(
-            _step(x), _channel_first(conv_states), weight, bias, activation,
-            conv_state_indices=cache_indices, pad_slot_id=pad_slot_id, validate_data=validate,
+            _step(x), _channel_first(conv_states), weight, bias, activation, None, cache_indices,
+            num_accepted_tokens, _channel_first(window_out), window_indices,
+            pad_slot_id=pad_slot_id, validate_data=validate,
         )  # fmt: skip
         return _step(out)
 
-    return PeerAdapter("sglang", fn, update, _NO_CHOICE, device)
+    return PeerAdapter("sglang", fn, update, _NO_CHOICE | _NO_PACKED, device, ("window_out",))
 
 
 def sglang_dispatcher(device=None):
@@ -132,7 +148,8 @@ def sglang_dispatcher(device=None):
         "validate:*": "the dispatcher's update has no validation",
         "state_len:wider": "the dispatcher's update has its window at the back of a wide slot",
     }
-    return PeerAdapter("sglang-dispatcher", fn, update, _NO_CHOICE | unsupported, device)
+    unsupported |= _NO_CHOICE | _NO_PACKED | _NO_COUNTS
+    return PeerAdapter("sglang-dispatcher", fn, update, unsupported, device)
 
 
 def vllm(device=None):
@@ -147,14 +164,17 @@ def vllm(device=None):
             has_initial_state, activation, null_block_id=pad_slot_id, validate_data=validate,
         ).t()  # fmt: skip
 
-    def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1, validate=False):
+    def update(
+        x, weight, bias, conv_states, cache_indices, query_start_loc=None, num_accepted_tokens=None,
+        max_seqlen=None, activation=None, pad_slot_id=-1, validate=False,
+    ):  # fmt: skip
         if cache_indices is not None and cache_indices.dim() != 1:
             # Two axes are a block table to vLLM, and what the contract refuses could not be told from one.
             raise ValueError(f"cache_indices: expected shape [batch], got {list(cache_indices.shape)}")
         x = _step(x)
         out = vl.causal_conv1d_update(
-            x, _channel_first(conv_states), weight, bias, activation, cache_indices,
-            null_block_id=pad_slot_id, validate_data=validate, out=torch.empty_like(x),
+            x, _channel_first(conv_states), weight, bias, activation, cache_indices, num_accepted_tokens,
+            query_start_loc, -1 if max_seqlen is None else max_seqlen, pad_slot_id, validate, torch.empty_like(x),
         )  # fmt: skip
         return _step(out)
 
@@ -194,7 +214,8 @@ def causal_conv1d(device=None):
         "state_len:wider": "the update has its window at the back of a wide slot",
         "expect:*": "packed rows are carried by this adapter, which reads their data",
     }
-    return PeerAdapter("causal-conv1d", fn, update, _NO_CHOICE | unsupported, device)
+    unsupported |= _NO_CHOICE | _NO_PACKED | _NO_COUNTS
+    return PeerAdapter("causal-conv1d", fn, update, unsupported, device)
 
 
 def fla(device=None):
@@ -251,4 +272,5 @@ def fla(device=None):
         "expect:*": "states are carried by this adapter, which reads the index data",
         "dtypes:mixed": "the peer returns final states in x's dtype",
     }
-    return PeerAdapter("fla", fn, update, _NO_CHOICE | unsupported, device)
+    unsupported |= _NO_CHOICE | _NO_PACKED | _NO_COUNTS
+    return PeerAdapter("fla", fn, update, unsupported, device)
