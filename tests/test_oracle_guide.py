@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from oracle.conformance import report, runner, vectors
+from oracle.conformance.adapter import SERVING_FEATURES
 from oracle.conformance.cases import select
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.flags import FLAGS
@@ -32,12 +33,12 @@ def test_the_first_adapter(tmp_path):
 
 
 def test_counts():
-    assert "more than 500 cases" in GUIDE
-    assert len(catalogue()) > 500
-    assert "over 60\nways" in GUIDE
-    assert len(FLAGS) > 60
-    assert "more than 160 wrong-on-purpose" in GUIDE
-    assert len(MUTANTS) > 160
+    assert "more than 800 cases" in GUIDE
+    assert len(catalogue()) > 800
+    assert "over 90\nways" in GUIDE
+    assert len(FLAGS) > 90
+    assert "more than 230 wrong-on-purpose" in GUIDE
+    assert len(MUTANTS) > 230
     frozen = int(re.search(r"holds (\d+) calls", GUIDE).group(1))
     assert vectors.verify() == frozen
     lines = int(re.search(r"program of (\d+) lines", GUIDE).group(1))
@@ -51,6 +52,13 @@ def test_statuses_are_all_explained():
     explained = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*? \|", section, re.MULTILINE))))
     known = set(report.schema.load("report_v1.json")["$defs"]["case"]["properties"]["status"]["enum"])
     assert explained | {"passed"} == known
+
+
+def test_the_table_of_what_is_supported_is_complete():
+    table = re.findall(
+        r"^\| `(\w+)` \|.*\|$", GUIDE.partition("| supports |")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    assert sorted(table) == sorted(SERVING_FEATURES)
 
 
 def test_links_lead_somewhere():

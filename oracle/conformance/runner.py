@@ -22,7 +22,7 @@ from oracle.conformance import report as reports
 from oracle.conformance.cases import Case
 from oracle.conformance.report import Report
 
-SUITE_VERSION = "1.0"
+SUITE_VERSION = "1.1"
 START_LIMIT = 300.0  # seconds for loading an implementation: frameworks import slowly
 
 
