@@ -17,6 +17,8 @@ SHARED_FILES = {
 }  # fmt: skip
 OPERATIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 FUNCTIONAL = ("causal_conv1d",)  # the differentiable form
+SPECULATION = ("commit_windows", "tree_parents_from_links")
+SPECULATION_FILES = {"triton_impl": "api.py", "pallas_impl": "speculative.py"}
 
 # What each package's files may import beside the standard library.
 MAY_IMPORT = {
@@ -104,7 +106,9 @@ CONTRACT = read("oracle/contract.py")
 @pytest.mark.parametrize(
     ("path", "operations"),
     [("oracle/reference.py", OPERATIONS), *((f"{twin}/api.py", OPERATIONS) for twin in TWINS),
-     ("oracle/reference_grad.py", FUNCTIONAL), *((f"{twin}/functional.py", FUNCTIONAL) for twin in TWINS)],
+     ("oracle/reference_grad.py", FUNCTIONAL), *((f"{twin}/functional.py", FUNCTIONAL) for twin in TWINS),
+     ("oracle/reference.py", SPECULATION),
+     *((f"{twin}/{file}", SPECULATION) for twin, file in SPECULATION_FILES.items())],
 )  # fmt: skip
 def test_signatures_are_the_contracts(path, operations):
     wanted = signatures(CONTRACT, "check_", operations)
@@ -115,11 +119,15 @@ def test_signatures_are_the_contracts(path, operations):
 @pytest.mark.parametrize("twin", TWINS)
 def test_files_and_exports(twin):
     assert SHARED_FILES - {Path(file).name for file in files_of(twin)} == set()
-    assert exports(read(f"{twin}/__init__.py")) == {*OPERATIONS, *FUNCTIONAL, "ConvOutput", "Unsupported"}
+    results = {"ConvOutput", "ConvWindowOutput", "Unsupported"}
+    assert exports(read(f"{twin}/__init__.py")) == {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *results}
 
 
-@pytest.mark.parametrize(("file", "operations"), [("api.py", OPERATIONS), ("functional.py", FUNCTIONAL)])
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize(
+    ("twin", "file", "operations"),
+    [(twin, file, operations) for twin in TWINS
+     for file, operations in (("api.py", OPERATIONS), ("functional.py", FUNCTIONAL), (SPECULATION_FILES[twin], SPECULATION))],
+)  # fmt: skip
 def test_public_operations_have_docstrings(twin, file, operations):
     tree = ast.parse(read(f"{twin}/{file}"))
     docs = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -133,7 +141,7 @@ def test_import_arrows(file):
     package = file.partition("/")[0]
     allowed = MAY_IMPORT[package] | FILES_MAY_IMPORT.get(file, set())
     if file.startswith("oracle/conformance/peers/"):
-        allowed |= {"torch"}  # in functions: tests/test_imports.py loads these files with NumPy alone
+        allowed |= {"torch", "jax"}  # in functions: tests/test_imports.py loads these files with NumPy alone
     assert forbidden_imports(read(file), package, allowed) == []
 
 
@@ -159,7 +167,8 @@ def test_no_assert_on_input(file):
         ("    x,\n    weight,", "    weight,\n    x,"),  # another order
         ("pad_slot_id=-1", "pad_slot_id=0"),  # another default
         ('    backend="auto",\n', ""),  # one parameter less
-        ("    validate=False,\n", "    validate=False,\n    **ignored,\n"),  # one more, in disguise
+        ("    split_sizes=None,\n", "    split_sizes=None,\n    **ignored,\n"),  # one more, in disguise
+        ("    window_out=None,\n    window_indices=None,", "    window_indices=None,\n    window_out=None,"),
         ("    *,\n", ""),  # keyword only no longer
         ("    bias,\n", "    bias,\n    /,\n"),  # positional only
     ],
