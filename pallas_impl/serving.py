@@ -9,11 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-import pallas_impl.prefill
-import pallas_impl.update
+from pallas_impl import prefill as plain_prefill
 from pallas_impl import states, verify, xla, xla_serving
+from pallas_impl import update as plain_update
 from pallas_impl.backends import CLIPS, interpreter
 from pallas_impl.config import choose_lanes, tma_dim, update_config
 from pallas_impl.transforms import refuse_transforms
@@ -28,7 +27,8 @@ def prefill(
     starts = query_start_loc
     if config is None or starts.dtype != jnp.int32:  # the kernels clamp them
         starts = xla.offsets(starts, x.shape[0])
-    if config is None or x.size == 0 or starts.shape[0] == 1:
+    batch = starts.shape[0] - 1
+    if config is None or x.size == 0 or batch == 0:
         return xla_serving.run(x, weight, bias, conv_states, starts, cache_indices, arrays, options)[:2]
     x, weight, bias, conv_states, starts, cache_indices, arrays = refuse_transforms(
         x, weight, bias, conv_states, starts, cache_indices, arrays
@@ -36,36 +36,29 @@ def prefill(
     (dim, width), interpret = weight.shape, interpreter(interpret)
     x, split, inner, lanes = _fit(x, dim, options, config.lanes)
     launch = functools.partial(
-        pallas_impl.prefill.launch,
-        silu=options.silu,
-        config=config._replace(lanes=lanes),
-        interpret=interpret,
-    )
+        plain_prefill.launch, silu=options.silu, config=config._replace(lanes=lanes), interpret=interpret
+    )  # fmt: skip
     if tma_padding(dim, (x, conv_states, arrays.residual), interpret):
-        out = lambda x, weight, bias, windows, rows, stateful, residual, _: launch(  # noqa: E731
-            x,
-            weight,
-            bias,
-            windows,
-            starts,
-            rows,
-            stateful,
-            residual=residual,
-            pad_slot_id=-1,
-            store_state=False,
-        )[0]
+
+        def out(x, weight, bias, windows, rows, stateful, residual):
+            return launch(
+                x, weight, bias, windows, starts, rows, stateful, residual=residual, pad_slot_id=-1, store_state=False
+            )[0]  # fmt: skip
+
+        clamped = xla.offsets(starts, x.shape[0])
         out, pool, _ = _by_windows(
-            out, x, weight, bias, conv_states, starts, cache_indices, arrays, inner, interpret
-        )
+            out, x, weight, bias, conv_states, clamped, cache_indices, arrays, inner, interpret
+        )  # fmt: skip
         return xla_serving.split_out(out, options), pool
+
     own_store = (
         options.state_layout == "front" and not options.apply_empty and arrays.write_indices is None
         and arrays.snapshot_indices is None and arrays.track_indices is None
     )  # fmt: skip
-    arrays = _narrow_all(arrays, conv_states, starts.shape[0] - 1, options)
+    arrays = _narrow_all(arrays, conv_states, batch, options)
     slots = cache_indices
     if conv_states is not None:
-        slots = narrow(slots, starts.shape[0] - 1, conv_states.shape[0], options.pad_slot_id)
+        slots = narrow(slots, batch, conv_states.shape[0], options.pad_slot_id)
     out, pool = launch(
         x, weight, bias, conv_states, starts, slots, arrays.has_initial_state, pad_slot_id=options.pad_slot_id,
         residual=arrays.residual, seqlens=arrays.cache_seqlens, channel=inner.channel,
@@ -84,106 +77,90 @@ def update(
     x, weight, bias, conv_states, cache_indices, query_start_loc, arrays, *, options, kernel, interpret
 ):
     """A decode step with any of `arrays` and `options`. Returns (out, conv_states, window_out)."""
-    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    batch = shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
-    seqlen = x.shape[0] // max(batch, 1) if query_start_loc is None else None
-    starts = query_start_loc
-    if starts is None:
-        starts = np.arange(batch + 1, dtype=np.int32) * np.int32(seqlen)
-    elif starts.dtype != jnp.int32 or not kernel:
+    shape, x, starts = x.shape[:-1], x.reshape(-1, x.shape[-1]), query_start_loc
+    batch = shape[0] if starts is None else starts.shape[0] - 1
+    if starts is not None and (starts.dtype != jnp.int32 or not kernel):
         starts = xla.offsets(starts, x.shape[0])
     if arrays.residual is not None:
         arrays = arrays._replace(residual=arrays.residual.reshape(-1, weight.shape[0]))
     if kernel and x.size and batch:
-        out, pool, windows = _verify(
-            x,
-            weight,
-            bias,
-            conv_states,
-            starts,
-            cache_indices,
-            arrays,
-            seqlen,
-            options,
-            interpreter(interpret),
-        )
+        out, pool, windows = _step(
+            x, weight, bias, conv_states, starts, cache_indices, arrays, batch, options, interpreter(interpret)
+        )  # fmt: skip
     else:
         if xla.WIDENS_SCATTERS:  # see xla.update
             x = jax.lax.optimization_barrier(x)
+        starts = _equal_rows(x, batch) if starts is None else starts
         out, pool, windows = xla_serving.run(
-            x, weight, bias, conv_states, jnp.asarray(starts), cache_indices, arrays, options
-        )
+            x, weight, bias, conv_states, starts, cache_indices, arrays, options
+        )  # fmt: skip
     return jax.tree.map(lambda out: out.reshape(*shape, out.shape[-1]), out), pool, windows
 
 
-def _verify(x, weight, bias, conv_states, starts, cache_indices, arrays, seqlen, options, interpret):
+def _step(x, weight, bias, conv_states, starts, cache_indices, arrays, batch, options, interpret):
+    """The kernels of an update; `starts` None: rows of equal length."""
     x, weight, bias, conv_states, starts, cache_indices, arrays = refuse_transforms(
         x, weight, bias, conv_states, starts, cache_indices, arrays
     )
-    dim, batch = weight.shape[0], starts.shape[0] - 1
+    dim, seqlen = weight.shape[0], x.shape[0] // batch if starts is None else None
     x, split, inner, lanes = _fit(x, dim, options, choose_lanes(dim))
     launch = functools.partial(
-        verify.launch,
-        starts=None if seqlen is not None else starts,
-        seqlen=seqlen,
-        lanes=lanes,
-        interpret=interpret,
-    )
-    narrow_arrays = _narrow_all(arrays, conv_states, batch, options)
-    if not tma_padding(dim, (x, conv_states, arrays.residual, arrays.window_out), interpret):
-        slots = narrow(cache_indices, batch, conv_states.shape[0], options.pad_slot_id)
-        others = arrays._replace(residual=None)
-        plain = all(a is None for a in others) and options.state_layout == "front" and options.commit
-        if plain and seqlen == 1:  # its one-token kernel takes several rows a program
-            out, pool = pallas_impl.update.launch(
-                x, weight, bias, conv_states, slots, silu=options.silu, pad_slot_id=options.pad_slot_id,
-                config=update_config(batch, dim)._replace(lanes=lanes), interpret=interpret,
-                residual=arrays.residual, channel=inner.channel, split_sizes=inner.split_sizes,
+        verify.launch, starts=starts, seqlen=seqlen, lanes=lanes, interpret=interpret
+    )  # fmt: skip
+    alone = all(a is None for a in arrays._replace(residual=None)) and options.state_layout == "front"
+    given, arrays = arrays, _narrow_all(arrays, conv_states, batch, options)
+    if tma_padding(dim, (x, conv_states, arrays.residual, arrays.window_out), interpret):
+
+        def out(x, weight, bias, windows, rows, _, residual):
+            plain = inner._replace(
+                pad_slot_id=-1, channel=0, split_sizes=None, commit=False, state_layout="front"
             )  # fmt: skip
-            return split(out), pool, None
-        out, pool, windows = launch(
-            x, weight, bias, conv_states, slots=slots, arrays=narrow_arrays, options=inner
-        )
-        return split(out), pool, windows
+            only = Arrays(residual=residual, tree_parents=arrays.tree_parents)
+            return launch(x, weight, bias, windows, slots=rows, arrays=only, options=plain)[0]
 
-    def out(x, weight, bias, windows, rows, _, residual, alone):
-        arrays = Arrays(residual=residual, tree_parents=narrow_arrays.tree_parents)
-        return launch(x, weight, bias, windows, slots=rows, arrays=arrays, options=alone)[0]
+        starts = _equal_rows(x, batch) if starts is None else xla.offsets(starts, x.shape[0])
+        out, pool, windows = _by_windows(
+            out, x, weight, bias, conv_states, starts, cache_indices, given, inner, interpret
+        )  # fmt: skip
+        return xla_serving.split_out(out, options), pool, windows
 
-    out, pool, windows = _by_windows(
-        out, x, weight, bias, conv_states, starts, cache_indices, arrays, inner, interpret
-    )
-    return xla_serving.split_out(out, options), pool, windows
+    slots = narrow(cache_indices, batch, conv_states.shape[0], options.pad_slot_id)
+    if alone and options.commit and seqlen == 1:  # the kernel of one token takes several rows a program
+        out, pool = plain_update.launch(
+            x, weight, bias, conv_states, slots, silu=options.silu, pad_slot_id=options.pad_slot_id,
+            config=update_config(batch, dim)._replace(lanes=lanes), interpret=interpret,
+            residual=arrays.residual, channel=inner.channel, split_sizes=inner.split_sizes,
+        )  # fmt: skip
+        return split(out), pool, None
+    out, pool, windows = launch(
+        x, weight, bias, conv_states, slots=slots, arrays=arrays, options=inner
+    )  # fmt: skip
+    return split(out), pool, windows
 
 
 def _by_windows(launch, x, weight, bias, conv_states, starts, cache_indices, arrays, options, interpret):
     """Runs a kernel for `out` alone, on padded arrays; states and windows are stored without one."""
-    (dim, width), batch, starts = weight.shape, starts.shape[0] - 1, xla.offsets(starts, x.shape[0])
+    (dim, width), batch = weight.shape, starts.shape[0] - 1
     x = jax.lax.slice_in_dim(x, options.channel, options.channel + dim, axis=1)
     slots, live, windows = xla_serving.rows_of(
         conv_states, cache_indices, batch, width - 1, arrays, options, x
-    )
-    rows = stateful = padded = None
+    )  # fmt: skip
     extra = tma_padding(dim, (x, conv_states, arrays.residual, arrays.window_out), interpret)
     wide = lambda array: array if array is None else _pad_last(array, extra)  # noqa: E731
+    rows = stateful = padded = None
     if conv_states is not None:
         rows = jnp.where(live, jnp.arange(batch, dtype=jnp.int32), -1)
         stateful, padded = xla_serving.stateful_rows(live, arrays, options), wide(windows)
-    alone = options._replace(pad_slot_id=-1, channel=0, split_sizes=None, commit=False, state_layout="front")
-    out = launch(
-        wide(x),
-        jnp.pad(weight, ((0, extra), (0, 0))),
-        wide(bias),
-        padded,
-        rows,
-        stateful,
-        wide(arrays.residual),
-        alone,
-    )
+    weight = jnp.pad(weight, ((0, extra), (0, 0)))
+    out = launch(wide(x), weight, wide(bias), padded, rows, stateful, wide(arrays.residual))
     window_out = xla_serving.store_windows(x, starts, live, windows, arrays, options)
     if conv_states is not None and options.commit:
         conv_states = xla_serving.store_states(x, conv_states, starts, slots, windows, arrays, options)
     return out[:, :dim], conv_states, window_out
+
+
+def _equal_rows(x, batch):
+    return jnp.arange(batch + 1, dtype=jnp.int32) * (x.shape[0] // max(batch, 1))
 
 
 def _fit(x, dim, options, lanes):
