@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+# Flat: places of the batch worked on at a time, so that short rows, which mostly wait, run beside long ones, which
+# fill the memory's bandwidth.
+STREAMS = 4
+
 
 class PrefillConfig(NamedTuple):
     """How a prefill is launched.
@@ -81,7 +85,7 @@ def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Gr
     columns = cdiv(dim, config.lanes * config.tiles)
     if not config.flat:
         return Grid(batch * config.row_blocks + config.tail_blocks, columns)
-    return Grid(tokens // config.block_t + batch + 1, columns)
+    return Grid(cdiv(tokens // config.block_t + batch + 1, STREAMS) * STREAMS, columns)
 
 
 def update_config(batch: int, dim: int) -> UpdateConfig:

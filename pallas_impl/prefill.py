@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
-from pallas_impl.config import prefill_grid
+from pallas_impl.config import STREAMS, prefill_grid
 from pallas_impl.taps import add, convolve, div, find_row, layout, load_taps, rem
 
 COMPILER_PARAMS = plgpu.CompilerParams(
@@ -23,7 +23,7 @@ COMPILER_PARAMS = plgpu.CompilerParams(
     unsafe_no_auto_barriers=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
 )
-GROUP = 8  # rows of a tile convolved between two turns of the loop
+GROUP = 4  # rows of a tile convolved between two turns of the loop; more take more registers
 
 
 def launch(
@@ -130,6 +130,7 @@ def _kernel(
     program = lax.axis_index("program")
     block, column = div(program, grid.columns), rem(program, grid.columns)
     if config.flat:
+        block = rem(block, STREAMS) * (grid.blocks // STREAMS) + div(block, STREAMS)
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = jnp.minimum(div(block, config.row_blocks), batch)
@@ -252,7 +253,13 @@ def _kernel(
             plgpu.barrier_wait(added_ready.at[i])
         if new_pool is not None:
 
-            @pl.when(first)
+            @pl.when(first & (row_length == 1))  # most rows of a serving batch are decode steps
+            def _():
+                for j in range(1, history):
+                    window[i, j - 1] = window[i, j]
+                window[i, history - 1] = tile[i, 0].astype(window.dtype)
+
+            @pl.when(first & (row_length != 1))
             def _():
                 for j in range(history):
                     window[i, j] = new_state(i, j)

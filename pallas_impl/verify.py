@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_impl.config import cdiv
 from pallas_impl.prefill import (
     COMPILER_PARAMS,
-    GROUP,
     check_grid,
     copy_out,
     in_parts,
@@ -29,7 +28,7 @@ from pallas_impl.prefill import (
     store_rows,
     store_zeros,
 )
-from pallas_impl.rolling import _bounds
+from pallas_impl.rolling import BLOCK_T, _bounds
 from pallas_impl.states import COLUMNS, Mover, in_range, store_slot
 from pallas_impl.taps import add, convolve, div, load_taps, rem
 
@@ -58,7 +57,7 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
     history, state_len = width - 1, conv_states.shape[1]
     batch = tokens // seqlen if starts is None else starts.shape[0] - 1
     columns = cdiv(dim, lanes)
-    block_t = GROUP if starts is not None else min(GROUP, 1 << (seqlen - 1).bit_length())
+    block_t = BLOCK_T if starts is not None else min(BLOCK_T, 1 << (seqlen - 1).bit_length())
     tail_programs = 0 if starts is None else min(cdiv(tokens, block_t), 8)
     stores = options.commit and (history > 0 or (state_len > 0 and options.state_layout != "front"))
     front = options.state_layout == "front"

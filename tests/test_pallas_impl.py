@@ -188,6 +188,13 @@ def test_schedules_and_block_sizes_give_the_same_bits():
         check(ConvOutput(*in_interpreter(problem, conf)), "causal_conv1d_fn", problem)
 
 
+def test_many_rows_in_interleaved_streams():
+    lengths = [1, 0, 2] * 20
+    problem = prefill_problem(lengths, tail=9)
+    conf = config.PrefillConfig(True, 8, 128, 1, 0, 0)
+    check(ConvOutput(*in_interpreter(problem, conf)), "causal_conv1d_fn", problem)
+
+
 def races_found():
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
@@ -482,6 +489,7 @@ def test_every_block_has_a_program(tokens, batch):
         assert conf.block_t >= 8
         assert conf.block_t & (conf.block_t - 1) == 0
         if conf.flat:
+            assert grid.blocks % config.STREAMS == 0
             assert grid.blocks >= tokens // conf.block_t + batch + 1
         else:
             assert conf.row_blocks * conf.block_t >= tokens
