@@ -281,3 +281,36 @@ def test_a_backward_pass_is_refused(which):
     )  # fmt: skip
     with pytest.raises(Unsupported, match="no_grad"):
         result.out[1].sum().backward()
+
+
+def test_the_module_passes_serving_arguments_on():
+    """A pool of wide slots, drafts in packed rows, a snapshot, and the refusal of what a dense prefill cannot take."""
+    from triton_impl.module import CausalConv1d
+    from triton_impl.state_pool import ConvStatePool
+
+    conv = CausalConv1d(DIM, WIDTH)
+    pool = ConvStatePool(4, DIM, WIDTH, state_len=WIDTH + 2, layers=2)
+    slots, (snapshot,) = pool.allocate(2), pool.allocate(1)
+    x = torch.randn(9, DIM)
+    with torch.no_grad():
+        q, k = conv.prefill(
+            x, torch.tensor([0, 4, 9]), pool, slots, layer=1, split_sizes=(2, 4),
+            snapshot_indices=torch.tensor([[-1], [snapshot]]), snapshot_block_size=3,
+        )  # fmt: skip
+        assert (q.shape, k.shape) == ((9, 2), (9, 4))
+        assert torch.equal(pool.layer(1)[snapshot, : WIDTH - 1], x[4:7])
+        windows = torch.full((2, 2, WIDTH - 1, DIM), torch.nan)
+        before = pool.states.clone()
+        out = conv.step(
+            x[:3], pool, slots, layer=1, query_start_loc=torch.tensor([0, 1, 3]), max_seqlen=2, window_out=windows,
+            commit=False,
+        )  # fmt: skip
+        assert out.shape == (3, DIM)
+        assert torch.equal(pool.states, before)
+        assert torch.equal(windows[1, 1], torch.stack([x[8], x[1], x[2]]))
+        conv.step(x[:2], pool, slots, layer=1, num_accepted_tokens=torch.tensor([1, 1]))
+        assert torch.equal(pool.layer(1)[slots[0], : WIDTH - 1], torch.stack([x[2], x[3], x[0]]))
+        with pytest.raises(ValueError, match="residual: expected None without query_start_loc"):
+            conv(x[None], residual=x[None])
+    with pytest.raises(ValueError, match="state_len: expected at least width-1 = 3, got 2"):
+        ConvStatePool(4, DIM, WIDTH, state_len=2)

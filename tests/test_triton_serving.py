@@ -687,3 +687,190 @@ def test_validate_reads_the_index_data(backend):
         triton_impl.commit_windows(
             pool, windows, torch.tensor([0, 5, 2, 1]), STEP_SLOTS, backend=backend, validate=True
         )
+
+
+# Compiled, on a GPU
+
+GPU = pytest.mark.gpu
+
+
+def random(*shape, dtype=BF16, seed=0):
+    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+def serving_step(batch=64, seqlen=4, dim=8192, width=4, columns=None):
+    """A verify step with padding rows; 16-bit and no activation: the plain path has the same bits."""
+    slots = torch.randperm(2 * batch, generator=torch.Generator().manual_seed(1)).cuda()[:batch]
+    slots[batch // 2] = -1
+    return dict(
+        x=random(batch, seqlen, dim), weight=random(dim, width, seed=1), bias=random(dim, seed=2),
+        conv_states=random(4 * batch, columns or width - 1, dim, seed=3), cache_indices=slots,
+    )  # fmt: skip
+
+
+def given(batch=64, seqlen=4, dim=8192, width=4):
+    """What the steps below are given besides."""
+    windows = dict(
+        window_out=random(batch + 3, seqlen + 1, width - 1, dim, seed=4),
+        window_indices=torch.arange(batch).cuda(),
+    )
+    lengths = torch.arange(batch, device="cuda") + seqlen
+    writes = 2 * batch + torch.arange(batch, device="cuda").flip(0)
+    return {
+        "windows": windows | dict(commit=False),
+        "tree": windows | dict(commit=False, tree_parents=tree(batch, seqlen).cuda()),
+        "residual": dict(residual=random(batch, seqlen, dim, seed=5)),
+        "split": dict(split_sizes=(dim // 4, dim // 4, dim - 2 * (dim // 4))),
+        "uneven": dict(split_sizes=(dim - 3, 3)),
+        "back": dict(state_layout="back", columns=width + 3),
+        "ring": dict(state_layout="ring", cache_seqlens=lengths, columns=width + 3),
+        "elsewhere": dict(write_indices=writes, track_indices=writes.flip(0) + batch),
+    }
+
+
+def run_both(operation, arguments):
+    """Results and everything written, of the kernels and of the plain path."""
+    found = []
+    for backend in ("triton", "eager"):
+        mine = {n: v.clone() if n in ("conv_states", "window_out") else v for n, v in arguments.items()}
+        result = getattr(triton_impl, operation)(**mine, backend=backend)
+        parts = result.out if isinstance(result.out, tuple) else (result.out,)
+        found.append([*parts, *result[1:]])
+    return found
+
+
+@GPU
+@pytest.mark.parametrize("name", given(2, 2, 8, 2) if torch.cuda.is_available() else [""])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width"), [(64, 4, 8192, 4), (7, 1, 1040, 4), (5, 13, 6, 8)]
+)
+def test_compiled_steps_equal_the_plain_path(batch, seqlen, dim, width, name):
+    options = dict(given(batch, seqlen, dim, width)[name])
+    arguments = serving_step(batch, seqlen, dim, width, options.pop("columns", None))
+    for got, want in zip(*run_both("causal_conv1d_update", arguments | options), strict=True):
+        same_bits(got, want)
+
+
+def serving_prefill(lengths, dim=1040, width=4, columns=None):
+    rows = len(lengths)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
+    return dict(
+        x=random(sum(lengths) + 5, dim), weight=random(dim, width, seed=1), bias=random(dim, seed=2),
+        conv_states=random(20 * rows, columns or width - 1, dim, seed=3), query_start_loc=starts,
+        cache_indices=torch.arange(rows, device="cuda").flip(0),
+        has_initial_state=torch.arange(rows, device="cuda") % 3 > 0,
+    )  # fmt: skip
+
+
+@GPU
+@pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
+@pytest.mark.parametrize("lengths", [(2048,) * 3, (5000, *[1] * 100), (0, 0, 300), (1, 9, 2, 17, 4)])
+def test_compiled_prefills_equal_the_plain_path(lengths, schedule):
+    rows = len(lengths)
+    row = torch.arange(rows, device="cuda")
+    table = (rows + torch.arange(rows * 9, device="cuda")).view(rows, 9)
+    variants = [
+        dict(snapshot_indices=table, snapshot_block_size=64, num_computed_tokens=row * 13),
+        dict(snapshot_indices=table, snapshot_block_size=2, track_indices=row + 12 * rows, track_lengths=row),
+        dict(write_indices=row + 12 * rows, empty_rows="apply"),
+        dict(residual=random(sum(lengths) + 5, 1040, seed=7), split_sizes=(16, 512, 512)),
+        dict(split_sizes=(511, 529)),
+        dict(state_layout="back", columns=6, write_indices=row + 12 * rows),
+        dict(state_layout="ring", columns=6, cache_seqlens=row),
+    ]
+    for options in variants:
+        arguments = serving_prefill(lengths, columns=options.pop("columns", None))
+        options |= dict(schedule=schedule, max_seqlen=max(lengths))
+        for got, want in zip(*run_both("causal_conv1d_fn", arguments | options), strict=True):
+            same_bits(got, want)
+
+
+@GPU
+def test_nothing_synchronises():
+    step_arguments, prefill_arguments = serving_step(), serving_prefill([100, 3, 64])
+    windows, accepted = given()["windows"], torch.zeros(64, dtype=torch.int32, device="cuda")
+    table = torch.arange(9, device="cuda").view(3, 3) + 10
+    links = torch.full((64, 4), -1, device="cuda")
+
+    def calls():
+        triton_impl.causal_conv1d_update(**step_arguments, **windows)
+        pool = step_arguments["conv_states"]
+        triton_impl.commit_windows(pool, windows["window_out"], accepted, step_arguments["cache_indices"])
+        parents = triton_impl.tree_parents_from_links(links, links)
+        triton_impl.causal_conv1d_update(**step_arguments, **windows, tree_parents=parents)
+        triton_impl.causal_conv1d_fn(
+            **prefill_arguments, snapshot_indices=table, snapshot_block_size=32, split_sizes=(40, 1000)
+        )
+
+    calls()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+def test_a_captured_verify_follows_its_index_data():
+    """Verify, commit, and a prefill with snapshots, captured once and replayed with other slots and steps."""
+    arguments, options = serving_step(dim=1024), given(dim=1024)["windows"]
+    accepted = torch.zeros(64, dtype=torch.int32, device="cuda")
+    prefill_arguments = serving_prefill([40] * 8) | {"conv_states": random(160, 3, 1040, seed=9)}
+    table = torch.arange(80, device="cuda").view(8, 10) + 10
+    computed = torch.zeros(8, dtype=torch.int32, device="cuda")
+    snapshots = dict(snapshot_indices=table, snapshot_block_size=16, num_computed_tokens=computed)
+
+    def call(backend):
+        pool = arguments["conv_states"]
+        out = triton_impl.causal_conv1d_update(**arguments, **options, backend=backend).out
+        triton_impl.commit_windows(
+            pool, options["window_out"], accepted, arguments["cache_indices"], options["window_indices"],
+            backend=backend,
+        )  # fmt: skip
+        return out, triton_impl.causal_conv1d_fn(**prefill_arguments, **snapshots, backend=backend).out
+
+    call("triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call("triton")
+    written = arguments["conv_states"], options["window_out"], prefill_arguments["conv_states"]
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        accepted.copy_(torch.randint(-1, 4, (64,), generator=generator, device="cuda"))
+        computed.copy_(torch.randint(30, (8,), generator=generator, device="cuda"))
+        arguments["cache_indices"].copy_(torch.randperm(128, generator=generator, device="cuda")[:64])
+        before = [tensor.clone() for tensor in written]
+        want = call("eager")
+        after = [tensor.clone() for tensor in written]
+        for tensor, kept in zip(written, before, strict=True):
+            tensor.copy_(kept)
+        graph.replay()
+        for one, other in zip((*got, *written), (*want, *after), strict=True):
+            same_bits(one, other)
+
+
+@GPU
+def test_windows_past_two_to_the_31_elements():
+    """Windows, and a pool, whose last entries start past 2**31 elements; a split out of 2**31 elements."""
+    dim = 64
+    pages = torch.empty(2**31 // (3 * 8192) + 10, 3, 8192, dtype=BF16, device="cuda")
+    windows = pages[:, None, :, -dim:]
+    last = windows.shape[0] - 1
+    arguments = serving_step(2, 1, dim) | {"cache_indices": torch.tensor([1, 0], device="cuda")}
+    buffers = torch.tensor([last, last - 1], device="cuda")
+    small = torch.empty(2, 1, 3, dim, dtype=BF16, device="cuda")
+    options = dict(commit=False)
+    triton_impl.causal_conv1d_update(**arguments, **options, window_out=windows, window_indices=buffers)
+    triton_impl.causal_conv1d_update(**arguments, **options, window_out=small)
+    same_bits(windows[[last, last - 1]], small)
+    pool = pages[:, :, :dim]
+    triton_impl.commit_windows(pool, small, torch.zeros(2, dtype=torch.int32, device="cuda"), buffers)
+    same_bits(pool[[last, last - 1]], small[:, 0])
+    del pages, windows, pool
+    tokens = 2**31 // 8192 + 8
+    x = random(tokens, 8192, seed=3)
+    starts = torch.tensor([0, tokens], device="cuda")
+    weight = random(8192, 2, seed=1)
+    parts = triton_impl.causal_conv1d_fn(x, weight, None, None, starts, split_sizes=(8128, 64)).out
+    want = triton_impl.causal_conv1d_fn(x[-9:], weight, None, None, starts.clamp(max=9)).out[1:]
+    same_bits(torch.cat([part[-8:] for part in parts], 1), want)

@@ -88,6 +88,7 @@ class CausalConv1d(nn.Module):
         pad_slot_id=-1,
         max_seqlen=None,
         decode=False,
+        **serving,
     ):
         """One convolution; `conv_states` is updated in place.
 
@@ -96,10 +97,13 @@ class CausalConv1d(nn.Module):
             [batch, seqlen, dim].
           query_start_loc: [batch+1], or None for a dense x.
           conv_states, cache_indices, has_initial_state, pad_slot_id, max_seqlen: as in `causal_conv1d_fn`.
-          decode: run `causal_conv1d_update`: every row continues from its slot.
+          decode: run `causal_conv1d_update`: every row continues from its slot; `query_start_loc` and `max_seqlen` then
+            pack rows of different lengths.
+          serving: further arguments of the operation, such as `window_out`, `write_indices` or `split_sizes`; a
+            prefill takes them with `query_start_loc` only.
 
         Returns:
-          out, with x's shape, in x's dtype (the autocast dtype under autocast).
+          out, with x's shape, in x's dtype (the autocast dtype under autocast); a tuple with `split_sizes`.
 
         Raises:
           ValueError, TypeError, Unsupported: as the operations do.
@@ -108,18 +112,21 @@ class CausalConv1d(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         options = dict(activation=self.activation, pad_slot_id=pad_slot_id)
         if decode:
-            for name, value in (
-                ("query_start_loc", query_start_loc),
-                ("has_initial_state", has_initial_state),
-            ):
-                if value is not None:
-                    raise ValueError(f"{name}: expected None with decode, got {type(value).__name__}")
-            return causal_conv1d_update(x, self.weight, self.bias, conv_states, cache_indices, **options).out
+            if has_initial_state is not None:
+                raise ValueError(
+                    f"has_initial_state: expected None with decode, got {type(has_initial_state).__name__}"
+                )
+            return causal_conv1d_update(
+                x, self.weight, self.bias, conv_states, cache_indices, query_start_loc=query_start_loc,
+                max_seqlen=max_seqlen, **options, **serving,
+            ).out  # fmt: skip
         if query_start_loc is None and x.dim() != 3:
             raise ValueError(
                 f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(x.shape)}"
             )
-        if conv_states is None and cache_indices is None and has_initial_state is None:
+        if query_start_loc is None and serving:
+            raise ValueError(f"{next(iter(serving))}: expected None without query_start_loc or decode")
+        if conv_states is None and cache_indices is None and has_initial_state is None and not serving:
             if asks_for_gradient(x, self.weight, self.bias):
                 return causal_conv1d(
                     x, self.weight, self.bias, None, query_start_loc, activation=self.activation, max_seqlen=max_seqlen
@@ -130,10 +137,12 @@ class CausalConv1d(nn.Module):
             )
         return causal_conv1d_fn(
             x, self.weight, self.bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            max_seqlen=max_seqlen, **options,
+            max_seqlen=max_seqlen, **options, **serving,
         ).out  # fmt: skip
 
-    def prefill(self, x, query_start_loc, pool, slots, has_initial_state=None, *, layer=0, max_seqlen=None):
+    def prefill(
+        self, x, query_start_loc, pool, slots, has_initial_state=None, *, layer=0, max_seqlen=None, **serving
+    ):
         """Prefill, or one chunk of it, of sequences in a ConvStatePool.
 
         Args:
@@ -144,20 +153,26 @@ class CausalConv1d(nn.Module):
           has_initial_state: [batch] bool: rows that continue an earlier chunk; None: no row does.
           layer: layer of the pool.
           max_seqlen: host bound of the longest row, or None.
+          serving: further arguments of `causal_conv1d_fn`.
 
         Returns:
           out, with x's shape.
         """
         return self(
             x, query_start_loc, pool.layer(layer), _indices(pool, slots), has_initial_state,
-            pad_slot_id=pool.pad_slot_id, max_seqlen=max_seqlen,
+            pad_slot_id=pool.pad_slot_id, max_seqlen=max_seqlen, **serving,
         )  # fmt: skip
 
-    def step(self, x, pool, slots, *, layer=0):
-        """Decode step of sequences in a ConvStatePool: x [batch, dim] or [batch, seqlen, dim]; see `prefill`."""
+    def step(self, x, pool, slots, *, layer=0, **serving):
+        """Decode step of sequences in a ConvStatePool: x [batch, dim] or [batch, seqlen, dim]; see `prefill`.
+
+        `serving` holds further arguments of `causal_conv1d_update`.
+        """
+        query_start_loc = serving.pop("query_start_loc", None)
         return self(
-            x, None, pool.layer(layer), _indices(pool, slots), pad_slot_id=pool.pad_slot_id, decode=True
-        )
+            x, query_start_loc, pool.layer(layer), _indices(pool, slots), pad_slot_id=pool.pad_slot_id, decode=True,
+            **serving,
+        )  # fmt: skip
 
     def extra_repr(self):
         """Shows the sizes and options."""

@@ -18,16 +18,31 @@ class ConvStatePool:
     `has_initial_state`, and then nothing is read from it; `reset` zeroes it for programs that always read.
 
     Attributes:
-      states: [layers, num_slots, width-1, dim], oldest input first.
+      states: [layers, num_slots, state_len, dim], oldest input first; state_len is width-1 unless it is given. Wider
+        slots hold drafts that may be rejected (`num_accepted_tokens`), or shift or turn (`state_layout`).
       pad_slot_id: marks padding rows in `indices`; if it lies in [0, num_slots), that slot is never handed out.
     """
 
-    def __init__(self, num_slots, dim, width, *, layers=1, dtype=torch.float32, device=None, pad_slot_id=-1):
+    def __init__(
+        self,
+        num_slots,
+        dim,
+        width,
+        *,
+        layers=1,
+        dtype=torch.float32,
+        device=None,
+        pad_slot_id=-1,
+        state_len=None,
+    ):
         sizes = {"num_slots": num_slots, "dim": dim, "width": width, "layers": layers}
         for name, size in sizes.items():
             if operator.index(size) < (0 if name == "num_slots" else 1):
                 raise ValueError(f"{name}: expected a positive integer, got {size}")
-        self.states = torch.zeros(layers, num_slots, width - 1, dim, dtype=dtype, device=device)
+        state_len = width - 1 if state_len is None else operator.index(state_len)
+        if state_len < width - 1:
+            raise ValueError(f"state_len: expected at least width-1 = {width - 1}, got {state_len}")
+        self.states = torch.zeros(layers, num_slots, state_len, dim, dtype=dtype, device=device)
         self.pad_slot_id = operator.index(pad_slot_id)
         self._free = [slot for slot in range(num_slots) if slot != self.pad_slot_id]
         self._owned = set()
@@ -43,7 +58,7 @@ class ConvStatePool:
         return len(self._free)
 
     def layer(self, index=0) -> torch.Tensor:
-        """The `conv_states` argument of one layer: a view [num_slots, width-1, dim]."""
+        """The `conv_states` argument of one layer: a view [num_slots, state_len, dim]."""
         return self.states[index]
 
     def allocate(self, count=1) -> list[int]:
@@ -79,11 +94,11 @@ class ConvStatePool:
         self.states.index_fill_(1, self._index(self._check(slots)), 0)
 
     def gather(self, slots: Iterable[int]) -> torch.Tensor:
-        """A copy [layers, len(slots), width-1, dim] of the windows of allocated slots."""
+        """A copy [layers, len(slots), state_len, dim] of the states of allocated slots."""
         return self.states.index_select(1, self._index(self._check(slots)))
 
     def scatter(self, slots: Iterable[int], windows: torch.Tensor) -> None:
-        """Puts windows [layers, len(slots), width-1, dim], as `gather` returns them, into allocated slots."""
+        """Puts states [layers, len(slots), state_len, dim], as `gather` returns them, into allocated slots."""
         slots = self._check(slots)
         shape = (self.states.shape[0], len(slots), *self.states.shape[2:])
         if windows.shape != shape:
