@@ -254,7 +254,7 @@ class TorchBackend:
         return self._prepare_operation(args, call)
 
     def _fla(self, args) -> Prepared:
-        ops = _import("fla.modules.convolution")
+        ops = _import("fla.modules.causal_conv1d", "fla.modules.convolution")
         w = args.workload
         slots = args.cache_indices.long()
         offsets = args.query_start_loc.long()
