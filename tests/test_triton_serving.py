@@ -560,6 +560,7 @@ def test_step_adds_and_splits(rows, view, sizes, backend):
 def test_a_call_without_a_pool_adds_and_splits(backend):
     x, weight, bias, _, starts, *_ = prefill()
     check_fn(backend, x, weight, bias, None, starts, residual=integers(*x.shape), split_sizes=(12, 8))
+    check_fn(backend, x, weight, bias, None, starts, state_layout="back", empty_rows="apply")
 
 
 @BACKENDS

@@ -465,7 +465,10 @@ def prepare_serving(
     )  # fmt: skip
     values = tokens, dim, batch, num_slots, state_len, known_pad(pad_slot_id, num_slots), blocks, *strides
     constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config)
-    constants |= dict(LAYOUT=layout, STORES=stores and conv_states is not None, SIZES=sizes, ALIGN=align)
+    pooled = conv_states is not None
+    constants |= dict(
+        LAYOUT=layout if pooled else "front", STORES=stores and pooled, SIZES=sizes, ALIGN=align
+    )
     return Launch(
         _serving_kernel, _grid(tokens, batch, blocks, config), values, constants, num_warps=config.num_warps
     )
