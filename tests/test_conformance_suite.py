@@ -12,6 +12,7 @@ import pytest
 
 from oracle import numerics
 from oracle.conformance import arrays, catalogue, commands, inputs, report, runner
+from oracle.conformance.adapter import ARRAY_ARGUMENTS, SERVING_FEATURES
 from oracle.conformance.cases import select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ CASES = catalogue.catalogue()
 BAD = """
 import os, signal, sys, time
 import numpy as np
-from oracle.conformance.adapter import NumpyAdapter
+from oracle.conformance.adapter import ARRAY_ARGUMENTS, NumpyAdapter
 from oracle.conformance.model import Model
 
 class Base(Model):
@@ -69,6 +70,41 @@ class DeniesTruly(Base):
 class ClaimsInVain(Base):
     def spoil(self, arrays, result):
         if arrays["weight"].shape[1] == 4: raise NotImplementedError("width 4")
+class SupportsNothing(Base):
+    def capabilities(self): return {}
+    def run(self, op, arrays, options):
+        assert set(arrays) == set(ARRAY_ARGUMENTS[op]) and "state_layout" not in options
+        return super().run(op, arrays, options)
+class SupportsLayouts(Base):
+    def capabilities(self): return {"supports": ["state_layout_*", "wri?e_indices"]}
+class JoinsParts(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"][0] if isinstance(result["out"], list) else result["out"]
+class TooFewParts(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"][1:]
+class PartsOfOtherSizes(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"][::-1]
+class ForgetsWindows(Base):
+    def spoil(self, arrays, result): result["window_out"] = None
+class InventsWindows(Base):
+    def spoil(self, arrays, result): result["window_out"] = result["out"]
+class WritesOtherBuffer(Base):
+    def spoil(self, arrays, result): result["window_out"].bits[1] = 0
+class WritesBeforeWindows(Base):
+    def spoil(self, arrays, result): arrays["window_out"].base[arrays["window_out"].offset - 1] = 0
+class WritesPrefixSlot(Base):
+    def spoil(self, arrays, result): result["conv_states"].bits[4, 0, 0] ^= 1
+class CommitsElsewhere(Base):
+    def spoil(self, arrays, result): result["conv_states"].bits[7] = 0
+class ForgetsPool(Base):
+    def spoil(self, arrays, result): del result["conv_states"]
+class WideParents(Base):
+    def spoil(self, arrays, result): result["parents"] = result["parents"].astype(np.int64)
+class FlatParents(Base):
+    def spoil(self, arrays, result): result["parents"] = result["parents"].reshape(-1)
+class WrongParents(Base):
+    def spoil(self, arrays, result): result["parents"][0, 1] += 1
+class WritesLinks(Base):
+    def spoil(self, arrays, result): arrays["next_token"].data[...] = 0
 class Incomplete:
     def run(self, op, arrays, options): pass
 class LoadsOnce(Dies):
@@ -108,6 +144,65 @@ def test_misbehaviour_has_a_status(bad, name):
     assert result.good == (STATUS[name] == "passed")
     if STATUS[name] != "passed":
         assert by_id["update/width-4"]["detail"]
+
+
+SERVING = {
+    "fn/split": {"JoinsParts": "wrong_shape", "TooFewParts": "wrong_shape", "PartsOfOtherSizes": "wrong_value"},
+    "fn/split-uneven": {"PartsOfOtherSizes": "wrong_shape"},
+    "update/windows-width-4": {
+        "ForgetsWindows": "wrong_shape", "WritesOtherBuffer": "wrong_memory", "WritesBeforeWindows": "wrong_memory",
+    },
+    "update/no-commit": {"InventsWindows": "wrong_shape"},
+    "fn/shared-prefix": {"WritesPrefixSlot": "wrong_memory"},
+    "commit/steps": {"CommitsElsewhere": "wrong_memory", "ForgetsPool": "wrong_dtype"},
+    "links/tree": {
+        "WideParents": "wrong_dtype", "FlatParents": "wrong_shape", "WrongParents": "wrong_value",
+        "WritesLinks": "wrong_memory",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case_id", "name"), [(c, name) for c, names in SERVING.items() for name in names])
+def test_misbehaviour_in_serving_has_a_status(bad, case_id, name):
+    (record,) = bad(name, (case_id,)).cases
+    assert record["status"] == SERVING[case_id][name], record["detail"]
+
+
+def test_serving_is_opt_in(bad):
+    """An adapter that names nothing never meets a new argument, and one that names some is judged by those."""
+    patterns = ("update/width-4", "fn/back-width-4-of-7", "fn/write-slots*", "fn/path-layouts-width-4", "commit/steps",
+                "fn/path-prefixes-width-4", "fn/error-split-sum")  # fmt: skip
+    nothing = {c["id"]: c for c in bad("SupportsNothing", patterns).cases}
+    assert nothing.pop("update/width-4")["status"] == "passed"
+    assert {c["status"] for c in nothing.values()} == {"unsupported"}
+    assert nothing["fn/back-width-4-of-7"]["detail"] == "not among what it supports: state_layout_back"
+    assert nothing["commit/steps"]["detail"] == "not among what it supports: commit_windows"
+    some = {c["id"]: c["status"] for c in bad("SupportsLayouts", patterns).cases}
+    unsupported = {name for name, status in some.items() if status == "unsupported"}
+    assert unsupported == {"commit/steps", "fn/path-prefixes-width-4", "fn/error-split-sum"}
+    assert {status for name, status in some.items() if name not in unsupported} == {"passed"}
+
+
+def test_every_serving_argument_has_a_feature():
+    """No case of the serving arguments can reach an adapter that does not name what it needs."""
+    known = {name for names in ARRAY_ARGUMENTS.values() for name in names}
+    found = set()
+    for case in CASES:
+        problem = inputs.build(case)
+        new = {name for name in problem.arrays if name not in known or case.op not in ARRAY_ARGUMENTS}
+        new |= set(problem.options) & {
+            "state_layout",
+            "empty_rows",
+            "snapshot_block_size",
+            "commit",
+            "channel_offset",
+            "split_sizes",
+        }
+        assert bool(case.serving) or not new, case.id
+        assert set(case.serving) <= set(SERVING_FEATURES)
+        assert set(case.serving) <= case.features
+        found |= set(case.serving)
+    assert found == set(SERVING_FEATURES)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,18 @@ def test_the_model_survives_with_other_numbers(dtype):
         assert Engine(Model(), layout, seed=7, dtype=dtype).run(120)["ended"] >= 10
 
 
+@pytest.mark.parametrize("layout", NEEDS)
+def test_all_traffic_is_valid(layout):
+    """Every call passes the checks that read its data, so what the engine compares is defined."""
+
+    class Validates(Model):
+        def run(self, op, arrays, options):
+            checked = {} if op == "tree_parents_from_links" else {"validate": True}
+            return super().run(op, arrays, {**options, **checked})
+
+    assert Engine(Validates(), layout, seed=11).run(150)["ended"] >= 15
+
+
 def test_a_seed_is_a_run():
     first, second, other = (Engine(reference_adapter(), seed=seed).run(30) for seed in (5, 5, 6))
     assert first == second != other
