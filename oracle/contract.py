@@ -312,7 +312,7 @@ def check_causal_conv1d_update(
         `max_seqlen`, which is then required with `query_start_loc`).
       window_indices: [batch] integer, the buffer of each row, or None: row i uses buffer i. Not stored where it is
         `pad_slot_id` or out of range.
-      commit: False leaves `conv_states` as it is.
+      commit: False leaves `conv_states` as it is; several rows may then read one slot.
       tree_parents: [batch, seqlen] integer, with x [batch, seqlen, dim] and `commit=False`: the parent of node i, of
         which the smaller of it and i-1 is used; below 0, node i continues the row's window.
       residual: float, in the shape of `out`; as in `check_causal_conv1d_fn`.
@@ -452,7 +452,7 @@ def check_tree_parents_from_links(next_token, next_sibling) -> tuple[int, int]:
 
     The result is int32 [batch, n], as `tree_parents` of `causal_conv1d_update`. Node 0 is the root, its parent
     -1. A first child's parent is the node that names it; a sibling's parent is its sibling's; a node that
-    nobody names has parent 0.
+    nobody names has parent 0, and one that two links name the parent that either gives it.
 
     Args:
       next_token: [batch, n] integer: the first child of each node, larger than the node; any value outside

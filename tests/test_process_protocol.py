@@ -37,6 +37,48 @@ for number, line in enumerate(sys.stdin):
 """
 
 
+EVERYTHING = """
+import json, sys
+from oracle.conformance import codec
+from oracle.conformance.adapter import reference_adapter
+from oracle.conformance.arrays import plain
+from oracle.numerics import typed
+
+reference = reference_adapter()
+
+def encode(value):
+    if isinstance(value, tuple):
+        return [encode(part) for part in value]
+    return codec.encode(None if value is None else typed(value))
+
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["request"] == "hello":
+        answer = {"name": "all", "version": "1", "capabilities": dict(reference.capabilities())}
+    else:
+        arrays = {k: None if v is None else plain(codec.decode(v)) for k, v in request["arrays"].items()}
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in request["options"].items()}
+        try:
+            answer = {k: encode(v) for k, v in reference.run(request["op"], arrays, options).items()}
+        except Exception as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_serving_goes_through_the_pipe(tmp_path):
+    """Windows, parts, parents and commits of the reference, in another process, judged like any other's."""
+    (tmp_path / "everything.py").write_text(EVERYTHING)
+    cases = [case for case in select(catalogue(), tiers=["core"]) if case.serving]
+    result = runner.run(
+        f"process:{shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'everything.py'))}", cases,
+        environment={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.good, result.failures
+    assert result.footer["counts"] == {"passed": len(cases)}
+    assert {"commit_windows", "tree_parents_from_links"} <= {case.op for case in cases}
+
+
 def run(tmp_path, mode):
     program = tmp_path / "program.py"
     program.write_text(BROKEN.format(mode=mode, folder=str(EXAMPLE.parent)))

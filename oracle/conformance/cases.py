@@ -175,7 +175,7 @@ def select(
       cases: the catalogue.
       tiers: default core and full, and besides these a case that a pattern names exactly.
       patterns: globs of ids; any one must match.
-      op: one of the two operations.
+      op: one of the operations.
       flags: failure modes; the case must carry one.
 
     Raises:
@@ -184,7 +184,7 @@ def select(
     tiers, patterns, flags = set(tiers), list(patterns), set(flags)
     chosen = [case for case in cases if op in (None, case.op)]
     if not chosen:
-        raise ValueError(f"op: expected causal_conv1d_fn or causal_conv1d_update, got {op!r}")
+        raise ValueError(f"op: expected the operation of a case, got {op!r}")
     if unknown := flags - {flag for case in chosen for flag in case.flags}:
         raise ValueError(f"flag: expected one that a case carries, got {sorted(unknown)[0]!r}")
     for pattern in patterns:

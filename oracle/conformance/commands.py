@@ -11,6 +11,7 @@ from typing import Any
 
 from oracle.conformance import ledger, runner
 from oracle.conformance import report as reports
+from oracle.conformance.adapter import OPS
 from oracle.conformance.cases import TIERS, Case, select
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.flags import FLAGS
@@ -92,7 +93,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases", action="append", default=[], metavar="GLOB", help="case ids, may be repeated"
     )
-    parser.add_argument("--op", choices=("causal_conv1d_fn", "causal_conv1d_update"))
+    parser.add_argument("--op", choices=OPS)
     parser.add_argument("--flag", action="append", default=[], help="cases that carry this failure mode")
     parser.add_argument(
         "--tier", action="append", choices=TIERS, help="core, full, large (default: core and full)"
