@@ -294,3 +294,13 @@ def test_snapshots_fast_path(launches, target):
     assert spilled_bytes(binary, target) == 0
     if target.backend == "cuda":
         assert {n for kind, n in accesses(binary) if kind == "store"} == {16}
+
+
+def test_the_checks_can_fail(launches):
+    """Too few registers spill, and tensors off their alignment are not accessed 16 bytes at a time."""
+    update(**windows(), commit=False)
+    launches[-1].options["maxnreg"] = 64
+    assert spilled_bytes(compiled(launches[-1], SM_90), SM_90) > 0
+    launches[-1].options["maxnreg"] = None
+    launches[-1].values = [8195 if value == 8192 else value for value in launches[-1].values]
+    assert max(size for kind, size in accesses(compiled(launches[-1], SM_90)) if kind == "store") < 16
