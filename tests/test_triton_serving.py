@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import triton_impl
+from triton_impl import serving
 
 torch.set_num_threads(1)  # the tensors are tiny
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "eager"])
@@ -376,6 +377,23 @@ def test_step_layouts_and_write_slots(width, columns, seqlen, layout, writes, ba
     if layout == "front":
         options |= dict(track_indices=torch.tensor([7, 7, 9, 99]))
     check_update(backend, *step(width, columns, seqlen), STEP_SLOTS, **options)
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", ["back", "ring"])
+@pytest.mark.parametrize("seqlen", [None, 1, 13])
+def test_the_result_may_replace_x(seqlen, layout, backend):
+    """What in-place peers are made of: the state is made of x before x is overwritten."""
+    x, weight, bias, pool = step(4, 6, seqlen)
+    options = STEP_LAYOUTS[layout]
+    want, want_pool, _ = define_update(x, weight, bias, pool, STEP_SLOTS, **options)
+    out = serving.step(
+        x, weight, bias, pool, STEP_SLOTS, None, None, options.get("cache_seqlens"), *[None] * 6, None, None, -1, backend,
+        layout, True, None, None, out=x,
+    )  # fmt: skip
+    assert out is x
+    same_bits(x, want)
+    same_bits(pool, want_pool)
 
 
 @BACKENDS
