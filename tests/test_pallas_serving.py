@@ -10,7 +10,7 @@ import pytest
 from pallas_impl import causal_conv1d_fn, causal_conv1d_update, commit_windows, tree_parents_from_links
 from tests.serving_brute_force import brute_force
 
-BACKENDS = ("xla", "mosaic_gpu_interpret")
+BACKENDS = ("xla", "mosaic_gpu_interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
 
 
 def integers(rng, *shape):

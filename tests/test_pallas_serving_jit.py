@@ -14,9 +14,10 @@ from pallas_impl import (
     causal_conv1d_fn,
     causal_conv1d_update,
     commit_windows,
+    serving,
 )
 
-BACKENDS = ("xla", "mosaic_gpu_interpret")
+BACKENDS = ("xla", "mosaic_gpu_interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
 DIM, WIDTH = 128, 4
 
 
@@ -42,7 +43,7 @@ def test_speculation_by_windows_gives_the_bits_of_plain_decoding(backend):
     """Verify, accept some, commit, go on, all in one scan with a donated carry."""
     x, pool, steps = normal(1, 3, 12, DIM), normal(2, 5, 3, DIM), 4
     slots = index(4, 0, 2)
-    plain = causal_conv1d_update(x, WEIGHT, None, pool, slots, activation="silu", backend="xla")
+    plain = causal_conv1d_update(x, WEIGHT, None, pool, slots, activation="silu", backend=backend)
     verify = functools.partial(causal_conv1d_update, activation="silu", backend=backend, commit=False)
 
     def step(carry, accepted):
@@ -177,44 +178,44 @@ def test_indices_out_of_range_touch_nothing(backend):
     same_bits(ring.conv_states[2:], pool[2:])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
-def test_any_integers(dtype):
+def test_any_integers(dtype, backend):
     """Slots, counters and parents in other dtypes than int32, to which they are converted for the kernels."""
     narrow = lambda *values: jnp.asarray(values, dtype)  # noqa: E731
     pool, starts, x = normal(15, 9, 5, DIM), index(0, 3, 7), normal(16, 7, DIM)
     buffers, has = normal(17, 3, 4, 3, DIM), jnp.asarray([True, False])
-    for backend in BACKENDS:
-        results = []
-        for cast in (index, narrow):
-            table = jnp.stack([cast(7, 100), cast(8, 6)])
-            fn = causal_conv1d_fn(
-                x, WEIGHT, None, pool, starts, cast(0, 1), has, write_indices=cast(2, 3), track_indices=cast(4, 120),
-                track_lengths=cast(1, 9), snapshot_indices=table, snapshot_block_size=2,
-                num_computed_tokens=cast(0, 1), backend=backend,
-            )  # fmt: skip
-            update = causal_conv1d_update(
-                x[:6].reshape(2, 3, DIM), WEIGHT, None, pool, cast(0, 1), window_out=buffers,
-                window_indices=cast(2, 0), tree_parents=jnp.stack([cast(0, 0, 100), cast(5, 0, 1)]), commit=False,
-                backend=backend,
-            )  # fmt: skip
-            ring = causal_conv1d_update(
-                x[:2], WEIGHT, None, pool, cast(0, 1), state_layout="ring", cache_seqlens=cast(3, 126),
-                write_indices=cast(4, 100), backend=backend,
-            )  # fmt: skip
-            committed = commit_windows(pool, buffers, cast(3, 100), cast(0, 1), cast(1, 2), backend=backend)
-            results.append((*fn, *update, *ring, committed))
-        for got, want in zip(*results, strict=True):
-            same_bits(got, want)
-
-
-def test_a_block_size_beyond_32_bits_has_no_boundary():
-    pool = normal(18, 9, 3, DIM)
-    for backend in BACKENDS:
-        result = causal_conv1d_fn(
-            normal(19, 3, DIM), WEIGHT, None, pool, index(0, 3), index(0), snapshot_indices=index(5, 6)[None],
-            snapshot_block_size=2**40, num_computed_tokens=index(2**31 - 2), backend=backend,
+    results = []
+    for cast in (index, narrow):
+        table = jnp.stack([cast(7, 100), cast(8, 6)])
+        fn = causal_conv1d_fn(
+            x, WEIGHT, None, pool, starts, cast(0, 1), has, write_indices=cast(2, 3), track_indices=cast(4, 120),
+            track_lengths=cast(1, 9), snapshot_indices=table, snapshot_block_size=2,
+            num_computed_tokens=cast(0, 1), backend=backend,
         )  # fmt: skip
-        same_bits(result.conv_states[1:], pool[1:])
+        update = causal_conv1d_update(
+            x[:6].reshape(2, 3, DIM), WEIGHT, None, pool, cast(0, 1), window_out=buffers,
+            window_indices=cast(2, 0), tree_parents=jnp.stack([cast(0, 0, 100), cast(5, 0, 1)]), commit=False,
+            backend=backend,
+        )  # fmt: skip
+        ring = causal_conv1d_update(
+            x[:2], WEIGHT, None, pool, cast(0, 1), state_layout="ring", cache_seqlens=cast(3, 126),
+            write_indices=cast(4, 100), backend=backend,
+        )  # fmt: skip
+        committed = commit_windows(pool, buffers, cast(3, 100), cast(0, 1), cast(1, 2), backend=backend)
+        results.append((*fn, *update, *ring, committed))
+    for got, want in zip(*results, strict=True):
+        same_bits(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_size_beyond_32_bits_has_no_boundary(backend):
+    pool = normal(18, 9, 3, DIM)
+    result = causal_conv1d_fn(
+        normal(19, 3, DIM), WEIGHT, None, pool, index(0, 3), index(0), snapshot_indices=index(5, 6)[None],
+        snapshot_block_size=2**40, num_computed_tokens=index(2**31 - 2), backend=backend,
+    )  # fmt: skip
+    same_bits(result.conv_states[1:], pool[1:])
 
 
 def test_validate_reads_the_new_values():
@@ -246,6 +247,21 @@ def test_validate_reads_the_new_values():
         commit_windows(pool, buffers, index(2, 0), validate=True)
     with pytest.raises(Unsupported, match="got a tracer for write_indices"):
         jax.jit(lambda slots: fn(write_indices=slots))(index(2, 3))
+
+
+def test_plain_calls_never_take_the_second_path(monkeypatch):
+    def fail(*args, **options):
+        raise AssertionError("the second path")
+
+    monkeypatch.setattr(serving, "prefill", fail)
+    monkeypatch.setattr(serving, "update", fail)
+    pool, x = normal(20, 5, 3, DIM), normal(21, 4, DIM)
+    causal_conv1d_fn(x, WEIGHT, None, pool, index(0, 2, 4), index(0, 1))
+    causal_conv1d_update(x, WEIGHT, None, pool, index(0, 1, 2, 3))
+    with pytest.raises(AssertionError, match="the second path"):
+        causal_conv1d_fn(x, WEIGHT, None, pool, index(0, 2, 4), index(0, 1), empty_rows="apply")
+    with pytest.raises(AssertionError, match="the second path"):
+        causal_conv1d_update(x, WEIGHT, None, pool, index(0, 1, 2, 3), commit=False)
 
 
 def test_shapes_and_options_are_checked():
