@@ -130,20 +130,9 @@ def launch(x, weight, bias, conv_states, starts, slots, arrays, *, seqlen, optio
 
 
 def _kernel(
-    refs,
-    outs,
-    *,
-    batch,
-    seqlen,
-    columns,
-    tail_programs,
-    pool_shape,
-    stores,
-    options,
-    block_t,
-    lanes,
-    interpret,
-):
+    refs, outs, *, batch, seqlen, columns, tail_programs, pool_shape, stores, options, block_t, lanes, interpret,
+):  # fmt: skip
+    """`refs`: operands and scratch memory by name; what a call does not need is absent."""
     x, weight, pool, windows = refs["x"], refs["weight"], refs.get("pool"), refs.get("windows")
     tile, window = refs["tile"], refs["window"]
     residual, recent, kept = refs.get("residual"), refs.get("recent"), refs.get("kept")
