@@ -5,15 +5,22 @@ up afterwards; trees against every path from the root, listed by brute force; th
 """
 
 import itertools
+import json
 
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from oracle import numerics, reference
 from oracle.conformance.adapter import reference_adapter
 from oracle.conformance.cases import select
 from oracle.conformance.catalogue import catalogue
-from oracle.conformance.judge import promises_of
+from oracle.conformance.catalogue import fn as fn_case
+from oracle.conformance.catalogue import update as update_case
+from oracle.conformance.judge import Promises, promises_of
+from oracle.conformance.model import Model
+from oracle.conformance.mutants import MUTANTS
 from oracle.conformance.worker import run_case
 from oracle.contract import ConvOutput, ConvWindowOutput
 
@@ -299,3 +306,92 @@ def test_the_reference_passes_its_own_suite(case):
         pytest.skip("the reference ignores the name of a backend")
     verdict = run_case(adapter, case, promises_of(adapter))
     assert verdict.status == "passed", verdict.detail
+
+
+@st.composite
+def calls(draw):
+    """A random valid call with any mixture of the serving arguments that may be combined, as a case."""
+    width, layout = draw(st.integers(1, 5)), draw(st.sampled_from(("front", "front", "back", "ring")))
+    rows, dim = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    state_len = width - 1 + draw(st.integers(0, 4))
+    kind = draw(st.sampled_from(("prefill", "prefill", "packed", "dense", "rolling", "tree")))
+    longest = draw(st.integers(0, 9 if kind == "prefill" else 4))
+    lengths = tuple(draw(st.integers(0, longest)) for _ in range(rows))
+    # Slots: those that are read come first; everything that is written is drawn from the rest without repeats.
+    slots = tuple(draw(st.sampled_from((0, 1, 2, 3, -1, 60))) for _ in range(rows))
+    fresh = iter(draw(st.permutations(range(4, 59))))
+
+    def targets(count):
+        return tuple(draw(st.sampled_from((next(fresh), next(fresh), -1, 77))) for _ in range(count))
+
+    args, options = {"write_indices": targets(rows)}, {"activation": draw(st.sampled_from((None, "silu")))}
+    if layout != "front":
+        options["state_layout"] = layout
+    if layout == "ring":
+        args["cache_seqlens"] = tuple(draw(st.integers(-2, 30)) for _ in range(rows))
+    if draw(st.booleans()):
+        args["channels"], options["channel_offset"] = dim + 3, draw(st.integers(0, 3))
+    if draw(st.booleans()):
+        args["residual"] = True
+    if dim > 1 and draw(st.booleans()):
+        cut = draw(st.integers(1, dim - 1))
+        options["split_sizes"] = (cut, dim - cut)
+    if layout == "front" and draw(st.booleans()):
+        args["track_indices"] = targets(rows)
+    common = {"dim": dim, "width": width, "slots": slots, "num_slots": 60, "state_len": state_len, "lengths": lengths,
+              "tail": draw(st.integers(0, 2)), "args": args, "options": options,
+              "dtype": draw(st.sampled_from(("bfloat16", "float32"))),
+              "dtypes": {"conv_states": draw(st.sampled_from(("bfloat16", "float16", "float32")))}}  # fmt: skip
+    if kind == "prefill":
+        if draw(st.booleans()):
+            options["empty_rows"] = "apply"
+        if "track_indices" in args and draw(st.booleans()):
+            args["track_lengths"] = tuple(draw(st.integers(-1, longest + 1)) for _ in range(rows))
+        if layout == "front" and draw(st.booleans()):
+            options["snapshot_block_size"] = draw(st.integers(1, 5))
+            args["snapshot_indices"] = tuple(targets(4) for _ in range(rows))
+            args["num_computed_tokens"] = tuple(draw(st.integers(-1, 12)) for _ in range(rows))
+        return fn_case("drawn", has=tuple(draw(st.booleans()) for _ in range(rows)), **common)
+    if kind == "rolling" and layout == "front" and state_len >= width - 2 + longest:
+        common["counts"] = tuple(draw(st.integers(-1, 9)) for _ in range(rows))
+        return update_case("drawn", **common)
+    if draw(st.booleans()):
+        args["window_out"], options["max_seqlen"] = (5, longest + draw(st.integers(0, 1))), longest
+        args["window_indices"] = draw(st.permutations((-1, 0, 1, 3, 9)))[:rows]
+    if kind in ("dense", "tree"):
+        for name in ("lengths", "tail"):
+            del common[name]
+        options.pop("max_seqlen", None)
+        common |= {"batch": rows, "seqlen": longest}
+    if kind == "tree":
+        args["tree_parents"] = tuple(
+            tuple(draw(st.integers(-2, 5)) for _ in range(longest)) for _ in range(rows)
+        )
+    if kind == "tree" or draw(st.booleans()):
+        options["commit"] = False
+    if not options.get("commit", True):
+        args.pop("write_indices"), args.pop("track_indices", None)
+    return update_case("drawn", **common)
+
+
+@settings(max_examples=400, deadline=None, database=None, derandomize=True)
+@given(calls())
+def test_two_implementations_agree(case):
+    """The model of the mutants is a second implementation, taken apart in another way; the judge compares the two."""
+    verdict = run_case(Model(), case, Promises())
+    assert verdict.status == "passed", f"{verdict.detail}\n{json.dumps(case.to_json())}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["snapshot-one-token-late", "tracked-length-not-clamped", "tree-is-a-chain", "fresh-slot-keeps-old-columns",
+     "ring-never-wraps", "residual-dropped", "windows-share-columns", "window-one-too-far", "empty-rows-never-copied"],
+)  # fmt: skip
+def test_drawn_calls_find_mistakes(name):
+    @settings(max_examples=400, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @given(calls())
+    def check(case):
+        assert run_case(MUTANTS[name](), case, Promises()).status == "passed"
+
+    with pytest.raises(AssertionError):
+        check()
