@@ -124,8 +124,9 @@ def _kernel(refs, *, moved, ready, batch, columns, group_t, history, options, la
             """Of a move: how many boundaries of this row come before its own, and whose slot it is."""
             ahead = index * SNAPSHOTS + div(m, history)
             block = first + ahead
+            named = (block >= 0) & (block < table.shape[1])  # it may overflow
             target = table[row, jnp.clip(block, 0, table.shape[1] - 1)]
-            return ahead, target, (ahead >= 0) & (ahead <= last) & (block < table.shape[1]) & valid(target)
+            return ahead, target, (ahead >= 0) & (ahead <= last) & named & valid(target)
 
         def source(m):
             ahead, _, stored = boundary(m)

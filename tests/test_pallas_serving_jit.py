@@ -218,6 +218,16 @@ def test_a_block_size_beyond_32_bits_has_no_boundary(backend):
     same_bits(result.conv_states[1:], pool[1:])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counters_near_the_end_of_32_bits_reach_no_block(backend):
+    pool = normal(18, 9, 3, DIM)
+    result = causal_conv1d_fn(
+        normal(19, 9, DIM), WEIGHT, None, pool, index(0, 9), index(0), snapshot_indices=index(5, 6)[None],
+        snapshot_block_size=1, num_computed_tokens=index(2**31 - 2), backend=backend,
+    )  # fmt: skip
+    same_bits(result.conv_states[1:], pool[1:])
+
+
 def test_validate_reads_the_new_values():
     pool, x = normal(20, 5, 3, DIM), normal(21, 4, DIM)
     fn = functools.partial(
