@@ -308,6 +308,8 @@ def _traced(x):
 
 def asks_for_gradient(*tensors):
     """Whether a call with these tensors, or None, is to be differentiated."""
-    return is_grad_enabled() and any(
-        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors
-    )
+    if is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and getattr(tensor, "requires_grad", False):
+                return True
+    return False

@@ -99,6 +99,11 @@ def prefill_config(
     )
 
 
+def row_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+    """One row and one warp of 16-byte accesses a program; arguments as in `update_config`."""
+    return UpdateConfig(1, min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize)), 1)
+
+
 def update_config(batch: int, dim: int, width: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows.
 
@@ -107,7 +112,8 @@ def update_config(batch: int, dim: int, width: int, itemsize: int, warp_size: in
       itemsize: bytes of an element of x.
       warp_size: threads of a warp of the device.
     """
-    block_d = min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize))
+    if batch * dim < 1 << 17:  # only latency shows: fewer channels a thread, so fewer instructions in a row
+        return row_config(dim, 2 * itemsize, warp_size)
+    one = row_config(dim, itemsize, warp_size)
     # several rows a program share the taps, where there are rows enough to fill the device and registers to hold them
-    rows = 4 if batch * dim >= 1 << 20 and width <= 4 else 1
-    return UpdateConfig(rows, block_d, 1)
+    return one._replace(rows=4) if batch * dim >= 1 << 20 and width <= 4 else one

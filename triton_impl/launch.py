@@ -1,5 +1,18 @@
 """Launching a kernel again with other tensors of the same shapes, strides and dtypes, at little host time."""
 
+import triton
+
+try:
+    from triton.backends.nvidia.driver import CudaLauncher
+except ImportError:  # a build of Triton without NVIDIA's backend
+    CudaLauncher = None
+
+_KNOWS_ENTRY = triton.__version__.startswith(
+    "3.6."
+)  # the C entry of its launcher; other versions' is not relied on
+_HOOKS = triton.knobs.runtime
+_ENTER, _EXIT = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+
 
 class Launch:
     """A kernel with everything but its tensors fixed.
@@ -19,20 +32,55 @@ class Launch:
         self._kernel, self._grid, self._values, self._constants = kernel, grid, values, constants
         self._options = {name: value for name, value in options.items() if value is not None}
         self._rest = (*values, *constants.values())
-        self._compiled = None
+        self._again = None
 
     def __call__(self, *tensors):
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        aligned = True
-        for address in addresses:
-            if address is not None and address & 15:
-                aligned = False
-        if aligned and self._compiled is not None:
-            self._compiled(*addresses, *self._rest)
+        addresses = []
+        every = 0
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                every |= address
+                addresses.append(address)
+        aligned = every & 15 == 0
+        if aligned and self._again is not None:
+            self._again(*addresses, *self._rest)
             return
         compiled = self._kernel[self._grid](*tensors, *self._values, **self._constants, **self._options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
-            self._compiled = compiled[self._grid]
+            self._again = _launcher(compiled, self._grid)
+
+
+def _launcher(compiled, grid):
+    """Launches a compiled kernel on the current stream: what `compiled[grid]` does, without its hooks if there are none."""
+    usual = compiled[grid]
+    run = compiled.run
+    if not (_KNOWS_ENTRY and CudaLauncher is not None and type(run) is CudaLauncher):
+        return usual
+    if run.global_scratch_size or run.profile_scratch_size:
+        return usual
+    driver = triton.runtime.driver.active
+    device, current_stream, entry = driver.get_current_device(), driver.get_current_stream, run.launch
+    x, y, z = grid
+    middle = (
+        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
+        None, None, None,
+    )  # fmt: skip
+
+    def launch(*args):
+        if (
+            _HOOKS.launch_enter_hook is not _ENTER
+            or _HOOKS.launch_exit_hook is not _EXIT
+            or _ENTER.calls
+            or _EXIT.calls
+        ):
+            usual(*args)
+        else:
+            entry(x, y, z, current_stream(device), *middle, *args)
+
+    return launch
 
 
 def stride(tensor, axis):

@@ -1,10 +1,10 @@
 """Packed prefill: every row's tokens convolved behind its window, the new window left in its slot.
 
-A program owns BLOCK_T tokens of one row and BLOCK_D channels. Schedule "per_sequence": grid axis 0 is
-the row, axis 1 the block of tokens in it, axis 2 the block of channels; programs past the end of their
-row return at once, and stride on if the grid is too small. Schedule "flat": block k of row s is program
-`query_start_loc[s] // BLOCK_T + s + k`, so a program finds its row by a search on the device and the
-grid needs no lengths. Row `batch` stands for the padded tail.
+A program owns BLOCK_T tokens of one row and BLOCK_D channels. Schedule "per_sequence": grid axis 0 is the
+row, axis 1 the block of tokens in it; programs past the end of their row return at once, and stride on if the
+grid is too small. Schedule "flat": block k of row s has number `query_start_loc[s] // BLOCK_T + s + k` on axis 0,
+so a program finds its row by a search on the device and the grid needs no lengths. Row `batch` stands for the
+padded tail. In both, the blocks of channels come first within axis 0: programs side by side read side by side.
 
 The program of a row's first block reads the old window and writes the new one; the others take the
 `width-1` tokens before their block from x. Nothing is planned on the host and nothing synchronises.
@@ -313,21 +313,21 @@ def _prefill(
     stride_o_d = tl.cast(stride_o_d, tl.int64)
 
     # mapping of programs; the taps are under way while the row is looked for
-    block_d = tl.program_id(0) % channel_blocks if FLAT else tl.program_id(2)
+    block_d = tl.program_id(0) % channel_blocks
+    place = tl.program_id(0) // channel_blocks
     ch, in_dim, out, stride_o_t, stride_o_d = output_channels(
         block_d, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
     )
     words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
     bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
     if FLAT:
-        program = tl.program_id(0) // channel_blocks
         row, row_start, row_end, slot, flag = _find_row(
-            query_start_loc, cache_indices, has_initial_state, program, batch, tokens, stride_c, stride_h,
+            query_start_loc, cache_indices, has_initial_state, place, batch, tokens, stride_c, stride_h,
             BLOCK_T, SEARCH, HAS_INDICES, HAS_MASK,
         )  # fmt: skip
-        block = program - row_start // BLOCK_T - row
+        block = place - row_start // BLOCK_T - row
     else:
-        row = tl.program_id(0)
+        row = place
         row_start, row_end, slot, flag = _row_facts(
             query_start_loc, cache_indices, has_initial_state, row, batch, tokens, stride_c, stride_h,
             HAS_INDICES, HAS_MASK,
@@ -477,7 +477,7 @@ def prepare_serving(
 def _grid(tokens, batch, channel_blocks, config):
     if config.flat:
         return (tokens // config.block_t + batch + 1) * channel_blocks, 1, 1
-    return batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ), channel_blocks
+    return (batch + 1) * channel_blocks, min(max(config.row_blocks, 1), MAX_GRID_YZ), 1
 
 
 def _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config):

@@ -129,13 +129,17 @@ _CALLS_KEPT = 4096
 def _recall(name, tensors, options):
     """The key of a call and the launch prepared for it, or None; no key if an argument is odd (a check says how)."""
     try:
-        whole_words = tensors[1].data_ptr() % 16 == 0  # `taps.word_bits` depends on it
-        key = (
+        key = [
             name,
             options,
-            whole_words,
-            *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
-        )
+            tensors[1].data_ptr() & 15,
+            tensors[0].device,
+        ]  # `taps.word_bits` reads the address
+        for t in tensors:
+            key += (
+                (None,) if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
+            )
+        key = tuple(key)
         return key, _calls.get(key)
     except (AttributeError, TypeError):
         return None, None
@@ -156,7 +160,7 @@ def unit_stride(offsets):
 
 def _launch(call, x, *tensors):
     """Launches on x's device, which need not be the current one."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             call(*tensors)
     else:

@@ -17,7 +17,7 @@ from oracle.contract import (
     check_update_values,
 )
 from triton_impl import eager_serving, prefill, states, steps, trees, windows
-from triton_impl.config import prefill_config, update_config, walks
+from triton_impl.config import prefill_config, row_config, walks
 from triton_impl.run import (
     BACKENDS,
     WARP_SIZE,
@@ -120,7 +120,7 @@ def _prepare_fn(
             silu, pad_slot_id, config, layout=layout, stores=plain, split_sizes=split_sizes,
         )  # fmt: skip
     if conv_states is not None and not plain and sizes.batch:
-        config = update_config(1, sizes.dim, sizes.width, conv_states.element_size(), WARP_SIZE)
+        config = row_config(sizes.dim, conv_states.element_size(), WARP_SIZE)
         states_ = states.prepare(
             (
                 x, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
@@ -219,7 +219,7 @@ def _prepare_step(tensors, sizes, max_seqlen, commit, settings):
         x, weight, bias, conv_states, cache_indices, _, num_accepted_tokens, cache_seqlens, _, _,
         window_out, window_indices, residual, tree_parents,
     ) = tensors  # fmt: skip
-    config = update_config(1, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
+    config = row_config(sizes.dim, x.element_size(), WARP_SIZE)
     out = empty_out(x, settings["split_sizes"], device="meta")
     if tree_parents is not None:
         call = trees.prepare(
@@ -278,7 +278,7 @@ def commit(
         if _resolve(backend, conv_states) == "eager":
             eager_serving.commit(*tensors, pad_slot_id=pad_slot_id)
             return
-        config = update_config(1, sizes.dim, sizes.history + 1, conv_states.element_size(), WARP_SIZE)
+        config = row_config(sizes.dim, conv_states.element_size(), WARP_SIZE)
         call = windows.prepare(tensors, pad_slot_id, config)
         _remember(key, call)
     if accepted_steps.shape[0] and window_out.shape[2]:
