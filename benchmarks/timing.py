@@ -51,6 +51,10 @@ class Cupti:
     # kept their places from CUDA 12.0 (ActivityKernel9, Memcpy5, Memset4) to 13.0 (ActivityKernel10, Memcpy6).
     KINDS: ClassVar = {1: "memcpy", 2: "memset", 10: "kernel", 38: "synchronization"}
     _START, _END, _KERNEL_NAME, _COPY_KIND = 16, 24, 104, 4
+    _WAIT_KIND, _STREAM_WAITS = (
+        4,
+        2,
+    )  # a stream that waits for an event does so on the device: the host goes on
     _COPIES: ClassVar = {1: "host to device", 2: "device to host", 8: "device to device"}
     _BUFFER = 4 << 20
     _NO_MORE_RECORDS = 12  # CUPTI_ERROR_MAX_LIMIT_REACHED
@@ -149,7 +153,8 @@ class Cupti:
             copy = word(self._COPY_KIND, ctypes.c_uint8)
             name = f"memcpy {self._COPIES.get(copy, copy)}"
         if kind == "synchronization":
-            self._records.append(Activity(kind, name, 0, 0))
+            if word(self._WAIT_KIND, ctypes.c_uint32) != self._STREAM_WAITS:
+                self._records.append(Activity(kind, name, 0, 0))
         else:
             self._records.append(Activity(kind, name, word(self._START), word(self._END)))
 

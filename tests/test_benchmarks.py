@@ -482,14 +482,21 @@ void fake_kernel(const char *name, uint64_t start, uint64_t end)
 void fake_copy(uint64_t start, uint64_t end)
 { CUpti_ActivityMemcpy5 c; memset(&c, 0, sizeof c); c.kind = CUPTI_ACTIVITY_KIND_MEMCPY;
   c.copyKind = CUPTI_ACTIVITY_MEMCPY_KIND_DTOH; c.start = start; c.end = end; put(&c, sizeof c); }
+void fake_wait(int type)
+{ CUpti_ActivitySynchronization w; memset(&w, 0, sizeof w); w.kind = CUPTI_ACTIVITY_KIND_SYNCHRONIZATION;
+  w.type = type; put(&w, sizeof w); }
+const int stream_waits = CUPTI_ACTIVITY_SYNCHRONIZATION_TYPE_STREAM_WAIT_EVENT;
+const int host_waits = CUPTI_ACTIVITY_SYNCHRONIZATION_TYPE_STREAM_SYNCHRONIZE;
 static void *deliver(void *unused)
 { if (buffer) { uint8_t *b = buffer; buffer = 0; complete(0, 0, b, size, used); } return 0; }
 CUptiResult cuptiActivityFlushAll(uint32_t flag)
 { pthread_t thread; pthread_create(&thread, 0, deliver, 0); pthread_join(thread, 0); return CUPTI_SUCCESS; }
 CUptiResult cuptiActivityGetNextRecord(uint8_t *b, size_t valid, CUpti_Activity **record)
 { uint8_t *p = b;
-  if (*record) { int copy = (*record)->kind == CUPTI_ACTIVITY_KIND_MEMCPY;
-                 p = (uint8_t *)*record + (copy ? sizeof(CUpti_ActivityMemcpy5) : sizeof(CUpti_ActivityKernel9)); }
+  if (*record) { CUpti_ActivityKind kind = (*record)->kind;
+                 p = (uint8_t *)*record + (kind == CUPTI_ACTIVITY_KIND_MEMCPY ? sizeof(CUpti_ActivityMemcpy5)
+                   : kind == CUPTI_ACTIVITY_KIND_SYNCHRONIZATION ? sizeof(CUpti_ActivitySynchronization)
+                   : sizeof(CUpti_ActivityKernel9)); }
   if (p >= b + valid) return CUPTI_ERROR_MAX_LIMIT_REACHED;
   *record = (CUpti_Activity *)p; return CUPTI_SUCCESS; }
 """
@@ -509,7 +516,7 @@ def test_cupti_records_are_read_where_nvidias_header_puts_them(tmp_path, monkeyp
     monkeypatch.setattr(timing, "find_cupti", lambda: str(library))
     cupti = timing.Cupti()
     cupti.enable()
-    from ctypes import c_char_p, c_uint64
+    from ctypes import c_char_p, c_int, c_uint64
 
     name = c_char_p(b"kernel_name")
     for _ in range(3):  # buffers go round
@@ -521,6 +528,9 @@ def test_cupti_records_are_read_where_nvidias_header_puts_them(tmp_path, monkeyp
             ("memcpy", "memcpy device to host", 5000, 7000),
             ("kernel", "kernel_name", 2**40, 2**40 + 1500),
         ]
+    for wait in ("stream_waits", "host_waits"):
+        cupti._lib.fake_wait(c_int.in_dll(cupti._lib, wait))
+    assert [r.kind for r in cupti.collect()] == ["synchronization"], "the host waits in one of the two only"
     assert cupti.collect(at_least=1, patience_s=0.01) == []
     with pytest.raises(timing.CuptiUnavailable, match=r"cuptiActivityEnable: FAKE_ERROR"):
         cupti.enable(("synchronization",))
