@@ -356,19 +356,20 @@ def load_rows(x, channels, tile, ready, begin, length):
 
 
 def store_rows(tile, out, channels, begin, length):
-    """Starts the copy of exactly `length` rows: one box if the tile is full, else one for each bit of `length`."""
+    """Starts the copy of exactly `length` rows: one box if the tile is full, else row by row."""
     size = tile.shape[0]
-    while size:
-        if size <= out.shape[0]:
 
-            @pl.when((length & size) != 0)
-            def _(size=size):
-                done = length & ~(2 * size - 1)
-                rows = pl.ds(begin + done, size)
-                target = lambda channels: out.at[rows, channels]  # noqa: E731
-                copy_out(tile.at[pl.ds(done, size)], target, channels, out.shape[1])
+    def store(done, rows):
+        copy_out(tile.at[pl.ds(done, rows)], lambda c: out.at[pl.ds(begin + done, rows), c], channels, out.shape[1])
 
-        size //= 2
+    if size > 1 and size <= out.shape[0]:
+
+        @pl.when(length == size)
+        def _():
+            store(0, size)
+
+    rest = jnp.where(length == size, 0, length) if size > 1 and size <= out.shape[0] else length
+    lax.fori_loop(0, rest, lambda row, _: store(row, 1), None)
 
 
 def in_parts(outs, channels, store):
