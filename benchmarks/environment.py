@@ -34,11 +34,14 @@ def gpu() -> dict[str, str]:
 def commit() -> tuple[str, bool | None]:
     """The commit and whether the tree differs from it.
 
-    Outside a git checkout the commit is read from BENCHMARK_COMMIT, and the second value is None.
+    Where BENCHMARK_COMMIT is set, as for a copy of the tree without its history, it names the commit, and the second
+    value is None.
     """
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named, None
     short = _output(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"])
     if not short:
-        return os.environ.get("BENCHMARK_COMMIT", "unknown"), None
+        return "unknown", None
     return short, bool(_output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]))
 
 
