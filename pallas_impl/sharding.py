@@ -25,7 +25,7 @@ import functools
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oracle.contract import ConvOutput, check_causal_conv1d_update
+from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, check_causal_conv1d_update
 from pallas_impl import api, context_parallel
 
 
@@ -48,6 +48,18 @@ def causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    empty_rows="skip",
+    snapshot_indices=None,
+    snapshot_block_size=None,
+    num_computed_tokens=None,
+    track_indices=None,
+    track_lengths=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """`causal_conv1d_fn` with its arguments split over `mesh`; works in and outside `jit`.
 
@@ -65,6 +77,9 @@ def causal_conv1d_fn(
       activation, pad_slot_id, max_seqlen, schedule, backend: as in `pallas_impl.causal_conv1d_fn`; a kernel
         asked for by "auto" is the default device's.
       validate: False; there is no data to read in a trace.
+      state_layout and what follows: as in `pallas_impl.causal_conv1d_fn`; arrays with an entry a row are split with
+        the rows, and slots count from the device's own part of the pool. Not with `token_axis`; `channel_offset`
+        and `split_sizes` not with `channel_axis`.
 
     Returns:
       ConvOutput(out, conv_states), split as x and conv_states are.
@@ -78,13 +93,18 @@ def causal_conv1d_fn(
         operation = functools.partial(context_parallel.causal_conv1d_fn, axis_name=token_axis)
     operation = functools.partial(
         operation, activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen,
-        schedule=schedule, backend=backend, validate=validate,
+        schedule=schedule, backend=backend, validate=validate, state_layout=state_layout, empty_rows=empty_rows,
+        snapshot_block_size=snapshot_block_size, channel_offset=channel_offset, split_sizes=split_sizes,
     )  # fmt: skip
+    _check_channels(channel_axis, channel_offset, split_sizes)
     arguments = dict(
         x=x, weight=weight, bias=bias, conv_states=conv_states, query_start_loc=query_start_loc,
-        cache_indices=cache_indices, has_initial_state=has_initial_state,
+        cache_indices=cache_indices, has_initial_state=has_initial_state, cache_seqlens=cache_seqlens,
+        write_indices=write_indices, snapshot_indices=snapshot_indices, num_computed_tokens=num_computed_tokens,
+        track_indices=track_indices, track_lengths=track_lengths, residual=residual,
     )  # fmt: skip
-    return _split(operation, arguments, mesh, partition_specs(channel_axis, batch_axis, token_axis))
+    specs = partition_specs(channel_axis, batch_axis, token_axis)
+    return _split(operation, arguments, mesh, specs, split_sizes)
 
 
 def causal_conv1d_update(
@@ -104,6 +124,17 @@ def causal_conv1d_update(
     pad_slot_id=-1,
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    track_indices=None,
+    window_out=None,
+    window_indices=None,
+    commit=True,
+    tree_parents=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """`causal_conv1d_update` with its arguments split over `mesh`; works in and outside `jit`.
 
@@ -114,9 +145,11 @@ def causal_conv1d_update(
         no equal parts.
       num_accepted_tokens, max_seqlen: as in `pallas_impl.causal_conv1d_update`.
       mesh, channel_axis, batch_axis, activation, pad_slot_id, backend, validate: as above.
+      state_layout and what follows: as in `pallas_impl.causal_conv1d_update` and above; `window_out` is split along
+        its buffers and channels.
 
     Returns:
-      ConvOutput(out, conv_states), split as x and conv_states are.
+      ConvOutput(out, conv_states) or ConvWindowOutput, split as x, conv_states and window_out are.
 
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn` above.
@@ -127,11 +160,18 @@ def causal_conv1d_update(
         pad_slot_id=pad_slot_id,
         backend=backend,
         validate=validate,
+        state_layout=state_layout,
+        commit=commit,
+        channel_offset=channel_offset,
+        split_sizes=split_sizes,
     )
     arguments = dict(
         x=x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices,
-        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens,
+        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens, cache_seqlens=cache_seqlens,
+        write_indices=write_indices, track_indices=track_indices, window_out=window_out,
+        window_indices=window_indices, tree_parents=tree_parents, residual=residual,
     )  # fmt: skip
+    _check_channels(channel_axis, channel_offset, split_sizes)
     check_causal_conv1d_update(**arguments, **options)
     if query_start_loc is not None and batch_axis is not None:
         raise ValueError(
@@ -140,8 +180,8 @@ def causal_conv1d_update(
         )
     specs = partition_specs(channel_axis, batch_axis)
     if len(x.shape) == 3:
-        specs["x"] = specs["out"] = PartitionSpec(batch_axis, None, channel_axis)
-    return _split(functools.partial(api.causal_conv1d_update, **options), arguments, mesh, specs)
+        specs["x"] = specs["out"] = specs["residual"] = PartitionSpec(batch_axis, None, channel_axis)
+    return _split(functools.partial(api.causal_conv1d_update, **options), arguments, mesh, specs, split_sizes)
 
 
 def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
@@ -159,6 +199,16 @@ def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
         cache_indices=batch,
         has_initial_state=batch,
         num_accepted_tokens=batch,
+        cache_seqlens=batch,
+        write_indices=batch,
+        snapshot_indices=batch,
+        num_computed_tokens=batch,
+        track_indices=batch,
+        track_lengths=batch,
+        window_out=PartitionSpec(batch_axis, None, None, channel_axis),
+        window_indices=batch,
+        tree_parents=batch,
+        residual=PartitionSpec(rows, channel_axis),
         out=PartitionSpec(rows, channel_axis),
     )
 
@@ -169,7 +219,16 @@ def shardings(mesh, channel_axis=None, batch_axis=None, token_axis=None):
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
-def _split(operation, arguments, mesh, specs):
+def _check_channels(channel_axis, channel_offset, split_sizes):
+    for name, value in (("channel_offset", channel_offset), ("split_sizes", split_sizes)):
+        if value is not None and channel_axis is not None:
+            raise Unsupported(
+                f"{name}: expected None, since channel_axis is {channel_axis!r} and a device has a part of all "
+                f"channels, got {value!r}"
+            )
+
+
+def _split(operation, arguments, mesh, specs, split_sizes):
     """Runs `operation(**arguments)` on every device's part; absent arguments stay absent."""
     arguments = {name: array for name, array in arguments.items() if array is not None}
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -179,18 +238,21 @@ def _split(operation, arguments, mesh, specs):
     names = tuple(arguments)
 
     def run(*parts):
-        out, pool = operation(**{"bias": None, "conv_states": None, **dict(zip(names, parts, strict=True))})
-        return out if pool is None else (out, pool)
+        result = operation(**{"bias": None, "conv_states": None, **dict(zip(names, parts, strict=True))})
+        return tuple(value for value in result if value is not None)
 
-    pooled = "conv_states" in arguments
+    out = specs["out"] if split_sizes is None else (specs["out"],) * len(split_sizes)
+    states = tuple(specs[name] for name in ("conv_states", "window_out") if name in arguments)
     result = jax.shard_map(
         run,
         mesh=mesh,
         in_specs=tuple(specs[name] for name in names),
-        out_specs=(specs["out"], specs["conv_states"]) if pooled else specs["out"],
+        out_specs=(out, *states),
         check_vma=False,  # a kernel's results carry no type that says over which axes they vary
     )(*arguments.values())
-    return ConvOutput(*result) if pooled else ConvOutput(result, None)
+    if "window_out" in arguments:
+        return ConvWindowOutput(*result)
+    return ConvOutput(*result) if states else ConvOutput(*result, None)
 
 
 def _check_specs(arguments, mesh, specs):
