@@ -621,9 +621,9 @@ SPECULATIVE = (
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: dao.causal_conv1d_update(X.t(), STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
-        (lambda: sglang.causal_conv1d_update(X.t(), STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
-        (lambda: sglang.causal_conv1d_update_triton(X.t(), STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
+        (lambda: dao.causal_conv1d_update(X.t()[:2], STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
+        (lambda: sglang.causal_conv1d_update(X.t()[:2], STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
+        (lambda: sglang.causal_conv1d_update_triton(X.t()[:2], STATE, W, cache_seqlens=ONE), ValueError, "cache_seqlens"),
         *[
             (lambda n=name: sglang.causal_conv1d_update_triton(X.t(), STATE, W, **{n: ONE}), ValueError, name)
             for name in SPECULATIVE

@@ -272,6 +272,8 @@ def causal_conv1d_update_triton(
         raise ValueError("intermediate_state_indices: expected None, since intermediate_conv_window is None")
     if retrieve_next_token is not None or retrieve_next_sibling is not None:
         links = {"retrieve_next_token": retrieve_next_token, "retrieve_next_sibling": retrieve_next_sibling}
+        if retrieve_next_token is None or retrieve_next_sibling is None:
+            raise ValueError("retrieve_next_token, retrieve_next_sibling: expected both or none, got one")
         for name, link in links.items():
             expect(name, link, ("batch", "seqlen"), batch=batch, seqlen=seqlen)
         parents = tree_parents_from_links(retrieve_next_token, retrieve_next_sibling)
