@@ -69,7 +69,8 @@ test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communi
 
 test-compile: .venv-cuda/.installed ## Pallas kernels compiled to machine code for an H100, with no GPU
 	PATH="$(CURDIR)/$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin):$$PATH" \
-	  .venv-cuda/bin/python -m pytest tests/test_pallas_compile.py tests/test_pallas_grad_compile.py
+	  .venv-cuda/bin/python -m pytest tests/test_pallas_compile.py tests/test_pallas_grad_compile.py \
+	  tests/test_pallas_serving_compile.py
 
 lint: .venv/.installed ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .
