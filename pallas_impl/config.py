@@ -75,7 +75,9 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     row_blocks = max(cdiv(longest, block_t), 1)
     flat_blocks = tokens // block_t + batch + 1
-    at_once = batch * row_blocks * cdiv(dim, lanes) <= 1056  # no program waits for another: no row to look for is best
+    at_once = (
+        batch * row_blocks * cdiv(dim, lanes) <= 1056
+    )  # no program waits for another: no row to look for is best
     wasteful = batch * row_blocks > flat_blocks + flat_blocks // 8 and not at_once
     if schedule == "flat" or (schedule == "auto" and wasteful):
         return PrefillConfig(True, block_t, lanes, 1, 0, 0)

@@ -360,7 +360,9 @@ def store_rows(tile, out, channels, begin, length):
     size = tile.shape[0]
 
     def store(done, rows):
-        copy_out(tile.at[pl.ds(done, rows)], lambda c: out.at[pl.ds(begin + done, rows), c], channels, out.shape[1])
+        copy_out(
+            tile.at[pl.ds(done, rows)], lambda c: out.at[pl.ds(begin + done, rows), c], channels, out.shape[1]
+        )
 
     if size > 1 and size <= out.shape[0]:
 
