@@ -366,7 +366,9 @@ def test_config_is_small_for_small_batches_and_flat_for_skew():
     assert chosen().group == 16, "long rows: one group a block"
     assert chosen(tokens=2176, batch=129).group == 8, "short rows: fewer registers"
     assert chosen(tokens=33, batch=5).block_t == 4
-    assert not chosen(max_seqlen=2048).flat
+    assert chosen(max_seqlen=2048).flat
+    assert not chosen(tokens=33, batch=5, max_seqlen=17).flat
+    assert not chosen(tokens=33, batch=5).flat
     assert chosen(tokens=16639, batch=256, max_seqlen=16384).flat
     assert chosen(max_seqlen=None).flat
     assert not chosen(max_seqlen=2048, schedule="per_sequence").flat

@@ -53,7 +53,7 @@ def causal_conv1d_fn(
       has_initial_state: [batch] bool; None: no row has a state.
       activation: None, "silu" or "swish".
       pad_slot_id: slot number of padding rows; slots outside [0, num_slots) are padding as well.
-      max_seqlen: host int, an upper bound of the longest row in tokens; lets "auto" pick the per_sequence grid.
+      max_seqlen: host int, an upper bound of the longest row in tokens; bounds the per_sequence grid.
       schedule: "auto", "per_sequence" or "flat"; both give the same bits.
       backend: "auto" (the kernel on a GPU, eager elsewhere), "triton" or "eager".
       validate: read the index data (this synchronises) and raise on bad values before anything is written.

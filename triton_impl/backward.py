@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_impl.config import MAX_GRID_YZ, _next_power_of_2
+from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2
 from triton_impl.launch import Launch, stride
 from triton_impl.prefill import _find_row
 from triton_impl.taps import NATIVE_PTX, convolve, load_bias, load_taps, narrow, offset, widen, word_bits
@@ -61,9 +61,9 @@ def backward_config(
     while block_t > 32 and tokens * -(-dim // block_d) < block_t * 1056:
         block_t //= 2
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
-    per_sequence_blocks, flat_blocks = (batch + 1) * row_blocks, tokens // block_t + batch + 1
+    at_once = (batch + 1) * row_blocks * -(-dim // block_d) <= PROGRAMS_AT_ONCE
     return BackwardConfig(
-        flat=schedule == "flat" or (schedule == "auto" and 4 * per_sequence_blocks > 5 * flat_blocks),
+        flat=schedule == "flat" or (schedule == "auto" and not at_once),
         block_t=block_t,
         block_d=block_d,
         group=8 if width > 2 else 4,

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 MAX_GRID_YZ = 65535
+# Up to here "auto" takes per_sequence: no program waits for another, and none has to look for its row. Beyond, flat
+# was the faster on every batch measured: its programs work on neighbouring memory.
+PROGRAMS_AT_ONCE = 1056  # 8 on each of 132 multiprocessors
 
 
 class PrefillConfig(NamedTuple):
@@ -71,9 +74,7 @@ def prefill_config(
     if not walk:
         block_t, group, block_d, num_warps = 64, 8, min(max(_next_power_of_2(dim), 1), 16), 4
     else:
-        if (
-            tokens * dim < 1 << 20
-        ):  # too little to fill a device: short programs, since only their latency shows
+        if tokens * dim < 1 << 20:  # too little to fill a device: only latency shows, so short programs
             channels = 4  # a thread
             block_t = group = max(4, _next_power_of_2(width - 1))
         elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
@@ -84,10 +85,9 @@ def prefill_config(
         block_d = min(max(_next_power_of_2(dim), warp_size), 4 * warp_size * channels)
         num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
-    per_sequence_blocks, flat_blocks = (batch + 1) * row_blocks, tokens // block_t + batch + 1
-    flat = schedule == "flat" or (schedule == "auto" and 4 * per_sequence_blocks > 5 * flat_blocks)
+    at_once = (batch + 1) * row_blocks * -(-dim // block_d) <= PROGRAMS_AT_ONCE
     return PrefillConfig(
-        flat=flat,
+        flat=schedule == "flat" or (schedule == "auto" and not at_once),
         walk=walk,
         block_t=block_t,
         block_d=block_d,

@@ -131,7 +131,7 @@ def _snapshots(fn: Make) -> list[Case]:
         "lengths": (9, 9, 9),
         "has": (True,) * 3,
         "computed": (7, 6, 5),
-        "blocks": ((9, 3), (9, 4), (9, 5)),
+        "blocks": ((9, 3), (10, 4), (11, 5)),
         "size": 8,
     }
     return [
@@ -620,7 +620,7 @@ def _larger(fn: Make, update: Make, commit: Make) -> list[Case]:
     cases = [
         fn("snapshot-scale", f"{flags} boundary-snapshot-wrong launch-plan-too-small", lengths=(300, 1, 150), slots=(0, 1, 2),
            has=(True, True, False), options={"snapshot_block_size": 64}, **wide,
-           args={"snapshot_indices": ((9, 3, 4, 5, 6), (9, 7, 9, 9, 9), (9, 9, 10, 11, 9)),
+           args={"snapshot_indices": ((9, 3, 4, 5, 6), (9, 7, 9, 9, 9), (12, 13, 10, 11, 9)),
                  "num_computed_tokens": (70, 127, 62)}, group="prefix caching"),
         fn("write-slots-scale", f"{flags} cross-block-migration", lengths=(2,) * 69 + (200,), slots=rows, has=(True,) * 70,
            args={"write_indices": other}, **wide, group="prefix caching"),
