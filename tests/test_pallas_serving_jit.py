@@ -178,8 +178,14 @@ def test_indices_out_of_range_touch_nothing(backend):
     same_bits(ring.conv_states[2:], pool[2:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+@pytest.mark.parametrize(
+    (
+        "dtype",
+        "backend",
+    ),  # one conversion ahead of the kernels serves all, and the interpreter takes its time
+    [(dtype, "xla") for dtype in ("int8", "uint8", "int16", "uint32")]
+    + [("int8", "mosaic_gpu_interpret"), pytest.param("int8", "mosaic_gpu", marks=pytest.mark.gpu)],
+)
 def test_any_integers(dtype, backend):
     """Slots, counters and parents in other dtypes than int32, to which they are converted for the kernels."""
     narrow = lambda *values: jnp.asarray(values, dtype)  # noqa: E731
