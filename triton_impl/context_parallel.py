@@ -156,27 +156,36 @@ def _check_parts(part_lengths, tokens, group):
 
 def _receive_halo(x, history, begins, rank, group):
     """[history, dim]: the tokens before this part, oldest first; zeros before the first token."""
+    return _receive(x, [(begin - history, begin) for begin in begins[:-1]], begins, rank, group)
+
+
+def _receive(x, wanted, begins, rank, group):
+    """The tokens [first, last) = `wanted[rank]` of the whole, which are none of this part; zeros outside the whole.
+
+    `wanted` has a range for every rank; x needs no tokens but those that the others want.
+    """
 
     def overlap(sender, receiver):
-        """The tokens of `sender` that `receiver` needs, as a range of the whole; empty parts need none."""
-        if not sender < receiver or begins[receiver] == begins[receiver + 1]:
-            return 0, 0
-        return max(begins[sender], begins[receiver] - history), begins[sender + 1]
+        first, last = wanted[receiver]
+        return max(first, begins[sender]), min(last, begins[sender + 1])
 
-    halo = x.new_zeros(history, x.shape[1])
+    first_here, last_here = wanted[rank]
+    found = x.new_zeros(last_here - first_here, x.shape[1])
     calls = []
     for peer in range(len(begins) - 1):
+        if peer == rank:
+            continue
         name = peer if group is None else dist.get_global_rank(group, peer)
         first, last = (n - begins[rank] for n in overlap(rank, peer))
         if first < last:
             calls.append(dist.P2POp(dist.isend, x[first:last].contiguous(), name, group))
-        first, last = (n - begins[rank] + history for n in overlap(peer, rank))
+        first, last = (n - first_here for n in overlap(peer, rank))
         if first < last:
-            calls.append(dist.P2POp(dist.irecv, halo[first:last], name, group))
+            calls.append(dist.P2POp(dist.irecv, found[first:last], name, group))
     if calls:
         for request in dist.batch_isend_irecv(calls):
             request.wait()
-    return halo
+    return found
 
 
 def _write(target, slots, written, new):
