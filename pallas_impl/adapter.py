@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_impl
+from oracle.conformance.adapter import GRADIENTS
 from oracle.contract import Unsupported
 from oracle.numerics import TypedArray
 
@@ -44,21 +45,41 @@ class JaxAdapter:
                 raise Unsupported(f"{name}: {array.dtype} arrays need jax_enable_x64")
         if op != "tree_parents_from_links":  # plain jnp, without a backend
             options = {"backend": self.backend, **options}
-        function = functools.partial(getattr(pallas_impl, op), **options)
+        function = functools.partial(_operation(op), **options)
         if not options.get("validate"):
             function = _jitted(op, tuple((name, type(value), value) for name, value in options.items()))
         with jax.default_device(self.device):
             result = function(**{name: None if a is None else _to_jax(a) for name, a in arrays.items()})
             if op == "tree_parents_from_links":
                 return {"parents": np.asarray(result)}
-            found = {"conv_states": result} if op == "commit_windows" else result._asdict()
+            if op == "commit_windows":
+                found = {"conv_states": result}
+            else:
+                found = result if op == "causal_conv1d_backward" else result._asdict()
             return {name: _typed(value) for name, value in found.items()}
 
 
 @functools.cache
 def _jitted(op, options):
     """One program for the options (name, type, value); the type tells True from 1."""
-    return jax.jit(functools.partial(getattr(pallas_impl, op), **{name: value for name, _, value in options}))
+    return jax.jit(functools.partial(_operation(op), **{name: value for name, _, value in options}))
+
+
+def _operation(op):
+    return _gradients if op == "causal_conv1d_backward" else getattr(pallas_impl, op)
+
+
+def _gradients(dout, dfinal_states, query_start_loc, *, x, weight, bias, initial_states, **options):
+    """The differentiable form and its backward pass; without `dfinal_states` the loss leaves the final states out."""
+
+    def forward(arguments):
+        result = pallas_impl.causal_conv1d(**arguments, query_start_loc=query_start_loc, **options)
+        return result.out if dfinal_states is None else tuple(result)
+
+    arguments = {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}
+    _, backward = jax.vjp(forward, arguments)
+    (found,) = backward(dout if dfinal_states is None else (dout, dfinal_states))
+    return {name: found[argument] for name, argument in GRADIENTS.items()}
 
 
 def adapter(device=None):

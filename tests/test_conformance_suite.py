@@ -13,7 +13,7 @@ import pytest
 
 from oracle import contract, numerics, values
 from oracle.conformance import arrays, catalogue, commands, inputs, report, runner
-from oracle.conformance.adapter import ARRAY_ARGUMENTS, SERVING_FEATURES
+from oracle.conformance.adapter import ARRAY_ARGUMENTS, OPS, SERVING_ARRAYS, SERVING_FEATURES
 from oracle.conformance.cases import select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,15 +172,21 @@ def test_misbehaviour_in_serving_has_a_status(bad, case_id, name):
 def test_serving_is_opt_in(bad):
     """An adapter that names nothing never meets a new argument, and one that names some is judged by those."""
     patterns = ("update/width-4", "fn/back-width-4-of-7", "fn/write-slots*", "fn/path-layouts-width-4", "commit/steps",
-                "fn/path-prefixes-width-4", "fn/error-split-sum")  # fmt: skip
+                "fn/path-prefixes-width-4", "fn/error-split-sum", "backward/width-4")  # fmt: skip
     nothing = {c["id"]: c for c in bad("SupportsNothing", patterns).cases}
     assert nothing.pop("update/width-4")["status"] == "passed"
     assert {c["status"] for c in nothing.values()} == {"unsupported"}
     assert nothing["fn/back-width-4-of-7"]["detail"] == "not among what it supports: state_layout_back"
     assert nothing["commit/steps"]["detail"] == "not among what it supports: commit_windows"
+    assert nothing["backward/width-4"]["detail"] == "not among what it supports: causal_conv1d_backward"
     some = {c["id"]: c["status"] for c in bad("SupportsLayouts", patterns).cases}
     unsupported = {name for name, status in some.items() if status == "unsupported"}
-    assert unsupported == {"commit/steps", "fn/path-prefixes-width-4", "fn/error-split-sum"}
+    assert unsupported == {
+        "commit/steps",
+        "fn/path-prefixes-width-4",
+        "fn/error-split-sum",
+        "backward/width-4",
+    }
     assert {status for name, status in some.items() if name not in unsupported} == {"passed"}
 
 
@@ -448,6 +454,12 @@ def test_numpy_functions_need_no_adapter_of_their_own(tmp_path):
     assert result.good, result.failures
 
 
+def test_reports_and_adapters_know_every_operation():
+    fields = report.schema.load("report_v1.json")["$defs"]["case"]["properties"]
+    assert set(fields["op"]["enum"]) == set(OPS) == {case.op for case in CASES}
+    assert set(ARRAY_ARGUMENTS) == set(SERVING_ARRAYS) == set(OPS)
+
+
 def conflict(case):
     """What the value checks say of a slot or buffer that rows of a case share, if they do."""
     arguments = inputs.build(case).typed()
@@ -463,7 +475,7 @@ def test_no_case_expects_an_order_of_writes():
     judged = [
         case
         for case in CASES
-        if case.expect == "value" and case.tier != "large" and case.op.startswith("causal_conv1d_")
+        if case.expect == "value" and case.tier != "large" and case.op in (catalogue.FN, catalogue.UPDATE)
     ]
     assert len(judged) > 500
     assert {case.id: found for case in judged if (found := conflict(case))} == {}

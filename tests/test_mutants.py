@@ -6,7 +6,7 @@ import pytest
 from oracle.conformance import catalogue, flags, inputs, model
 from oracle.conformance.arrays import plain
 from oracle.conformance.judge import Promises
-from oracle.conformance.mutants import MUTANTS, first_failure
+from oracle.conformance.mutants import MUTANTS, first_failure, gradients
 from oracle.conformance.worker import run_case
 
 FN, UPDATE = catalogue.FN, catalogue.UPDATE
@@ -60,7 +60,8 @@ def naive_problems():
 def test_a_naive_suite_misses_many_of_them():
     """Why the catalogue is needed: the usual test, outputs and states compared closely, lets these mutants pass."""
     missed = []
-    for name, mutant in MUTANTS.items():
+    forward = {name: m for name, m in MUTANTS.items() if m.__module__ != gradients.__name__}
+    for name, mutant in forward.items():
         for problem in naive_problems():
             want = model.Model().run(problem.op, problem.arrays, problem.options)
             try:
@@ -77,4 +78,4 @@ def test_a_naive_suite_misses_many_of_them():
         else:
             missed.append(name)
     assert len(missed) >= 25, missed
-    print(f"the naive suite misses {len(missed)} of {len(MUTANTS)} mutants")
+    print(f"the naive suite misses {len(missed)} of {len(forward)} mutants")

@@ -1,5 +1,6 @@
 """Gradients of the JAX twin: plain XLA, the Mosaic GPU kernels in Pallas' interpreter and lowered for CUDA, and
-JAX's transformations."""
+JAX's transformations. The core cases, which cover all branches of the kernels, are judged by
+test_pallas_conformance.py."""
 
 import functools
 
@@ -8,19 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracle.conformance import gradients
+from oracle.conformance.catalogue import backward as case_of
 from oracle.numerics import TypedArray
-from oracle.reference_grad import Gradients
 from pallas_impl import Unsupported, backward
 from pallas_impl.functional import causal_conv1d
+from tests import gradient_cases as gradients
 
-CASES = {case.id: case for case in gradients.CASES}
+CASES = {name: case for name, case in gradients.CASES.items() if "int64" not in case.dtypes.values()}
 FLOATS = ("x", "weight", "bias", "initial_states")
-# The interpreter compiles for every new shape: these cover all branches of the kernels.
-IN_INTERPRETER = [
-    ("width-4", "flat"), ("width-1", "flat"), ("mixed", "per_sequence"), ("no-initial", "flat"),
-    ("empty-rows", "per_sequence"),
-]  # fmt: skip
 
 
 def to_jax(array):
@@ -61,29 +57,26 @@ def assert_right(problem, **options):
     found = run(
         inputs(problem), to_jax(problem.dout), to_jax(problem.dfinal_states), problem.activation, **options
     )
-    assert gradients.judge(problem, Gradients(*map(to_typed, found))) == []
+    assert not gradients.judge(problem, map(to_typed, found))
     return found
 
 
 def wide(**changes):
-    return gradients.build(
-        gradients.GradientCase(**{"id": "wide", "lengths": (5, 0, 9), "tail": 2} | changes)
-    )
+    return gradients.build(case_of("wide", **{"lengths": (5, 0, 9), "tail": 2} | changes))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# What the conformance suite leaves to compiled code.
+FULL = {name: case for name, case in CASES.items() if case.tier == "full"}
+
+
+@pytest.mark.parametrize("case", FULL.values(), ids=FULL)
 def test_xla_against_the_reference(case):
     assert_right(gradients.build(case), backend="xla")
 
 
-@pytest.mark.parametrize(("name", "schedule"), IN_INTERPRETER, ids=lambda value: value)
-def test_kernels_against_the_reference(name, schedule):
-    assert_right(gradients.build(CASES[name]), backend="mosaic_gpu_interpret", schedule=schedule)
-
-
 def test_both_schedules_give_the_same_bits():
     """With max_seqlen too small, so that programs walk on."""
-    problem = gradients.build(gradients.GradientCase("schedules", lengths=(40, 3, 0, 33), tail=5))
+    problem = wide(lengths=(40, 3, 0, 33), tail=5)
     flat, per_sequence = (
         assert_right(problem, backend="mosaic_gpu_interpret", schedule=schedule, max_seqlen=20)
         for schedule in ("flat", "per_sequence")
@@ -185,7 +178,7 @@ def test_a_loss_of_the_final_states_alone():
 @pytest.mark.parametrize("dense", [True, False])
 def test_vmap_of_xla_is_a_loop(dense):
     changes = dict(lengths=(4, 4), tail=0, dense=True) if dense else dict(lengths=(5, 2), tail=1)
-    problems = [wide(id=f"vmap-{i}", **changes) for i in range(3)]
+    problems = [wide(**changes, data=data) for data in ("random", "positions", "small_sums")]
     arguments = [inputs(problem) for problem in problems]
     shared = {name: arguments[0][name] for name in ("weight", "bias", "initial_states", "query_start_loc")}
 

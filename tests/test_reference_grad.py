@@ -1,14 +1,22 @@
-"""The reference gradients against finite differences of the forward reference, and the cases against mutants."""
+"""The reference gradients against finite differences of the forward reference; the judge and the relations of gradients."""
+
+import copy
 
 import numpy as np
 import pytest
 
 from oracle import reference, reference_grad
-from oracle.conformance import gradients
+from oracle.conformance import inputs, judge, relations
+from oracle.conformance.catalogue import BACKWARD, catalogue
+from oracle.conformance.catalogue import backward as case_of
+from oracle.conformance.model import Model
+from oracle.conformance.mutants import gradients as mutants
+from oracle.conformance.worker import run_case
 from oracle.numerics import TypedArray, silu, typed
 from oracle.tolerance_grad import gradient_bounds
+from tests import gradient_cases as gradients
 
-CASES = {case.id: case for case in gradients.CASES}
+CASES = gradients.CASES
 STEP = 2.0**-10  # the values below lie on a grid of 2**-8, so that x + STEP is exact in float32
 
 
@@ -84,11 +92,9 @@ def test_finite_differences(name):
 def test_dweight_does_not_depend_on_who_asks_for_dinitial(name):
     """A zero initial state and none are the same to every other gradient."""
     lengths = (3,) if name == "dh0-short" else (9, 2)
-    with_state = gradients.build(gradients.GradientCase(name, lengths=lengths))
+    with_state = gradients.build(case_of(name, lengths=lengths))
     with_state.arguments["initial_states"].data[:] = 0
-    without = gradients.GradientProblem(
-        with_state.arguments | {"initial_states": None}, with_state.dout, with_state.dfinal_states, "silu"
-    )
+    without = with_state._replace(arguments=with_state.arguments | {"initial_states": None})
     a, b = gradients.expected(with_state), gradients.expected(without)
     assert b.initial_states is None
     for name in ("x", "weight", "bias"):
@@ -97,7 +103,7 @@ def test_dweight_does_not_depend_on_who_asks_for_dinitial(name):
 
 @pytest.mark.parametrize("split", [1, 2, 3, 5, 8])
 def test_two_chunks_give_the_gradient_of_one(split):
-    problem = gradients.build(gradients.GradientCase("chunks", lengths=(9,), dtypes=("float32",) * 4))
+    problem = gradients.build(case_of("chunks", lengths=(9,)))
     whole = gradients.expected(problem)
     a, dout = problem.arguments, problem.dout.values()
     first, second = a["x"].data[:split], a["x"].data[split:]
@@ -151,33 +157,88 @@ def test_silu_slope():
     assert np.allclose(reference_grad.silu_slope(near), difference, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_model_without_a_mistake_passes(case):
-    problem = gradients.build(case)
-    assert gradients.judge(problem, gradients.Model()(problem)) == []
+def outcome(**changes):
+    """What the suite says of width-4 where the results named are replaced; a function is applied to a copy."""
+    problem = inputs.build(CASES["width-4"])
+
+    class Changed(Model):
+        def run(self, op, arrays, options):
+            found = super().run(op, arrays, options)
+            return found | {k: v(copy.deepcopy(found[k])) if callable(v) else v for k, v in changes.items()}
+
+    return judge.evaluate(Changed(), problem, judge.Promises())
 
 
-@pytest.mark.parametrize("mutant", gradients.MUTANTS, ids=lambda m: m.__name__)
-def test_a_case_with_its_flag_fails_the_mutant(mutant):
-    flagged = [gradients.build(case) for case in gradients.CASES if mutant.flag in case.flags]
-    assert any(gradients.judge(problem, mutant()(problem)) for problem in flagged), mutant.__doc__
-
-
-def test_every_flag_has_a_mutant_and_a_case():
-    assert {mutant.flag for mutant in gradients.MUTANTS} == set(gradients.FLAGS)
-    assert {flag for case in gradients.CASES for flag in case.flags} == set(gradients.FLAGS)
+def poisoned(array):
+    array.data[0, 0] = np.nan
+    return array
 
 
 def test_the_judge_names_what_is_missing_or_of_another_kind():
-    problem = gradients.build(CASES["width-4"])
-    right = gradients.Model()(problem)
-    assert gradients.judge(problem, right._replace(bias=None)) == ["bias: expected a gradient"]
-    other = TypedArray("float16", right.weight.data.astype(np.float16))
-    assert gradients.judge(problem, right._replace(weight=other)) == [
-        "weight: expected float32 (8, 4), got float16 (8, 4)"
+    assert outcome().status == "passed"
+    missing = outcome(dbias=None)
+    assert (missing.status, missing.detail) == ("wrong_shape", "dbias: expected an array, got the opposite")
+    other = outcome(dweight=lambda a: TypedArray("float16", a.data.astype(np.float16)))
+    assert (other.status, other.detail) == ("wrong_dtype", "dweight: expected dtype float32, got float16")
+    assert outcome(dx=lambda a: TypedArray("float32", a.data.T)).status == "wrong_shape"
+    nan = outcome(dx=poisoned)
+    assert nan.status == "wrong_value"
+    assert "dx: 1 of 320 elements outside the bound, the worst at [0, 0]" in nan.detail
+    assert nan.worst.fraction == 1e30
+
+
+def test_the_worst_gradient_is_the_worst_of_all():
+    assert 0 < outcome().worst.fraction <= 1
+    assert outcome(dbias=lambda a: TypedArray("float32", a.data + 1)).worst.index == [
+        int(np.argmax(1 / gradients.build(CASES["width-4"]).call(gradient_bounds).bias))
     ]
-    right.x.data[0, 0] = np.nan
-    assert "inf times the bound" in gradients.judge(problem, right)[0]
+
+
+RELATIONS = {case.id: case for case in catalogue() if case.op == BACKWARD and case.relation}
+
+
+@pytest.mark.parametrize("name", ["dx", "dweight", "dbias", "dinitial_states"])
+@pytest.mark.parametrize("case", RELATIONS.values(), ids=RELATIONS)
+def test_a_relation_sees_a_single_bit(case, name):
+    """Of any gradient, in any call after the first."""
+
+    def differences(spoiled):
+        number = 0
+
+        def call(problem):
+            nonlocal number
+            number += 1
+            verdict = judge.evaluate(Model(), problem, judge.Promises())
+            assert verdict.status == "passed", verdict.detail
+            if number == spoiled:
+                verdict.gradients[name].bits.reshape(-1)[0] ^= 1
+            return verdict
+
+        return list(relations.RELATIONS[case.relation](inputs.build(case), call)), number
+
+    found, calls = differences(None)
+    assert not found
+    assert calls > 2
+    for spoiled in range(2, calls + 1):
+        found, _ = differences(spoiled)
+        assert len(found) == 1
+        assert f" 1 elements of {name} differ" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "relations"),
+    [(mutants.OtherOrderInEveryCall, {"backward_schedules", "backward_repeat"}),
+     (mutants.OtherOrderInOneSchedule, {"backward_schedules"})],
+)  # fmt: skip
+def test_relations_fail_their_mutants(mutant, relations):
+    """Of one call alone, both are right."""
+    failed = {
+        case.relation
+        for case in RELATIONS.values()
+        if run_case(mutant(), case, judge.Promises()).status == "wrong_value"
+    }
+    assert failed == relations
+    assert run_case(mutant(), CASES["width-4"], judge.Promises()).status == "passed"
 
 
 @pytest.mark.parametrize("name", ["width-4", "steep", "linear", "several-blocks"])

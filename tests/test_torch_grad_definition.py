@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from oracle import reference_grad
-from oracle.conformance import gradients
+from tests import gradient_cases as gradients
 
-CASES = {case.id: case for case in gradients.CASES if case.dim <= 8}
+CASES = {name: case for name, case in gradients.CASES.items() if case.axes["dim"] <= 8}
 
 
 def definition(x, weight, bias, initial_states, query_start_loc, activation):

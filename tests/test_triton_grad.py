@@ -1,17 +1,20 @@
-"""Gradients of the Torch twin: the kernels in Triton's interpreter, the eager path, autograd and torch.compile."""
+"""Gradients of the Torch twin: the kernels in Triton's interpreter, the eager path, autograd and torch.compile.
+
+The eager path's values, and the kernels' core cases, are judged by test_triton_conformance.py.
+"""
 
 import numpy as np
 import pytest
 import torch
 
 import triton_impl
-from oracle.conformance import gradients
+from oracle.conformance.catalogue import backward as case_of
 from oracle.numerics import TypedArray
-from oracle.reference_grad import Gradients
+from tests import gradient_cases as gradients
 from triton_impl import backward, functional
 from triton_impl.functional import causal_conv1d
 
-CASES = {case.id: case for case in gradients.CASES}
+CASES = gradients.CASES
 KERNELS = [{"backend": "triton", "schedule": schedule} for schedule in ("flat", "per_sequence")]
 FLOATS = ("x", "weight", "bias", "initial_states")
 # NumPy warns where exp2 overflows to infinity, of which the reciprocal is the zero that is meant.
@@ -45,7 +48,7 @@ def tensors(problem, device="cpu"):
 
 
 def run(arguments, dout, dfinal, activation="silu", **options):
-    """The gradients, as tensors in the order of Gradients."""
+    """The gradients, as tensors in the order of FLOATS."""
     out, states = causal_conv1d(**arguments, activation=activation, **options)
     results = [(out, dout), (states, dfinal)]
     results = [
@@ -60,7 +63,7 @@ def run(arguments, dout, dfinal, activation="silu", **options):
 
 def assert_right(problem, device="cpu", **options):
     found = run(*tensors(problem, device), problem.activation, **options)
-    assert gradients.judge(problem, Gradients(*map(to_typed, found))) == []
+    assert not gradients.judge(problem, map(to_typed, found))
 
 
 def assert_same(a, b):
@@ -70,18 +73,15 @@ def assert_same(a, b):
 
 
 def wide(**changes):
-    """Float32 rows over several blocks; any change of GradientCase's fields."""
-    case = gradients.GradientCase(**{"id": "wide", "lengths": (40, 3, 0, 33), "dim": 8, "tail": 5} | changes)
-    return gradients.build(case)
+    """Float32 rows over several blocks; any change of what the catalogue's builder takes."""
+    return gradients.build(case_of("wide", **{"lengths": (40, 3, 0, 33), "tail": 5} | changes))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_eager_against_the_reference(case):
-    assert_right(gradients.build(case), backend="eager")
+# What the conformance suite leaves to compiled code. The schedules take turns; below they are shown to give the same bits.
+FULL = {name: case for name, case in CASES.items() if case.tier == "full"}
 
 
-# The schedules take turns; below they are shown to give the same bits.
-@pytest.mark.parametrize(("case", "options"), list(zip(CASES.values(), KERNELS * len(CASES))), ids=CASES)  # noqa: B905
+@pytest.mark.parametrize(("case", "options"), list(zip(FULL.values(), KERNELS * len(FULL))), ids=FULL)  # noqa: B905
 def test_kernels_against_the_reference(case, options):
     assert_right(gradients.build(case), **options)
 
@@ -119,7 +119,7 @@ def test_block_sizes_do_not_change_dx(monkeypatch):
             other = run(*tensors(problem), **KERNELS[0])
         assert torch.equal(other[0], plain[0])
         assert torch.equal(other[3], plain[3])
-        assert gradients.judge(problem, Gradients(*map(to_typed, other))) == []
+        assert not gradients.judge(problem, map(to_typed, other))
 
 
 UPSTREAM = {
@@ -141,7 +141,7 @@ def test_strides_of_upstream_gradients_do_not_change_a_bit(dense, layout, option
 
 @pytest.mark.parametrize("options", [{"backend": "eager"}, KERNELS[0]], ids=["eager", "triton"])
 def test_an_expanded_upstream_gradient(options):
-    arguments, dout, _ = tensors(wide(lengths=(9, 2, 4), dfinal=False))
+    arguments, dout, _ = tensors(wide(lengths=(9, 2, 4), final=False))
     one = torch.ones(()).expand(dout.shape)
     assert one.stride() == (0, 0)
     assert_same(run(arguments, one, None, **options), run(arguments, torch.ones(dout.shape), None, **options))
@@ -304,7 +304,7 @@ def test_errors_name_the_argument():
 
 def test_bad_offsets_do_no_harm():
     """Undefined values, but no fault and nothing written outside."""
-    arguments, dout, _ = tensors(wide(lengths=(9, 2, 4), dfinal=False))
+    arguments, dout, _ = tensors(wide(lengths=(9, 2, 4), final=False))
     for starts in ([0, 12, 5, 99], [-7, -7, 99, 3], [5, 5, 5, 5]):
         bad = arguments | {"query_start_loc": torch.tensor(starts)}
         for options in ({"backend": "eager"}, *KERNELS):

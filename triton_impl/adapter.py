@@ -10,6 +10,7 @@ import torch
 import triton
 
 import triton_impl
+from oracle.conformance.adapter import GRADIENTS
 from oracle.numerics import TypedArray
 
 
@@ -37,15 +38,29 @@ class TorchAdapter:
         }
         if op == "tree_parents_from_links":
             return {"parents": _to_numpy(triton_impl.tree_parents_from_links(**views, **options))}
+        if op == "causal_conv1d_backward":
+            return self._gradients(views, options) | {"memory": _memory(arrays, bases)}
         result = getattr(triton_impl, op)(**views, **{"backend": self.backend, **options})
         found = {"conv_states": result} if op == "commit_windows" else result._asdict()
         for name in ("conv_states", "window_out"):
             if name in found and found[name] is not views[name]:
                 raise RuntimeError(f"{name}: expected the very tensor that was passed in")
-        memory = {
-            name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse
-        }
-        return {name: _typed(value) for name, value in found.items()} | {"memory": memory}
+        return {name: _typed(value) for name, value in found.items()} | {"memory": _memory(arrays, bases)}
+
+    def _gradients(self, views, options):
+        """The differentiable form and its backward pass, through autograd."""
+        arguments = {name: view for name, view in views.items() if not name.startswith("d")}
+        for name in GRADIENTS.values():
+            # an integer tensor, which the contract refuses, cannot ask for a gradient
+            if arguments[name] is not None and arguments[name].is_floating_point():
+                arguments[name].requires_grad_()
+        out, states = triton_impl.causal_conv1d(**arguments, **{"backend": self.backend, **options})
+        results = [(out, views["dout"]), (states, views["dfinal_states"])]
+        outputs, upstream = zip(*((r, g) for r, g in results if g is not None), strict=True)
+        leaves = {name: arguments[of] for name, of in GRADIENTS.items() if arguments[of] is not None}
+        found = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        found = dict(zip(leaves, found, strict=True))
+        return {name: _typed(found.get(name)) for name in GRADIENTS}
 
     def _base(self, array):
         """The whole buffer on the device; of a huge, mostly empty one only the view is copied."""
@@ -68,6 +83,10 @@ def adapter(device=None):
 def eager(device=None):
     """The plain torch path."""
     return TorchAdapter("eager", device or "cpu")
+
+
+def _memory(arrays, bases):
+    return {name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse}
 
 
 def _to_torch(dtype, storage):

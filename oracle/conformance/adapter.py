@@ -24,6 +24,12 @@ as unsupported without being run. An adapter without that key never meets a new 
   a device returns its base buffer under "memory", as for conv_states.
 - Two more operations: "commit_windows", whose result is {"conv_states": ...} (and "memory"), and
   "tree_parents_from_links", whose result is {"parents": an integer array}.
+
+Gradients are opt-in in the same way. The operation "causal_conv1d_backward" is the differentiable form `causal_conv1d`
+and its backward pass: `arrays` holds that form's arguments, "dout" (the gradient of out, in x's dtype and shape) and
+"dfinal_states" (of the final states, in their dtype, or None). The result is {"dx", "dweight", "dbias",
+"dinitial_states"} (and "memory"), each in the dtype and shape of its argument, None where that is None. Options are
+activation, and schedule and max_seqlen where a case sets them.
 """
 
 from __future__ import annotations
@@ -34,11 +40,14 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from oracle import reference
+from oracle import contract, reference, reference_grad
 from oracle.conformance.arrays import Array
 from oracle.contract import CONTRACT_VERSION
+from oracle.numerics import rounded, typed
 
-OPS = ("causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links")
+OPS = (
+    "causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
+)  # fmt: skip
 ARRAY_ARGUMENTS = {
     "causal_conv1d_fn": (
         "x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state",
@@ -48,8 +57,14 @@ ARRAY_ARGUMENTS = {
     ),
     "commit_windows": ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices"),
     "tree_parents_from_links": ("next_token", "next_sibling"),
+    "causal_conv1d_backward": (
+        "dout", "dfinal_states", "x", "weight", "bias", "initial_states", "query_start_loc",
+    ),
 }  # fmt: skip
 """Always in `arrays`, None where a case has none."""
+
+GRADIENTS = {"dx": "x", "dweight": "weight", "dbias": "bias", "dinitial_states": "initial_states"}
+"""Results of causal_conv1d_backward, and the arguments that they are the gradients of."""
 
 SERVING_ARRAYS = {
     "causal_conv1d_fn": (
@@ -61,6 +76,7 @@ SERVING_ARRAYS = {
     ),
     "commit_windows": (),
     "tree_parents_from_links": (),
+    "causal_conv1d_backward": (),
 }  # fmt: skip
 """In `arrays` where a case uses them."""
 
@@ -79,6 +95,7 @@ SERVING_FEATURES = {
     "residual": "residual",
     "channel_offset": "x wider than the weight",
     "split": "split_sizes",
+    "causal_conv1d_backward": "gradients of the differentiable form",
 }
 """What capabilities() may name under "supports"."""
 
@@ -115,7 +132,7 @@ class Adapter(Protocol):
         """Runs one call.
 
         Args:
-          op: one of OPS; the last two only if "supports" names them.
+          op: one of OPS; the last three only if "supports" names them.
           arrays: the array arguments: every name of ARRAY_ARGUMENTS, and those of SERVING_ARRAYS that the case uses.
           options: the other keyword-only arguments that the case sets.
 
@@ -124,6 +141,7 @@ class Adapter(Protocol):
           "conv_states": the same, or None without a pool.
           "window_out": the same, where the case gives one.
           "parents": an integer NumPy array, of tree_parents_from_links alone.
+          "dx", "dweight", "dbias", "dinitial_states": of causal_conv1d_backward alone.
           "memory" (optional): argument name -> its whole base buffer after the call, for an implementation
             that works on a copy of it (a device). Without it the buffers in `arrays` are inspected.
         """
@@ -142,10 +160,11 @@ class NumpyAdapter:
         *,
         commit_windows=None,
         tree_parents_from_links=None,
+        causal_conv1d_backward=None,
     ):
         self._functions = {
             "causal_conv1d_fn": fn, "causal_conv1d_update": update, "commit_windows": commit_windows,
-            "tree_parents_from_links": tree_parents_from_links,
+            "tree_parents_from_links": tree_parents_from_links, "causal_conv1d_backward": causal_conv1d_backward,
         }  # fmt: skip
         self._capabilities = dict(capabilities or {})
         self.name, self.version = name, version
@@ -160,12 +179,27 @@ class NumpyAdapter:
             return {"conv_states": result}
         if op == "tree_parents_from_links":
             return {"parents": result}
+        if op == "causal_conv1d_backward":
+            return dict(zip(GRADIENTS, result, strict=True))
         return dict(zip(("out", "conv_states", "window_out"), result, strict=False))
 
 
 def numpy_or_typed(array: Array):
     """The logical argument: a TypedArray for bfloat16, else a NumPy view of the case's memory."""
     return array.typed if array.dtype == "bfloat16" else array.data
+
+
+def _rounded_gradients(dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, **options):
+    """The reference's gradients, rounded once to the dtypes of their arguments."""
+    arguments = (x, weight, bias, initial_states)
+    contract.check_causal_conv1d(*arguments, query_start_loc, **options)
+    exact = reference_grad.causal_conv1d_backward(
+        dout, dfinal_states, *arguments, query_start_loc, activation=options.get("activation")
+    )
+    return [
+        None if value is None else rounded(value, typed(argument).dtype)
+        for value, argument in zip(exact, arguments, strict=True)
+    ]
 
 
 def reference_adapter(device: str | None = None) -> NumpyAdapter:
@@ -182,6 +216,7 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         },
         commit_windows=reference.commit_windows,
         tree_parents_from_links=reference.tree_parents_from_links,
+        causal_conv1d_backward=_rounded_gradients,
     )
 
 

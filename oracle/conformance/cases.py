@@ -31,7 +31,8 @@ class Case:
         (cache_seqlens, write_indices, snapshot_indices, num_computed_tokens, track_indices, track_lengths,
         window_indices, tree_parents), window_out as [buffers, steps], residual as True; and channels of x. For a
         commit: width, dim, slots, num_slots, state_len, window_out, window_indices and accepted_steps; for links
-        next_token and next_sibling.
+        next_token and next_sibling. For a backward pass: lengths (equal where dense), tail, dim, width, and dense (x has
+        three axes).
       dtypes: of every array argument; bias None means no bias.
       options: keyword-only arguments of the call.
       layout: argument -> memory layout, where not contiguous; see `arrays.place`.
@@ -98,7 +99,9 @@ class Case:
             **{name: name in used for name in (
                 "write_indices", "empty_rows", "tree_parents", "residual", "channel_offset",
             )},
-            **{name: self.op == name for name in ("commit_windows", "tree_parents_from_links")},
+            **{name: self.op == name for name in (
+                "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
+            )},
         }  # fmt: skip
         return [
             name for name, needed in found.items() if needed or name in RELATIONS_NEED.get(self.relation, ())
@@ -113,9 +116,13 @@ class Case:
             found.add("expect:undefined" if self.expect == "undefined" else "expect:error")
         used = {k: v for k, v in self.dtypes.items() if v is not None}
         found |= {f"{name}.layout:{layout}" for name, layout in self.layout.items()}
-        if self.op not in ("causal_conv1d_fn", "causal_conv1d_update"):
+        if self.op in ("commit_windows", "tree_parents_from_links"):
             return frozenset(found | {f"{name}:{dtype}" for name, dtype in used.items()})
         found.add(f"width:{axes['width']}")
+        if self.relation:
+            found.add(f"relation:{self.relation}")
+        if self.op == "causal_conv1d_backward":
+            return frozenset(found | self._backward_features(used))
         if axes["num_slots"] is None:
             used.pop("conv_states", None)
             found.add("conv_states:none")
@@ -156,9 +163,20 @@ class Case:
                 found.add("update:rolling")
         if self.data == "nan_payload":
             found.add("values:nan")
-        if self.relation:
-            found.add(f"relation:{self.relation}")
         return frozenset(found)
+
+    def _backward_features(self, used: Mapping[str, str]) -> set[str]:
+        floats = {v for k, v in used.items() if k in ("x", "weight", "bias", "initial_states")}
+        found = {f"{name}:{dtype}" for name, dtype in used.items()}
+        found |= {f"{name}:none" for name, dtype in self.dtypes.items() if dtype is None}
+        found |= {f"{name}:{value}" for name, value in self.options.items()}
+        found.add("dtypes:mixed" if len(floats) > 1 else "dtypes:equal")
+        found.add("rows:dense" if self.axes["dense"] else "rows:packed")
+        if self.axes["tail"]:
+            found.add("tokens:tail")
+        if 0 in self.axes["lengths"]:
+            found.add("rows:empty")
+        return found
 
 
 def select(

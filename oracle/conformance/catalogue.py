@@ -6,10 +6,10 @@ import functools
 import zlib
 from typing import Any
 
-from oracle.conformance import serving, steps
+from oracle.conformance import gradients, serving, steps
 from oracle.conformance.cases import Case
 
-FN, UPDATE = "causal_conv1d_fn", "causal_conv1d_update"
+FN, UPDATE, BACKWARD = "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_backward"
 SEED_LENGTHS = (1, 9, 2, 17, 4)
 ALL_LENGTHS = (0, 1, 2, 3, 4, 8, 9, 17)
 INTEGER_AXES = (
@@ -128,6 +128,30 @@ def links(name: str, flags: str, next_token: Any, next_sibling: Any, **rest: Any
     """A conversion of a draft tree's links to parents."""
     axes = {"next_token": next_token, "next_sibling": next_sibling}
     return _case("links/" + name, "tree_parents_from_links", axes, flags, **rest)
+
+
+def backward(
+    name: str,
+    flags: str = "",
+    *,
+    lengths: tuple[int, ...] = (1, 9, 2, 0, 17, 3, 1, 0, 4),
+    tail: int = 0,
+    dim: int = 8,
+    width: int = 4,
+    dense: bool = False,
+    dtype: str = "float32",
+    initial: bool = True,
+    final: bool = True,
+    dtypes: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Case:
+    """A backward pass. Defaults: short rows, float32, bias, SiLU, an initial state, a gradient of the final states."""
+    axes = {"lengths": lengths, "tail": tail, "dim": dim, "width": width, "dense": dense}
+    kinds = dict.fromkeys(("x", "weight", "bias"), dtype) | {"initial_states": dtype if initial else None}
+    kinds |= {"query_start_loc": None if dense else "int32"} | (dtypes or {})
+    kinds |= {"dout": kinds["x"], "dfinal_states": (kinds["initial_states"] or kinds["x"]) if final else None}
+    rest = {"activation": "silu", "group": "gradients"} | rest
+    return _case("backward/" + name, BACKWARD, axes, flags, dtypes=kinds, **rest)
 
 
 def _case(
@@ -748,7 +772,7 @@ def catalogue() -> tuple[Case, ...]:
     return tuple(
         _arithmetic() + _dtypes() + _boundaries() + _states() + _slots() + _layouts() + _relations() + _errors()
         + _undefined() + _serving() + _wide() + _large() + steps.cases(fn, update)
-        + serving.cases(fn, update, commit, links)
+        + serving.cases(fn, update, commit, links) + gradients.cases(backward)
     )  # fmt: skip
 
 

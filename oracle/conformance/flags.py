@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 KINDS = (
     "arithmetic", "boundary", "state", "index", "speculative", "prefix", "race", "addressing", "layout", "call",
+    "gradient",
 )  # fmt: skip
 
 
@@ -225,6 +226,26 @@ _ALL = [
          _refs(_MAMBA, 168) + _refs(_CAUSAL, 22) + _refs(_FLA, 1176)),
     Flag("bad-call-accepted", "call", "a wrong shape, dtype, option or index is accepted, or fails with another error",
          "the contract's error, naming the argument"),
+    # Gradients.
+    Flag("dht-slot-clamped", "gradient", "in a row shorter than the window the final state's gradient lands on shifted tokens",
+         "the final state's gradient goes to the entries that it holds", _refs(_FLA, 1140, 1141)),
+    Flag("dh0-passthrough-dropped", "gradient", "entries of the initial state that survive into the final one get no gradient",
+         "in a short row the final state's gradient reaches the initial state", _refs(_FLA, 1140, 1141)),
+    Flag("initial-state-missing-in-dweight", "gradient", "dweight leaves out taps that read the initial state",
+         "dweight counts every entry that a tap has read", _refs(_FLA, 568, 714)),
+    Flag("dy-assumed-contiguous", "gradient", "the upstream gradient is read with assumed strides",
+         "strides of upstream gradients never change values", _refs(_FLA, 871, 1138)),
+    Flag("dweight-multiplied-by-batch", "gradient", "dweight counts every row once for each row",
+         "dweight is the sum over the tokens of all rows", _refs(_FLA, 955)),
+    Flag("backward-halo-wrong", "gradient", "at the end of a block or row, dx misses later tokens or takes another row's",
+         "dx of a token collects from the next width-1 tokens of its row"),
+    Flag("tail-enters-gradient", "gradient", "tokens past the last row get a gradient, or give one",
+         "they get zero, and what comes in for them is not read"),
+    Flag("slope-of-rounded", "gradient", "SiLU' is taken of the rounded pre-activation, of another formula, or left out",
+         "SiLU' of the float32 pre-activation"),
+    Flag("partial-sums-rounded", "gradient", "dweight or dbias is summed in 16 bits", "sums are float32; one rounding, at the store"),
+    Flag("nondeterministic-dweight", "gradient", "dweight or dbias is summed in an order that differs between runs or schedules",
+         "the same call gives the same bits, in either schedule", _refs(_CAUSAL, 80, 88)),
 ]  # fmt: skip
 
 FLAGS: dict[str, Flag] = {flag.id: flag for flag in _ALL}
@@ -232,6 +253,7 @@ FLAGS: dict[str, Flag] = {flag.id: flag for flag in _ALL}
 NOT_EXPRESSIBLE = {
     "left-padding-leaks": "rows are packed; there is no padding inside a row",
     "final-state-exchange-overread": "reads past the end of registers need a memory checker",
+    "context-parallel-halo": "one call runs on one device",
     "seq-index-tail-overread": "the contract has no per-token sequence numbers; guards hold tempting values",
 }
 """Failure modes of this family of kernels that no call of this contract can show, and why."""

@@ -66,7 +66,7 @@ def random_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def build(case: Case) -> Problem:
     """The arguments of a case."""
     arrays, poison = {
-        "commit_windows": _commit, "tree_parents_from_links": _links,
+        "commit_windows": _commit, "tree_parents_from_links": _links, "causal_conv1d_backward": _backward,
     }.get(case.op, _convolution)(case)  # fmt: skip
     for name, change in case.override.items():
         arrays[name] = _overridden(arrays.get(name), change)
@@ -195,6 +195,30 @@ def _links(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     }, {}
 
 
+def _backward(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    """Arrays of a backward pass. The tail is NaN, in x and in what comes in."""
+    axes, dtypes = case.axes, case.dtypes
+    lengths, dim, width = axes["lengths"], axes["dim"], axes["width"]
+    live = sum(lengths)
+    tokens = live + axes["tail"]
+    states = (len(lengths), width - 1, dim)
+    shapes = {
+        "dout": (tokens, dim), "dfinal_states": states, "x": (tokens, dim), "weight": (dim, width), "bias": (dim,),
+        "initial_states": states,
+    }  # fmt: skip
+    arrays = {
+        name: None if dtypes[name] is None else _float(case, name, shape) for name, shape in shapes.items()
+    }
+    for name in ("dout", "x"):
+        array = arrays[name]
+        array.bits[live:] = POISON_BITS[array.dtype]
+        if axes["dense"]:
+            arrays[name] = TypedArray(array.dtype, array.data.reshape(len(lengths), -1, dim))
+    starts = np.cumsum([0, *lengths])
+    arrays["query_start_loc"] = None if axes["dense"] else _integers(starts, dtypes["query_start_loc"])
+    return arrays, {"query_start_loc": tokens}
+
+
 def _float(case: Case, name: str, shape: tuple[int, ...]) -> TypedArray:
     dtype = case.dtypes[name]
     values = DATA[case.data](name, random_values(case.seed, name, shape))
@@ -299,5 +323,6 @@ DATA = {
     "positions": _positions,
     "tiny": lambda name, values: values * (1.0 if name == "weight" else 2.0**-130),
     "beyond_float16": lambda name, values: values * (1.0 if name == "weight" else 2.0**20),
+    "steep": lambda name, values: values * (30.0 if name == "x" else 1.0),
     "small_sums": lambda name, values: values * (2.0**-6 if name in ("weight", "bias") else 1.0),
 }

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from oracle import reference
+from oracle import reference, reference_grad, tolerance_grad
 from oracle.conformance import touched
-from oracle.conformance.adapter import Adapter
+from oracle.conformance.adapter import ARRAY_ARGUMENTS, GRADIENTS, Adapter
 from oracle.conformance.arrays import unchanged_outside
 from oracle.conformance.inputs import Problem
 from oracle.contract import FLOAT_DTYPES
@@ -55,6 +55,7 @@ class Verdict:
       bit_exact: equal to the contract's float32 order in every bit; None where that is not defined.
       ulps: largest distance from the rounded SiLU of that sum, on 16-bit outputs; None elsewhere.
       out, conv_states, window_out: what came back, for relations; the parts of a split out are joined.
+      gradients: of a backward pass, by the names of `adapter.GRADIENTS`; None where the argument is None.
     """
 
     status: str = "passed"
@@ -66,6 +67,7 @@ class Verdict:
     out: TypedArray | None = None
     conv_states: TypedArray | None = None
     window_out: TypedArray | None = None
+    gradients: dict[str, TypedArray | None] = field(default_factory=dict)
 
     def fail(self, status: str, detail: str) -> None:
         """Notes a finding; the first one decides the status."""
@@ -130,7 +132,9 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
         return False
     if problem.op == "tree_parents_from_links":
         return True
-    if problem.op != "commit_windows":
+    if problem.op == "causal_conv1d_backward":
+        _take_gradients(verdict, problem, result)
+    elif problem.op != "commit_windows":
         _take_out(verdict, problem, result["out"])
     for name in ("conv_states", "window_out") if problem.op == "causal_conv1d_update" else ("conv_states",):
         value, like = result.get(name), problem.arrays.get(name)
@@ -156,7 +160,7 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
 
 RESULTS = {
     "causal_conv1d_fn": "out", "causal_conv1d_update": "out", "commit_windows": "conv_states",
-    "tree_parents_from_links": "parents",
+    "tree_parents_from_links": "parents", "causal_conv1d_backward": "dx",
 }  # fmt: skip
 
 
@@ -177,6 +181,19 @@ def _take_out(verdict: Verdict, problem: Problem, value: Any) -> None:
     ]
     if verdict.status == "passed":
         verdict.out = TypedArray(x.dtype, np.concatenate([part.data for part in parts], axis=-1))
+
+
+def _take_gradients(verdict: Verdict, problem: Problem, result: Mapping[str, Any]) -> None:
+    for name, argument in GRADIENTS.items():
+        value, like = result.get(name), problem.arrays[argument]
+        if (value is None) != (like is None):
+            verdict.fail(
+                "wrong_shape", f"{name}: expected {'None' if like is None else 'an array'}, got the opposite"
+            )
+        elif like is None:
+            verdict.gradients[name] = None
+        else:
+            verdict.gradients[name] = _take(verdict, name, value, tuple(like.shape), like.dtype)
 
 
 def _take(verdict: Verdict, name: str, value: Any, shape: tuple[int, ...], dtype: str) -> TypedArray | None:
@@ -209,8 +226,11 @@ def _judge(
     arguments = problem.typed()
     if problem.op == "tree_parents_from_links":
         _judge_parents(verdict, result["parents"], reference.tree_parents_from_links(**arguments))
+    elif problem.op == "causal_conv1d_backward" and expect == "value":
+        with np.errstate(all="ignore"):
+            _judge_gradients(verdict, arguments)
     expected: dict[str, Any] = {}
-    if expect == "value" and problem.op != "tree_parents_from_links":
+    if expect == "value" and problem.op not in ("tree_parents_from_links", "causal_conv1d_backward"):
         with np.errstate(all="ignore"):
             if problem.op == "commit_windows":
                 expected["conv_states"] = reference.commit_windows(**arguments)
@@ -255,6 +275,33 @@ def _judge_parents(verdict: Verdict, got: Any, want: np.ndarray) -> None:
                      f"{[int(i) for i in at]}: expected {want[at]}, got {got[at]}")  # fmt: skip
 
 
+def _judge_gradients(verdict: Verdict, arguments: Mapping[str, Any]) -> None:
+    """Every gradient within its bound; the worst element is the worst of all of them."""
+    call = {name: arguments[name] for name in ARRAY_ARGUMENTS["causal_conv1d_backward"]}
+    call["activation"] = arguments.get("activation")
+    exact = reference_grad.causal_conv1d_backward(**call)
+    bounds = tolerance_grad.gradient_bounds(**call)
+    for (name, got), want, bound in zip(verdict.gradients.items(), exact, bounds, strict=True):
+        if got is None or not want.size:
+            continue
+        fraction = fraction_of_bound(got.values(), want, bound, got.dtype)
+        at = np.unravel_index(np.argmax(fraction), fraction.shape)
+        if verdict.worst is None or not fraction[at] <= verdict.worst.fraction:
+            verdict.worst = _worst(fraction, at, want, got)
+        wrong = ~(fraction <= 1.0)
+        if wrong.any():
+            verdict.fail("wrong_value", f"{name}: {int(wrong.sum())} of {wrong.size} elements outside the bound, the "
+                         f"worst at {[int(i) for i in at]}: expected {want[at]:.9g}, got {got.values()[at]:.9g}, "
+                         f"{fraction[at]:.3g} times the bound")  # fmt: skip
+
+
+def _worst(fraction: np.ndarray, at: tuple[Any, ...], expected: np.ndarray, got: TypedArray) -> Worst:
+    return Worst(
+        float(min(fraction[at], 1e30)), [int(i) for i in at], float(expected[at]), float(got.values()[at]),
+        _hex(round_bits(expected, got.dtype)[at]), _hex(got.bits[at]), got.dtype,
+    )  # fmt: skip
+
+
 def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any], promises: Promises) -> None:
     got, activation = verdict.out, arguments.get("activation")
     width, residual = arguments["weight"].shape[1], arguments.get("residual")
@@ -268,12 +315,8 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
     fraction = fraction_of_bound(got.values(), expected, bound, got.dtype)
     if not fraction.size:
         return
-    expected_bits = round_bits(expected, got.dtype)
     at = np.unravel_index(np.argmax(fraction), fraction.shape)
-    verdict.worst = Worst(
-        float(min(fraction[at], 1e30)), [int(i) for i in at], float(expected[at]), float(got.values()[at]),
-        _hex(expected_bits[at]), _hex(got.bits[at]), got.dtype,
-    )  # fmt: skip
+    verdict.worst = _worst(fraction, at, expected, got)
     wrong = fraction > 1.0
     if wrong.any():
         unwritten = wrong & ~computed

@@ -14,6 +14,7 @@ import numpy as np
 from oracle import contract, values
 from oracle.conformance.adapter import SERVING_ARRAYS
 from oracle.conformance.arrays import Array
+from oracle.conformance.model_gradients import Backward
 from oracle.numerics import TypedArray, cast_bits, fma_float32, from_bits, round_bits, silu, to_float64
 
 
@@ -84,7 +85,7 @@ class Row:
         return self.stop - self.start
 
 
-class Model:
+class Model(Backward):
     """The faithful model; an adapter like any other."""
 
     name, version = "model", str(contract.CONTRACT_VERSION)
@@ -96,6 +97,8 @@ class Model:
         self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         with np.errstate(all="ignore"):
+            if op == "causal_conv1d_backward":
+                return self.backward(arrays, dict(options))
             self.check(op, arrays, options)
             if op == "commit_windows":
                 return {"conv_states": self.commit(arrays, dict(options))}

@@ -8,7 +8,7 @@ It is started once. Every line it reads is a request, every line it writes the a
     {"request": "run", "op": "causal_conv1d_fn", "arrays": {"x": {...}, "bias": null, ...}, "options": {"activation": "silu"}}
     {"out": {...}, "conv_states": {...}}      or      {"error": "ValueError", "message": "x: expected ..."}
 
-What else an answer may hold is in `adapter`: "window_out", "parents", and a list of arrays as "out". Arrays are encoded as `codec` says, without strides. The errors are ValueError, TypeError, Unsupported, or anything
+What else an answer may hold is in `adapter`: "window_out", "parents", gradients, and a list of arrays as "out". Arrays are encoded as `codec` says, without strides. The errors are ValueError, TypeError, Unsupported, or anything
 else for a failure of its own. `oracle/examples/other_process.py` is such a program.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from oracle.conformance import codec
+from oracle.conformance.adapter import GRADIENTS
 from oracle.conformance.arrays import Array
 from oracle.contract import Unsupported
 
@@ -60,7 +61,9 @@ class ProcessAdapter:
             kind = ERRORS.get(answer["error"], ProtocolError)
             raise kind(str(answer.get("message", answer["error"])))
         result: dict[str, Any] = {
-            name: codec.decode(answer[name]) for name in ("conv_states", "window_out") if name in answer
+            name: codec.decode(answer[name])
+            for name in ("conv_states", "window_out", *GRADIENTS)
+            if name in answer
         }
         if "parents" in answer:
             result["parents"] = codec.decode(answer["parents"]).data

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from oracle.conformance.gradients import backward_repeat, backward_schedules
 from oracle.conformance.inputs import Problem, hash_uint32
 from oracle.conformance.relations_serving import layouts, prefixes, verify_trees, verify_windows
 from oracle.conformance.rows import Batch, Call, batch_of, differences, row_alone
@@ -247,6 +248,8 @@ RELATIONS = {
         prefixes,
         verify_windows,
         verify_trees,
+        backward_schedules,
+        backward_repeat,
     )
 }
 

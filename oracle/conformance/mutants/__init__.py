@@ -13,6 +13,7 @@ from oracle.conformance.mutants import (
     arithmetic,
     boundaries,
     calls,
+    gradients,
     memory,
     serving,
     slots,
@@ -23,8 +24,8 @@ from oracle.conformance.mutants.base import MUTANTS, Mutant
 from oracle.conformance.worker import run_case
 
 __all__ = [
-    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "memory", "serving", "slots", "speculative",
-    "states",
+    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "gradients", "memory", "serving", "slots",
+    "speculative", "states",
 ]  # fmt: skip
 
 
