@@ -140,13 +140,13 @@ def causal_conv1d_fn(
     return ConvOutput(out, xla.write_windows(conv_states, written, new))
 
 
-def _halo(x, history, axis_name):
-    """[history, dim]: the tokens before this part, oldest first; zeros before the first part."""
+def _halo(x, history, axis_name, after=False):
+    """[history, dim]: the tokens before this part, or those after it, oldest first; zeros outside the whole."""
     devices = lax.axis_size(axis_name)
     take = min(x.shape[0], history)
+    sent = x[:take] if after else x[x.shape[0] - take :]
     parts = []
     for hop in range(-(-history // take), 0, -1):
-        pairs = [(i, i + hop) for i in range(devices - hop)]
-        tail = x[x.shape[0] - take :]
-        parts.append(lax.ppermute(tail, axis_name, pairs) if pairs else jnp.zeros_like(tail))
-    return jnp.concatenate(parts)[-history:]
+        pairs = [(i + hop, i) if after else (i, i + hop) for i in range(devices - hop)]
+        parts.append(lax.ppermute(sent, axis_name, pairs) if pairs else jnp.zeros_like(sent))
+    return jnp.concatenate(parts[::-1])[:history] if after else jnp.concatenate(parts)[-history:]
