@@ -34,6 +34,18 @@ def causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
+    state_layout="front",
+    cache_seqlens=None,
+    write_indices=None,
+    empty_rows="skip",
+    snapshot_indices=None,
+    snapshot_block_size=None,
+    num_computed_tokens=None,
+    track_indices=None,
+    track_lengths=None,
+    residual=None,
+    channel_offset=None,
+    split_sizes=None,
 ):
     """`causal_conv1d_fn` with the tokens of x split over the ranks of a process group; every rank calls it.
 
@@ -48,6 +60,7 @@ def causal_conv1d_fn(
       weight, bias, conv_states, cache_indices, has_initial_state, activation, pad_slot_id, max_seqlen, schedule,
         backend: as in `triton_impl.causal_conv1d_fn`.
       validate: False; a rank that raised would leave the others waiting.
+      state_layout and what follows: their defaults; anything else is Unsupported.
 
     Returns:
       ConvOutput(out, conv_states): this rank's part of `out`, and the pool passed in, both with the bits of the run
@@ -61,6 +74,16 @@ def causal_conv1d_fn(
         raise Unsupported(
             "validate: expected False, since a rank that raised would leave the others waiting, got True"
         )
+    for name, value, default in (
+        ("state_layout", state_layout, "front"), ("cache_seqlens", cache_seqlens, None),
+        ("write_indices", write_indices, None), ("empty_rows", empty_rows, "skip"),
+        ("snapshot_indices", snapshot_indices, None), ("snapshot_block_size", snapshot_block_size, None),
+        ("num_computed_tokens", num_computed_tokens, None), ("track_indices", track_indices, None),
+        ("track_lengths", track_lengths, None), ("residual", residual, None),
+        ("channel_offset", channel_offset, None), ("split_sizes", split_sizes, None),
+    ):  # fmt: skip
+        if value is not default and not (isinstance(default, str) and value == default):
+            raise Unsupported(f"{name}: expected its default, since the tokens are split over ranks")
     sizes = check_causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
         activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
