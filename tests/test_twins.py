@@ -29,10 +29,9 @@ MAY_IMPORT = {
 FILES_MAY_IMPORT = {
     "oracle/conformance/pytest_suite.py": {"pytest"},
     "oracle/conformance/strategies.py": {"hypothesis"},
-    "triton_impl/adapter.py": {
-        "oracle.numerics"
-    },  # an adapter speaks the oracle's array type; operations never do
-    "pallas_impl/adapter.py": {"oracle.numerics"},
+    # an adapter speaks the oracle's array type and its names of gradients; operations never do
+    "triton_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
+    "pallas_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
     "pallas_impl/modules/nnx.py": {"flax"},
     "pallas_impl/modules/equinox.py": {"equinox"},
 }

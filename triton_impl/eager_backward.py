@@ -58,7 +58,7 @@ def backward(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, 
     begin = torch.zeros_like(g[:-1])
     if dfinal is not None:
         column = token - (end[row] - history)
-        late = (column >= 0).nonzero().squeeze(1)
+        late = ((column >= 0) & (column < history)).nonzero().squeeze(1)  # decreasing offsets reach beyond
         begin[late] = dfinal[row[late], column[late]].float()
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dx[token] = entry_gradient(begin, token, row, history).to(x.dtype)
@@ -72,7 +72,7 @@ def backward(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, 
             begin = torch.zeros_like(initial[:, c])
             if dfinal is not None:
                 column = c - (end - start)
-                kept = (column >= 0).nonzero().squeeze(1)
+                kept = ((column >= 0) & (column < history)).nonzero().squeeze(1)
                 begin[kept] = dfinal[kept, column[kept]].float()
             dinitial[:, c] = entry_gradient(begin, start, torch.arange(batch, device=device), c)
         dinitial = dinitial.to(initial_states.dtype)

@@ -129,16 +129,9 @@ _CALLS_KEPT = 4096
 def _recall(name, tensors, options):
     """The key of a call and the launch prepared for it, or None; no key if an argument is odd (a check says how)."""
     try:
-        key = [
-            name,
-            options,
-            tensors[1].data_ptr() & 15,
-            tensors[0].device,
-        ]  # `taps.word_bits` reads the address
+        key = [name, options, tensors[1].data_ptr() & 15]  # `taps.word_bits` reads the address
         for t in tensors:
-            key += (
-                (None,) if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
-            )
+            key += (None,) if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device)
         key = tuple(key)
         return key, _calls.get(key)
     except (AttributeError, TypeError):

@@ -123,7 +123,7 @@ def _bad_calls(backward: Callable[..., Case]) -> list[Case]:
         *(
             backward(f"hostile-offsets-{name}", "offsets-trusted", lengths=(4, 4), expect="undefined",
                      override={"query_start_loc": {"values": offsets}}, group="hostile data")
-            for name, offsets in {"far": (0, 4, 2**31 - 1), "negative": (0, -5, 8)}.items()
+            for name, offsets in {"far": (0, 4, 2**31 - 1), "negative": (0, -5, 8), "decreasing": (0, 7, 3)}.items()
         ),
     ]  # fmt: skip
 
