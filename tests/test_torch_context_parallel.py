@@ -98,7 +98,11 @@ def test_bad_arguments(alone):
         context_parallel.causal_conv1d_fn(**arguments(), validate=True)
     with pytest.raises(ValueError, match="width 1 to 8"):
         context_parallel.causal_conv1d_fn(**arguments() | {"weight": torch.ones(2, 9)})
-    for name, value in {"state_layout": "back", "write_indices": torch.zeros(1), "split_sizes": (1, 1)}.items():
+    for name, value in {
+        "state_layout": "back",
+        "write_indices": torch.zeros(1),
+        "split_sizes": (1, 1),
+    }.items():
         with pytest.raises(Unsupported, match=f"{name}: expected its default"):
             context_parallel.causal_conv1d_fn(**arguments(), **{name: value})
 
