@@ -247,7 +247,6 @@ def main(argv=None) -> int:
         print(failure, file=sys.stderr)
     if failures:
         return 1
-    method = "wall clock on a CPU: a dry run"
     taken, failed = {}, {}
     if backend.is_gpu and options.framework == "torch":  # before CUPTI is loaded, which slows launches
         from benchmarks.providers import Prepared
@@ -259,8 +258,7 @@ def main(argv=None) -> int:
     more, wrong = take_turns(calls, timer.cold, timer.cold_method, samples=options.samples, warmup=3)
     taken, failed = taken | more, failed | wrong
     if options.framework == "jax" or not backend.is_gpu:
-        clock = timer.warm
-        more, wrong = take_turns(graphs, clock, timer.warm_method, samples=options.samples, warmup=3)
+        more, wrong = take_turns(graphs, timer.warm, timer.warm_method, samples=options.samples, warmup=3)
         taken, failed = taken | more, failed | wrong
     timer.close()
     times = {name: timing.median for name, timing in taken.items()}

@@ -529,6 +529,15 @@ def check_causal_conv1d(
     return RowSizes(tokens, dim, width, batch)
 
 
+def refuse_serving(why: str, *, state_layout: Any, empty_rows: Any, **arguments: Any) -> None:
+    """Raises Unsupported for the first serving argument of `causal_conv1d_fn` that is not its default."""
+    layout = None if state_layout == "front" else state_layout
+    given = {"state_layout": layout, "empty_rows": None if empty_rows == "skip" else empty_rows, **arguments}
+    for name, value in given.items():
+        if value is not None:
+            raise Unsupported(f"{name}: expected its default, since {why}")
+
+
 def check_backend(backend, names: Sequence[str]) -> None:
     """Raises ValueError unless `backend` is "auto" or one of an implementation's `names`."""
     if backend != "auto" and backend not in names:

@@ -9,7 +9,7 @@ computed again with the right one. Both are plain calls of the operation, so the
 import jax.numpy as jnp
 from jax import lax
 
-from oracle.contract import ConvOutput, Unsupported, check_causal_conv1d_fn
+from oracle.contract import ConvOutput, check_causal_conv1d_fn, refuse_serving
 from pallas_impl import api, xla
 
 
@@ -64,16 +64,13 @@ def causal_conv1d_fn(
     Raises:
       ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d_fn`.
     """
-    serving = dict(
-        state_layout=None if state_layout == "front" else state_layout, cache_seqlens=cache_seqlens,
-        write_indices=write_indices, empty_rows=None if empty_rows == "skip" else empty_rows,
-        snapshot_indices=snapshot_indices, snapshot_block_size=snapshot_block_size,
-        num_computed_tokens=num_computed_tokens, track_indices=track_indices, track_lengths=track_lengths,
-        residual=residual, channel_offset=channel_offset, split_sizes=split_sizes,
+    refuse_serving(
+        f"tokens are split over {axis_name!r}", state_layout=state_layout, empty_rows=empty_rows,
+        cache_seqlens=cache_seqlens, write_indices=write_indices, snapshot_indices=snapshot_indices,
+        snapshot_block_size=snapshot_block_size, num_computed_tokens=num_computed_tokens,
+        track_indices=track_indices, track_lengths=track_lengths, residual=residual, channel_offset=channel_offset,
+        split_sizes=split_sizes,
     )  # fmt: skip
-    for name, value in serving.items():
-        if value is not None:
-            raise Unsupported(f"{name}: expected its default, since tokens are split over {axis_name!r}")
     sizes = check_causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
         activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,

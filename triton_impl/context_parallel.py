@@ -13,7 +13,7 @@ import operator
 import torch
 import torch.distributed as dist
 
-from oracle.contract import ConvOutput, Unsupported, check_causal_conv1d_fn
+from oracle.contract import ConvOutput, Unsupported, check_causal_conv1d_fn, refuse_serving
 from triton_impl import api
 
 
@@ -74,16 +74,13 @@ def causal_conv1d_fn(
         raise Unsupported(
             "validate: expected False, since a rank that raised would leave the others waiting, got True"
         )
-    for name, value, default in (
-        ("state_layout", state_layout, "front"), ("cache_seqlens", cache_seqlens, None),
-        ("write_indices", write_indices, None), ("empty_rows", empty_rows, "skip"),
-        ("snapshot_indices", snapshot_indices, None), ("snapshot_block_size", snapshot_block_size, None),
-        ("num_computed_tokens", num_computed_tokens, None), ("track_indices", track_indices, None),
-        ("track_lengths", track_lengths, None), ("residual", residual, None),
-        ("channel_offset", channel_offset, None), ("split_sizes", split_sizes, None),
-    ):  # fmt: skip
-        if value is not default and not (isinstance(default, str) and value == default):
-            raise Unsupported(f"{name}: expected its default, since the tokens are split over ranks")
+    refuse_serving(
+        "the tokens are split over ranks", state_layout=state_layout, empty_rows=empty_rows,
+        cache_seqlens=cache_seqlens, write_indices=write_indices, snapshot_indices=snapshot_indices,
+        snapshot_block_size=snapshot_block_size, num_computed_tokens=num_computed_tokens,
+        track_indices=track_indices, track_lengths=track_lengths, residual=residual, channel_offset=channel_offset,
+        split_sizes=split_sizes,
+    )  # fmt: skip
     sizes = check_causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
         activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
