@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import triton_impl.compat
 from oracle.contract import Unsupported
+from tests.synchronisation import no_synchronisation
 from triton_impl import run
 from triton_impl.compat import causal_conv1d as dao
 from triton_impl.compat import cpp_functions, fla, sglang, vllm
@@ -349,11 +350,8 @@ def test_no_call_synchronises():
     ]
     for call in calls:
         call()  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_dense_prefill_of_sglang():

@@ -323,7 +323,9 @@ def test_host_time_of_the_dispatch():
     x, slots = x[:4].contiguous(), slots.int()
     calls = {
         "plain": lambda: api.causal_conv1d_update(x, weight, bias, pool, slots),
-        "operator": lambda: ops.causal_conv1d_update(x, weight, bias, pool, slots, None, -1, "auto"),
+        "operator": lambda: ops.causal_conv1d_update(
+            x, weight, bias, pool, slots, None, None, None, None, -1, "auto"
+        ),
     }
     best = dict.fromkeys(calls, float("inf"))
     with torch.inference_mode():

@@ -11,6 +11,7 @@ import triton_impl
 from oracle.conformance.catalogue import backward as case_of
 from oracle.numerics import TypedArray
 from tests import gradient_cases as gradients
+from tests.synchronisation import no_synchronisation
 from triton_impl import backward, functional
 from triton_impl.functional import causal_conv1d
 
@@ -346,11 +347,8 @@ def test_gpu_same_bits_in_every_run_and_no_synchronisation():
 
     first = gradients_of("flat")
     gradients_of("per_sequence")  # compiled
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         others = [gradients_of(schedule) for schedule in ["flat", "per_sequence"] * 5]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for other in others:
         for a, b in zip(other, first, strict=True):
             assert torch.equal(a, b)

@@ -34,7 +34,8 @@ def compile_kernel(kernel, target, pointers, constants, integers, aligned, **opt
     )
 
 
-def compiled_walk(target, dtype="bf16", width=4, flat=True, states=True, **changes):
+def compiled_walk(target, dtype="bf16", width=4, flat=True, states=True, kinds=(), **changes):
+    """`kinds` are the dtypes of tensors that differ from `dtype`, by name."""
     chosen = backward.backward_config(
         16384, 8192, 8, width, 16384, "flat" if flat else "per_sequence", target.warp_size
     )
@@ -51,7 +52,8 @@ def compiled_walk(target, dtype="bf16", width=4, flat=True, states=True, **chang
     else:
         constants |= dict.fromkeys(["dfinal", "initial_states", "dinitial"])
         constants |= dict.fromkeys([*state_strides, "stride_f_d", "stride_i_d"], 0)
-    bits = 8 * ITEMSIZE[dtype] * width
+    pointers |= {name: "*" + kind for name, kind in dict(kinds).items()}
+    bits = 8 * ITEMSIZE[dict(kinds).get("weight", dtype)] * width
     constants |= dict(
         WIDTH=width, SILU=True, HAS_BIAS=True, HAS_INITIAL=states, HAS_DFINAL=states, HAS_DINITIAL=states, HAS_SUMS=True,
         FLAT=flat, PTX=target.backend == "cuda", WORD_BITS=bits if bits in (32, 64) and width > 1 else 0,
@@ -118,6 +120,19 @@ def test_no_spills(target, states):
 def test_no_spills_in_other_variants(dtype, width, flat):
     target = TARGETS["sm_90"]
     assert resources(compiled_walk(target, dtype, width, flat), target)[1] == 0
+
+
+@pytest.mark.parametrize("odd", ["dout", "dfinal", "x", "weight", "bias", "initial_states"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "per_sequence"])
+def test_any_mixture_of_dtypes_compiles(odd, flat):
+    """Types of a loop's variables must stay what they were: the interpreter does not look."""
+    kinds = {odd: "fp32"}
+    if odd == "x":
+        kinds["dx"] = "fp32"
+    if odd == "initial_states":
+        kinds["dinitial"] = "fp32"
+    compiled = compiled_walk(TARGETS["sm_90"], "fp16", flat=flat, kinds=kinds)
+    assert resources(compiled, TARGETS["sm_90"])[1] == 0
 
 
 def test_the_spill_check_can_fail():

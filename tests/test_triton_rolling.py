@@ -6,6 +6,7 @@ import torch
 
 import triton_impl
 from oracle import numerics, reference
+from tests.synchronisation import no_synchronisation
 
 BACKENDS = ("triton", "eager")
 
@@ -227,11 +228,8 @@ def test_compiled_steps_equal_the_plain_path(batch, dim, rolls):
 def test_a_step_does_not_synchronise():
     arguments = serving_step()
     run_step(arguments, "triton")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         run_step(arguments, "triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import triton_impl
+from tests.synchronisation import no_synchronisation
 from triton_impl import serving
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -822,11 +823,8 @@ def test_nothing_synchronises():
         )
 
     calls()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         calls()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @GPU

@@ -168,8 +168,8 @@ def _walk_back(
         gs = gs + (g,)
         if HAS_DINITIAL:
             begin = _load_final(late, first + i - row_end, in_dim, start_value, WIDTH, HAS_DFINAL)
-            value = narrow(convolve(gs, flipped, begin, WIDTH), dinitial.dtype.element_ty)
-            tl.store(dinitial + i * dim + ch, value, mask=in_dim & (first == row_start))
+            kept = narrow(convolve(gs, flipped, begin, WIDTH), dinitial.dtype.element_ty)
+            tl.store(dinitial + i * dim + ch, kept, mask=in_dim & (first == row_start))
         if HAS_DFINAL:
             late += stride_f_l
         if HAS_SUMS:
