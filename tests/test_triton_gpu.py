@@ -9,7 +9,7 @@ import torch
 
 import triton_impl
 from tests.synchronisation import no_synchronisation
-from triton_impl import config, prefill, run, update
+from triton_impl import config, prefill, prepared, update
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -219,9 +219,9 @@ def test_nothing_is_compiled_when_only_lengths_change():
         run_fn(arguments)
         run_fn(arguments, schedule="flat")
         if before is None:
-            before, calls = variants(), len(run._calls)
+            before, calls = variants(), len(prepared._calls)
     assert variants() == before
-    assert len(run._calls) == calls, "a prepared call does not depend on the lengths"
+    assert len(prepared._calls) == calls, "a prepared call does not depend on the lengths"
 
 
 def test_a_tensor_on_the_second_device_is_computed_there():

@@ -7,7 +7,7 @@ import torch
 import triton_impl
 from oracle import numerics, reference, tolerance
 from oracle.contract import Unsupported
-from triton_impl import config, prefill, run, update
+from triton_impl import config, prefill, prepared, run, update
 
 LENGTHS = (1, 9, 2, 17, 0, 4)
 SLOTS = (3, 0, -1, 5, 2, 20)
@@ -338,7 +338,8 @@ def test_devices_and_backends():
 
 def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(run.triton.knobs.runtime, "interpret", False)
-    run._calls.clear()
+    prepared._calls.clear()
+    prepared._last.clear()
     with pytest.raises(Unsupported, match="backend: 'triton' runs on CUDA"):
         run_fn(batch())
     assert_right(batch(), run_fn(batch(), backend="auto"))

@@ -49,7 +49,7 @@ def launches(monkeypatch):
     for module in (serving.prefill, serving.states, serving.steps, serving.trees, serving.windows):
         monkeypatch.setattr(module, "Launch", record)
     monkeypatch.setattr(serving, "_resolve", lambda backend, x: "triton")
-    monkeypatch.setattr(serving, "_recall", lambda *args: (None, None))
+    monkeypatch.setattr(serving, "recall", lambda *args: (None, None))
     monkeypatch.setattr(serving, "_launch", lambda call, x, *tensors: call(*tensors))
     return made
 

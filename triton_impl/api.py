@@ -291,11 +291,11 @@ def _split(out, x, split_sizes):
 
 def _call(direct, operator, args, validate, *more):
     """Runs `direct`, which is quicker than an operator, wherever no tracer needs to see the call."""
-    x, weight, bias = args[:3]
-    traced = _traced(x)
+    traced = _traced(args[0])
     if traced and validate:
         raise _validated_trace()
-    if asks_for_gradient(x, weight, bias, *more):
+    if is_grad_enabled() and asks_for_gradient(*args[:3], *more):
+        x, weight, bias = args[:3]
         with torch.no_grad():
             out = operator(*args) if traced else direct(*args, validate)
         return ops.NoGradient.apply(out, x, weight, bias, *more)

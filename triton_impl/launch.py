@@ -35,15 +35,10 @@ class Launch:
         self._again = None
 
     def __call__(self, *tensors):
-        addresses = []
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         every = 0
-        for tensor in tensors:
-            if tensor is None:
-                addresses.append(None)
-            else:
-                address = tensor.data_ptr()
-                every |= address
-                addresses.append(address)
+        for address in addresses:
+            every |= address
         aligned = every & 15 == 0
         if aligned and self._again is not None:
             self._again(*addresses, *self._rest)

@@ -17,6 +17,7 @@ from oracle.contract import (
 )
 from triton_impl import eager, prefill, update
 from triton_impl.config import prefill_config, update_config, walks
+from triton_impl.prepared import recall, remember
 
 BACKENDS = ("triton", "eager")
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -46,7 +47,7 @@ def fn(
 ):  # fmt: skip
     tensors = x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state
     options = activation, pad_slot_id, max_seqlen, schedule, backend
-    key, call = (None, None) if validate else _recall("fn", tensors, options)
+    key, call = (None, None) if validate else recall("fn", tensors, options)
     if call is None:
         sizes = check_fn(*tensors, *options, validate)
         if validate:
@@ -65,7 +66,7 @@ def fn(
             max_seqlen, schedule, WARP_SIZE,
         )  # fmt: skip
         call = prefill.prepare(*tensors, activation is not None, pad_slot_id, config)
-        _remember(key, call)
+        remember(key, call)
     out = torch.empty_like(x)
     if out.numel():
         offsets = unit_stride(query_start_loc)
@@ -98,7 +99,7 @@ def step(
     """`out` may be x itself, if it is laid out as torch.empty_like(x) would be: each element is read before it is written."""
     tensors = x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
     options = max_seqlen, activation, pad_slot_id, backend
-    key, call = (None, None) if validate else _recall("step", tensors, options)
+    key, call = (None, None) if validate else recall("step", tensors, options)
     if call is None:
         sizes = check_step(*tensors, *options, validate)
         if validate:
@@ -112,38 +113,13 @@ def step(
             return result if out is None else out.copy_(result)
         config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
         call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
-        _remember(key, call)
+        remember(key, call)
     if out is None:
         out = torch.empty_like(x)
     if out.numel():
         offsets = unit_stride(query_start_loc)
         _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
     return out
-
-
-# Launches prepared for calls already checked. What a check or a launch depends on is in the key.
-_calls = {}
-_CALLS_KEPT = 4096
-
-
-def _recall(name, tensors, options):
-    """The key of a call and the launch prepared for it, or None; no key if an argument is odd (a check says how)."""
-    try:
-        key = [name, options, tensors[1].data_ptr() & 15]  # `taps.word_bits` reads the address
-        for t in tensors:
-            key += (None,) if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device)
-        key = tuple(key)
-        return key, _calls.get(key)
-    except (AttributeError, TypeError):
-        return None, None
-
-
-def _remember(key, call):
-    if key is None:
-        return
-    if len(_calls) >= _CALLS_KEPT:
-        _calls.clear()
-    _calls[key] = call
 
 
 def unit_stride(offsets):
@@ -181,3 +157,6 @@ def _resolve(backend, x):
             f"backend: 'triton' runs on CUDA or ROCm tensors, or on CPU tensors with TRITON_INTERPRET=1; got {x.device}"
         )
     return backend
+
+
+_recall, _remember = recall, remember

@@ -18,13 +18,12 @@ from oracle.contract import (
 )
 from triton_impl import eager_serving, prefill, states, steps, trees, windows
 from triton_impl.config import prefill_config, row_config, walks
+from triton_impl.prepared import recall, remember
 from triton_impl.run import (
     BACKENDS,
     WARP_SIZE,
     _check_devices,
     _launch,
-    _recall,
-    _remember,
     _resolve,
     unit_stride,
 )
@@ -70,7 +69,7 @@ def fn(
         activation, pad_slot_id, max_seqlen, schedule, backend, state_layout, empty_rows, snapshot_block_size,
         channel_offset, split_sizes,
     )  # fmt: skip
-    key, call = (None, None) if validate else _recall("serving fn", tensors, options)
+    key, call = (None, None) if validate else recall("serving fn", tensors, options)
     if call is None:
         sizes = check_fn(*tensors, *options, validate)
         if validate:
@@ -92,7 +91,7 @@ def fn(
         if _resolve(backend, x) == "eager":
             return eager_serving.prefill(*tensors, **settings)
         call = _prepare_fn(tensors, sizes, max_seqlen, schedule, **settings)
-        _remember(key, call)
+        remember(key, call)
     out = empty_out(x, split_sizes)
     _launch(call, x, *tensors[:4], unit_stride(query_start_loc), *tensors[5:], out)
     return out
@@ -185,7 +184,7 @@ def step(
     options = (
         max_seqlen, activation, pad_slot_id, backend, state_layout, commit, channel_offset, split_sizes,
     )  # fmt: skip
-    key, call = (None, None) if validate else _recall("serving step", tensors, options)
+    key, call = (None, None) if validate else recall("serving step", tensors, options)
     if call is None:
         sizes = check_step(*tensors, *options, validate)
         if validate:
@@ -205,7 +204,7 @@ def step(
             result = eager_serving.update(*tensors, commit=commit, **settings)
             return result if out is None else out.copy_(result)
         call = _prepare_step(tensors, sizes, max_seqlen, commit, settings)
-        _remember(key, call)
+        remember(key, call)
     if out is None:
         out = empty_out(x, split_sizes)
     if out.numel():
@@ -268,7 +267,7 @@ def commit(
     validate=False,
 ):
     tensors = conv_states, window_out, accepted_steps, cache_indices, window_indices
-    key, call = (None, None) if validate else _recall("commit", tensors, (pad_slot_id, backend))
+    key, call = (None, None) if validate else recall("commit", tensors, (pad_slot_id, backend))
     if call is None:
         sizes = check_commit(*tensors, pad_slot_id, backend, validate)
         if validate:
@@ -280,7 +279,7 @@ def commit(
             return
         config = row_config(sizes.dim, conv_states.element_size(), WARP_SIZE)
         call = windows.prepare(tensors, pad_slot_id, config)
-        _remember(key, call)
+        remember(key, call)
     if accepted_steps.shape[0] and window_out.shape[2]:
         _launch(call, conv_states, *tensors)
 
