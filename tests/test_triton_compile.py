@@ -50,7 +50,7 @@ def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=81
     constants = dict.fromkeys(["stride_w_j", "stride_b", "stride_s_d", "stride_c", "stride_h", *unit], 1) | dict(
         WIDTH=width, SILU=True, HAS_BIAS=True, HAS_POOL=True, HAS_INDICES=True, HAS_MASK=True, FLAT=flat, WALK=walk,
         PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), BLOCK_T=chosen.block_t, BLOCK_D=chosen.block_d,
-        GROUP=chosen.group, STAGES=chosen.stages, SEARCH=chosen.search,
+        GROUP=chosen.group, STAGES=chosen.stages, SEARCH=chosen.search, FOLDED=False,
     )  # fmt: skip
     strides = ["stride_s_n", "stride_s_l", *other]
     integers = ["tokens", "dim", "batch", "num_slots", "pad_slot_id", "stride_w_d", *strides]
@@ -73,12 +73,22 @@ def compiled_update(target, dtype="bf16", width=4, batch=256, dim=8192, varlen=F
     constants = dict.fromkeys(unit, 1) | dict(
         stride_x_t=0, stride_o_t=0, WIDTH=width, SILU=True, HAS_BIAS=True, HAS_INDICES=True,
         PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), VARLEN=varlen, ROLLS=rolls,
-        ROWS=1 if varlen or rolls else chosen.rows, BLOCK_D=chosen.block_d,
+        FOLDED=False, ROWS=1 if varlen or rolls else chosen.rows, BLOCK_D=chosen.block_d,
     )  # fmt: skip
     constants |= dict.fromkeys({"query_start_loc", "num_accepted_tokens"} - set(pointers))
     constants["stride_a"] = 1 if rolls else 0
     strides = ["stride_x_b", "stride_s_n", "stride_s_l", "stride_o_b"]
-    integers = ["tokens", "batch", "dim", "num_slots", "state_len", "pad_slot_id", "stride_w_d", *strides]
+    integers = [
+        "tokens",
+        "batch",
+        "dim",
+        "num_slots",
+        "state_len",
+        "pad_slot_id",
+        "tail_programs",
+        "stride_w_d",
+        *strides,
+    ]
     return compile_kernel(
         update._update_kernel, target, chosen, pointers, constants, integers, [*pointers, "dim", *strides],
         num_warps=chosen.num_warps,

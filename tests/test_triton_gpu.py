@@ -175,6 +175,15 @@ def test_many_channels_and_many_rows():
         result = run_fn(rows, schedule=schedule, max_seqlen=1)
         assert torch.equal(result.conv_states, expected.conv_states)
         torch.testing.assert_close(result.out, expected.out, rtol=2**-7, atol=1e-6)
+    wide = torch.randn(32, 8, dtype=torch.bfloat16, device=DEVICE)  # of which a program takes one row
+    steps = []
+    for backend in ("triton", "eager"):
+        pool = torch.randn(
+            70001, 7, 32, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE
+        ).bfloat16()
+        steps.append(triton_impl.causal_conv1d_update(rows["x"], wide, None, pool, backend=backend))
+    assert torch.equal(steps[0].conv_states, steps[1].conv_states)
+    torch.testing.assert_close(steps[0].out, steps[1].out, rtol=2**-7, atol=1e-6)
 
 
 def _channels(arguments, part):

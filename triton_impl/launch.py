@@ -2,6 +2,8 @@
 
 import triton
 
+from triton_impl.config import MAX_GRID_YZ
+
 try:
     from triton.backends.nvidia.driver import CudaLauncher
 except ImportError:  # a build of Triton without NVIDIA's backend
@@ -76,6 +78,18 @@ def _launcher(compiled, grid):
             entry(x, y, z, current_stream(device), *middle, *args)
 
     return launch
+
+
+def program_grid(channel_blocks, places, blocks=1):
+    """Returns (the grid, FOLDED) of programs that `taps.channel_block_and_place` tells apart.
+
+    Args:
+      channel_blocks: they come first within the grid: programs side by side read side by side.
+      places: rows, groups of rows or blocks of tokens; on axis 1, or folded into axis 0 where that is too short.
+      blocks: programs on axis 2, at most MAX_GRID_YZ.
+    """
+    folded = places > MAX_GRID_YZ
+    return ((channel_blocks * places, 1, blocks) if folded else (channel_blocks, places, blocks)), folded
 
 
 def stride(tensor, axis):

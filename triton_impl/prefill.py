@@ -1,10 +1,11 @@
 """Packed prefill: every row's tokens convolved behind its window, the new window left in its slot.
 
-A program owns BLOCK_T tokens of one row and BLOCK_D channels. Schedule "per_sequence": grid axis 0 is the
-row, axis 1 the block of tokens in it; programs past the end of their row return at once, and stride on if the
-grid is too small. Schedule "flat": block k of row s has number `query_start_loc[s] // BLOCK_T + s + k` on axis 0,
+A program owns BLOCK_T tokens of one row and BLOCK_D channels. Schedule "per_sequence": behind the blocks of channels,
+which come first in the grid so that programs side by side read side by side, the next axis is the row and the last
+one the block of tokens in it; programs past the end of their row return at once, and stride on if the grid is too
+small. Schedule "flat": the axis of rows has instead block k of row s as number `query_start_loc[s] // BLOCK_T + s + k`,
 so a program finds its row by a search on the device and the grid needs no lengths. Row `batch` stands for the
-padded tail. In both, the blocks of channels come first within axis 0: programs side by side read side by side.
+padded tail.
 
 The program of a row's first block reads the old window and writes the new one; the others take the
 `width-1` tokens before their block from x. Nothing is planned on the host and nothing synchronises.
@@ -15,11 +16,12 @@ import triton
 import triton.language as tl
 
 from triton_impl.config import MAX_GRID_YZ
-from triton_impl.launch import Launch, known_pad, stride
+from triton_impl.launch import Launch, known_pad, program_grid, stride
 from triton_impl.slots import add_residual, find_window, output_channels, split_blocks
 from triton_impl.taps import (
     NATIVE_PTX,
     activate,
+    channel_block_and_place,
     convolve,
     load_bias_word,
     load_words,
@@ -300,7 +302,7 @@ def _prefill(
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
+    SEARCH: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
@@ -313,8 +315,7 @@ def _prefill(
     stride_o_d = tl.cast(stride_o_d, tl.int64)
 
     # mapping of programs; the taps are under way while the row is looked for
-    block_d = tl.program_id(0) % channel_blocks
-    place = tl.program_id(0) // channel_blocks
+    block_d, place = channel_block_and_place(channel_blocks, FOLDED)
     ch, in_dim, out, stride_o_t, stride_o_d = output_channels(
         block_d, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
     )
@@ -332,7 +333,7 @@ def _prefill(
             query_start_loc, cache_indices, has_initial_state, row, batch, tokens, stride_c, stride_h,
             HAS_INDICES, HAS_MASK,
         )  # fmt: skip
-        block = tl.program_id(1)
+        block = tl.program_id(2)
     last_block = (row_end - row_start - 1) // BLOCK_T
     if (block < 0) | (row_end <= row_start) | (block > last_block):
         return
@@ -358,7 +359,7 @@ def _prefill(
             weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
         )  # fmt: skip
     else:
-        for k in range(block, last_block + 1, tl.num_programs(1)):
+        for k in range(block, last_block + 1, tl.num_programs(2)):
             _block(
                 x, residual, out, pool, ring, words, bias_word, row_start, row_end, row_start + k * BLOCK_T, live, ch, in_dim,
                 has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
@@ -375,7 +376,7 @@ def _prefill_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr,
+    SEARCH: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     _prefill(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, None, None, out,
@@ -383,7 +384,7 @@ def _prefill_kernel(
         stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
         stride_c, stride_h, 0, 0, 0, stride_o_t, stride_o_d,
         WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
-        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, "front", HAS_POOL, (), 1,
+        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, FOLDED, "front", HAS_POOL, (), 1,
     )  # fmt: skip
 
 
@@ -396,7 +397,7 @@ def _serving_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
+    SEARCH: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The same with a residual, split outputs, and windows elsewhere in their slots; STORES: leaves the new windows."""
     _prefill(
@@ -405,7 +406,7 @@ def _serving_kernel(
         stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
         stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
         WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
-        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, LAYOUT, STORES, SIZES, ALIGN,
+        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, FOLDED, LAYOUT, STORES, SIZES, ALIGN,
     )  # fmt: skip
 
 
@@ -424,14 +425,14 @@ def prepare(
     """
     tokens, dim = x.shape
     batch = query_start_loc.shape[0] - 1
-    grid = _grid(tokens, batch, triton.cdiv(dim, config.block_d), config)
+    grid, folded = _grid(tokens, batch, triton.cdiv(dim, config.block_d), config)
     num_slots = 0 if conv_states is None else conv_states.shape[0]
     strides = (
         *x.stride(), *weight.stride(), stride(bias, 0),
         stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
         stride(cache_indices, 0), stride(has_initial_state, 0), *torch.empty_like(x, device="meta").stride(),
     )  # fmt: skip
-    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config)
+    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded)
     return Launch(
         _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
         num_warps=config.num_warps,
@@ -464,27 +465,26 @@ def prepare_serving(
         *((0, 1) if sizes else torch.empty_like(x, device="meta").stride()),
     )  # fmt: skip
     values = tokens, dim, batch, num_slots, state_len, known_pad(pad_slot_id, num_slots), blocks, *strides
-    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config)
+    grid, folded = _grid(tokens, batch, blocks, config)
+    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded)
     pooled = conv_states is not None
     constants |= dict(
         LAYOUT=layout if pooled else "front", STORES=stores and pooled, SIZES=sizes, ALIGN=align
     )
-    return Launch(
-        _serving_kernel, _grid(tokens, batch, blocks, config), values, constants, num_warps=config.num_warps
-    )
+    return Launch(_serving_kernel, grid, values, constants, num_warps=config.num_warps)
 
 
 def _grid(tokens, batch, channel_blocks, config):
     if config.flat:
-        return (tokens // config.block_t + batch + 1) * channel_blocks, 1, 1
-    return (batch + 1) * channel_blocks, min(max(config.row_blocks, 1), MAX_GRID_YZ), 1
+        return program_grid(channel_blocks, tokens // config.block_t + batch + 1)
+    return program_grid(channel_blocks, batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ))
 
 
-def _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config):
+def _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded):
     return dict(
         WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=conv_states is not None,
         HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
         FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
         BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages,
-        SEARCH=config.search,
+        SEARCH=config.search, FOLDED=folded,
     )  # fmt: skip

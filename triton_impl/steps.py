@@ -8,7 +8,7 @@ may be overwritten by its own result. Packed rows have a few programs more, whic
 import triton
 import triton.language as tl
 
-from triton_impl.launch import Launch, known_pad, stride
+from triton_impl.launch import Launch, known_pad, program_grid, stride
 from triton_impl.slots import (
     add_residual,
     column,
@@ -23,6 +23,7 @@ from triton_impl.slots import (
 from triton_impl.taps import (
     NATIVE_PTX,
     activate,
+    channel_block_and_place,
     convolve,
     load_bias,
     load_taps,
@@ -45,18 +46,19 @@ from triton_impl.taps import (
         "pad_buffer",
         "steps",
         "dim_blocks",
+        "tail_programs",
     ]
 )
 def _step_kernel(
     x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, cache_seqlens, write_indices,
     track_indices, window_out, window_indices, residual, out,
     tokens, batch, seqlen, dim, num_slots, state_len, pad_slot_id, buffers, pad_buffer, steps, dim_blocks,
-    stride_x_b, stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d, stride_c,
+    tail_programs, stride_x_b, stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d, stride_c,
     stride_a, stride_q, stride_w, stride_k, stride_v_n, stride_v_t, stride_v_l, stride_v_d, stride_i,
     stride_r_b, stride_r_t, stride_r_d, stride_o_b, stride_o_t, stride_o_d,
     WIDTH: tl.constexpr, SILU: tl.constexpr, LAYOUT: tl.constexpr, COMMIT: tl.constexpr, VARLEN: tl.constexpr,
     SIZES: tl.constexpr, ALIGN: tl.constexpr, PTX: tl.constexpr, WORD_BITS: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    FOLDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
@@ -72,9 +74,10 @@ def _step_kernel(
     stride_o_d = tl.cast(stride_o_d, tl.int64)
 
     # mapping of programs
-    row = (tl.program_id(0) // dim_blocks).to(tl.int64)
+    block_d, row = channel_block_and_place(dim_blocks, FOLDED)
+    row = row.to(tl.int64)
     ch, in_dim, out, stride_o_t, stride_o_d = output_channels(
-        tl.program_id(0) % dim_blocks, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
+        block_d, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
     )
     if len(SIZES) > 0:
         stride_o_b = seqlen * stride_o_t
@@ -86,7 +89,6 @@ def _step_kernel(
         length = tl.maximum(offset(query_start_loc, tl.minimum(row, batch) + 1, batch, tokens) - begin, 0)
         if row >= batch:
             zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
-            tail_programs = tl.num_programs(0) // dim_blocks - batch
             for t in range(row - batch, length, tail_programs):
                 tl.store(out + (begin + t) * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
             return
@@ -173,6 +175,14 @@ def _step_kernel(
             for i in tl.static_range(GROUP):
                 token = x + (t + GROUP + i) * stride_x_t + ch * stride_x_d
                 following = following + (tl.load(token, mask=in_dim & (t + GROUP + i < length), other=0.0),)
+        if window_out is not None:  # they wait for no arithmetic: under way while the outputs are computed
+            for i in tl.static_range(GROUP):
+                kept = kept + (recast(arrived[i], window_out.dtype.element_ty),)
+                mask = in_dim & keeps & (t + i < length) & (t + i < steps)
+                target = window_out + (t + i) * stride_v_t + ch * stride_v_d
+                for j in tl.static_range(WIDTH - 1):
+                    tl.store(target + j * stride_v_l, kept[j + 1], mask=mask)
+                kept = kept[1:]
         for i in tl.static_range(GROUP):
             window = window + (widen(arrived[i]),)
             value = activate(convolve(window, taps, start, WIDTH), SILU, PTX)
@@ -181,13 +191,6 @@ def _step_kernel(
             value = narrow(tl.where(live, value, 0.0), out.dtype.element_ty)
             tl.store(out + (t + i) * stride_o_t + ch * stride_o_d, value, mask=in_dim & (t + i < length))
             window = window[1:]
-            if window_out is not None:
-                kept = kept + (recast(arrived[i], window_out.dtype.element_ty),)
-                mask = in_dim & keeps & (t + i < length) & (t + i < steps)
-                target = window_out + (t + i) * stride_v_t + ch * stride_v_d
-                for j in tl.static_range(WIDTH - 1):
-                    tl.store(target + j * stride_v_l, kept[j + 1], mask=mask)
-                kept = kept[1:]
         arrived = following
 
 
@@ -228,12 +231,13 @@ def prepare(tensors, out, *, layout, commit, silu, pad_slot_id, split_sizes, lon
     buffers, steps = (0, 0) if window_out is None else window_out.shape[:2]
     dim_blocks, sizes, align = split_blocks(dim, split_sizes, config.block_d)
     tail = triton.cdiv(tokens, 64) if packed else 0
+    grid, folded = program_grid(dim_blocks, batch + tail)
     group = min(
         triton.next_power_of_2(max(1, 4 if longest is None else longest)), 8 if weight.shape[1] <= 4 else 4
     )
     values = (
         tokens, batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots), buffers,
-        known_pad(pad_slot_id, buffers), steps, dim_blocks,
+        known_pad(pad_slot_id, buffers), steps, dim_blocks, tail,
         *row_strides(x, packed), *weight.stride(), stride(bias, 0), *conv_states.stride(), stride(cache_indices, 0),
         stride(num_accepted_tokens, 0), stride(cache_seqlens, 0), stride(write_indices, 0), stride(track_indices, 0),
         *(stride(window_out, axis) for axis in range(4)), stride(window_indices, 0),
@@ -242,7 +246,6 @@ def prepare(tensors, out, *, layout, commit, silu, pad_slot_id, split_sizes, lon
     constants = dict(
         WIDTH=weight.shape[1], SILU=silu, LAYOUT=layout, COMMIT=commit, VARLEN=packed, SIZES=sizes, ALIGN=align,
         PTX=NATIVE_PTX, WORD_BITS=word_bits(weight), GROUP=group,
-        ONCE=not packed and seqlen <= group, BLOCK_D=config.block_d,
+        ONCE=not packed and seqlen <= group, FOLDED=folded, BLOCK_D=config.block_d,
     )  # fmt: skip
-    grid = ((batch + tail) * dim_blocks, 1, 1)
     return Launch(_step_kernel, grid, values, constants, num_warps=config.num_warps)

@@ -25,6 +25,15 @@ def word_bits(weight):
 
 
 @triton.jit
+def channel_block_and_place(channel_blocks, FOLDED: tl.constexpr):
+    """Which program of a `launch.program_grid` this is; without FOLDED, two registers and no division."""
+    if FOLDED:
+        return tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks
+    else:
+        return tl.program_id(0), tl.program_id(1)
+
+
+@triton.jit
 def offset(query_start_loc, i, batch, tokens):
     """Entry i of query_start_loc, clamped to [0, tokens]; entry 0 is taken as 0, entry batch+1 is `tokens`.
 

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_impl.launch import Launch, known_pad, stride
+from triton_impl.launch import Launch, known_pad, program_grid, stride
 from triton_impl.taps import (
     NATIVE_PTX,
     activate,
+    channel_block_and_place,
     convolve,
     load_bias,
     load_taps,
@@ -25,14 +26,15 @@ from triton_impl.taps import (
 )
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id"])
+@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "tail_programs"])
 def _update_kernel(
     x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, out,
-    tokens, batch, seqlen, dim, num_slots, state_len, pad_slot_id,
+    tokens, batch, seqlen, dim, num_slots, state_len, pad_slot_id, tail_programs,
     stride_x_b, stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l,
     stride_s_d, stride_c, stride_a, stride_o_b, stride_o_t, stride_o_d,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDICES: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, VARLEN: tl.constexpr, ROLLS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WORD_BITS: tl.constexpr, VARLEN: tl.constexpr, ROLLS: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
@@ -43,9 +45,9 @@ def _update_kernel(
     stride_o_d = tl.cast(stride_o_d, tl.int64)
 
     # mapping of programs
-    channel_blocks = tl.cdiv(dim, BLOCK_D)
-    first_row = (tl.program_id(0) // channel_blocks).to(tl.int64) * ROWS
-    ch = (tl.program_id(0) % channel_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    block_d, group = channel_block_and_place(tl.cdiv(dim, BLOCK_D), FOLDED)
+    first_row = group.to(tl.int64) * ROWS
+    ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     in_dim = ch < dim
 
     # tokens of the rows; packed rows from `batch` on are the tail
@@ -57,7 +59,6 @@ def _update_kernel(
         )
         if first_row >= batch:
             zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
-            tail_programs = tl.num_programs(0) // channel_blocks - batch
             for t in range(first_row - batch, length, tail_programs):
                 tl.store(out + (begin + t) * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
             return
@@ -166,7 +167,7 @@ def prepare(
     seqlen = x.shape[1] if x.dim() == 3 else 1
     rows = 1 if varlen or rolls else config.rows
     tail = triton.cdiv(x.shape[0], 64) if varlen else 0
-    grid = (triton.cdiv(batch + tail, rows) * triton.cdiv(dim, config.block_d), 1, 1)
+    grid, folded = program_grid(triton.cdiv(dim, config.block_d), triton.cdiv(batch + tail, rows))
     num_slots, state_len, _ = conv_states.shape
     out = torch.empty_like(x, device="meta")
 
@@ -176,13 +177,13 @@ def prepare(
         return (0, *tensor.stride()) if varlen else (tensor.stride(0), 0, tensor.stride(1))
 
     values = (
-        x.shape[0], batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots),
+        x.shape[0], batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots), tail,
         *strides(x), *weight.stride(), stride(bias, 0), *conv_states.stride(),
         stride(cache_indices, 0), stride(num_accepted_tokens, 0), *strides(out),
     )  # fmt: skip
     constants = dict(
         WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,
-        PTX=NATIVE_PTX, WORD_BITS=word_bits(weight), VARLEN=varlen, ROLLS=rolls, ROWS=rows,
-        BLOCK_D=config.block_d,
+        PTX=NATIVE_PTX, WORD_BITS=word_bits(weight), VARLEN=varlen, ROLLS=rolls, FOLDED=folded,
+        ROWS=rows, BLOCK_D=config.block_d,
     )  # fmt: skip
     return Launch(_update_kernel, grid, values, constants, num_warps=config.num_warps)
