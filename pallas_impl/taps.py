@@ -103,6 +103,37 @@ def add(total, value, *, interpret):
     return run(total, value)
 
 
+def keep(condition, value, *, interpret):
+    """`value`, a float32 vector, or zeros unless the scalar condition holds: a selection, no branch."""
+    if interpret:
+        return jnp.where(condition, value, 0.0)
+    kind = layout(value.shape[0])
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_SPLAT, kind),
+        return_type=plgpu.ShapeDtypeStruct(value.shape, jnp.float32, kind),
+    )
+    def run(_, condition, value):
+        zero = mgpu.c(0, ir.IntegerType.get_signless(32))
+        holds = arith.cmpi(arith.CmpIPredicate.ne, condition.registers.item(), zero)
+        return _map(lambda register: arith.select(holds, register, _constant(register.type, 0.0)), value)
+
+    return run(condition.astype(jnp.int32), value)
+
+
+def issue_loads(*, interpret):
+    """Loads written before this are under way before anything after it waits: the assembler moves none across."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def run(_):
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [], "bar.warp.sync 0xffffffff;", "~{memory}", has_side_effects=True)
+
+    run()
+
+
 def split(value):
     """Float values as one or two float32 parts of at most 12 significant bits, whose sum they are.
 
@@ -187,6 +218,30 @@ def find_row(starts_ref, block, block_t, batch, tokens, *, interpret):
         return mgpu.FragmentedArray.splat(row, (), is_signed=True)
 
     return count(starts_ref, row, block)
+
+
+def touch(refs, *, interpret):
+    """Asks for the lines of small vectors in GMEM, one line a thread, so that later loads of any element are short."""
+    if interpret or not refs:
+        return
+
+    @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
+    def ask(_, *refs):
+        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        thread = mgpu.thread_idx()
+        for ref in refs:
+            kind = ir.MemRefType(ref.type)
+            line = 128 // max(kind.element_type.width // 8, 1)
+            lines = min(-(-kind.shape[0] // line), WARPGROUP)
+            here = arith.cmpi(arith.CmpIPredicate.ult, thread, mgpu.c(lines, int32))
+            with mgpu.when(here):
+                place = arith.index_cast(index, arith.muli(thread, mgpu.c(line, int32)))
+                address = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, place))
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"), [address], "prefetch.global.L2 [$0];", "l", has_side_effects=True
+                )
+
+    ask(*refs)
 
 
 def _gather(load, first, dim, lanes):
