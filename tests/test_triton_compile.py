@@ -145,7 +145,10 @@ def test_update_fast_path(target):
         compiled = compiled_update(target, batch=batch)
         assert spilled_bytes(compiled, target) == 0
         chosen = config.update_config(batch, 8192, 4, 2, target.warp_size)
-        rows, vector = chosen.rows, 2 * chosen.block_d // target.warp_size  # bytes a thread
+        rows, vector = (
+            chosen.rows,
+            2 * chosen.block_d // (target.warp_size * chosen.num_warps),
+        )  # bytes a thread
         expected = Counter(
             {("load", vector): 4 * rows + 1, ("store", vector): 4 * rows}
         )  # windows and tokens, bias
@@ -190,9 +193,11 @@ def test_the_spill_check_can_fail():
 
 
 def test_the_silu_instructions_are_those_of_the_pallas_twin():
-    ptx = compiled_update(TARGETS["sm_90"], batch=16).asm["ptx"]  # one row and 8 channels a thread
-    assert ptx.count("ex2.approx.ftz.f32") == ptx.count("rcp.approx.ftz.f32") == 8
+    ptx = compiled_update(TARGETS["sm_90"], batch=16).asm["ptx"]
+    chosen = config.update_config(16, 8192, 4, 2, 32)
+    outputs = chosen.rows * chosen.block_d // (32 * chosen.num_warps)  # a thread
+    assert ptx.count("ex2.approx.ftz.f32") == ptx.count("rcp.approx.ftz.f32") == outputs
     assert not re.search(r"div\.\w+\.f32", ptx)
-    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 8 * (4 + 1), (
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == outputs * (4 + 1), (
         "one fused multiply-add a tap, one before exp2"
     )

@@ -104,6 +104,11 @@ def row_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     return UpdateConfig(1, min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize)), 1)
 
 
+def step_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+    """The same with 8-byte accesses, for rows of several tokens: twice the warps hide their arithmetic."""
+    return row_config(dim, 2 * itemsize, warp_size)
+
+
 def update_config(batch: int, dim: int, width: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows.
 
@@ -112,8 +117,9 @@ def update_config(batch: int, dim: int, width: int, itemsize: int, warp_size: in
       itemsize: bytes of an element of x.
       warp_size: threads of a warp of the device.
     """
-    if batch * dim < 1 << 17:  # only latency shows: fewer channels a thread, so fewer instructions in a row
-        return row_config(dim, 2 * itemsize, warp_size)
+    if batch * dim <= 1 << 18:  # only latency shows: two channels a thread, so fewer instructions in a row
+        block_d = min(max(_next_power_of_2(dim), warp_size), 8 * warp_size)
+        return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1))
     one = row_config(dim, itemsize, warp_size)
     # several rows a program share the taps, where there are rows enough to fill the device and registers to hold them
     return one._replace(rows=4) if batch * dim >= 1 << 20 and width <= 4 else one

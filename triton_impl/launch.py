@@ -28,13 +28,16 @@ class Launch:
       values: the run-time arguments after the tensors.
       constants: the constexpr arguments by name, in the kernel's order.
       options: num_warps and other compiler options; None means the default.
+
+    Attributes:
+      result: a function that makes the tensor for the result, or None; the caller's to set.
     """
 
     def __init__(self, kernel, grid, values, constants, **options):
         self._kernel, self._grid, self._values, self._constants = kernel, grid, values, constants
         self._options = {name: value for name, value in options.items() if value is not None}
         self._rest = (*values, *constants.values())
-        self._again = None
+        self._again = self.result = None
 
     def __call__(self, *tensors):
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

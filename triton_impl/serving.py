@@ -17,7 +17,7 @@ from oracle.contract import (
     check_update_values,
 )
 from triton_impl import eager_serving, prefill, states, steps, trees, windows
-from triton_impl.config import prefill_config, row_config, walks
+from triton_impl.config import prefill_config, row_config, step_config, walks
 from triton_impl.prepared import recall, remember
 from triton_impl.run import (
     BACKENDS,
@@ -218,7 +218,7 @@ def _prepare_step(tensors, sizes, max_seqlen, commit, settings):
         x, weight, bias, conv_states, cache_indices, _, num_accepted_tokens, cache_seqlens, _, _,
         window_out, window_indices, residual, tree_parents,
     ) = tensors  # fmt: skip
-    config = row_config(sizes.dim, x.element_size(), WARP_SIZE)
+    config = step_config(sizes.dim, x.element_size(), WARP_SIZE)
     out = empty_out(x, settings["split_sizes"], device="meta")
     if tree_parents is not None:
         call = trees.prepare(
