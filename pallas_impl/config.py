@@ -22,6 +22,7 @@ class PrefillConfig(NamedTuple):
       group: rows of a tile convolved between two turns of the loop; more take more registers.
       short: rows of at most this many tokens never touch shared memory.
       early: flags and halo are asked for before it is known whether the row is live.
+      walk: per_sequence: programs walk on in a loop that divides nothing.
       touch: the lines of slots and flags are fetched while the row is looked for.
     """
 
@@ -36,6 +37,7 @@ class PrefillConfig(NamedTuple):
     short: int = 0
     early: bool = False
     touch: bool = False
+    walk: bool = False
 
 
 class Grid(NamedTuple):

@@ -138,7 +138,7 @@ def _kernel(
     boxes = lambda rows: rows.reshape(rows.shape[0], columns, unit) if unit > 1 else rows  # noqa: E731
     plain = len(outs) == 1 and added is None and state_layout == "front" and store_state and dim % columns == 0
     short = config.short if plain and tokens > config.short else 0
-    sizes = sorted({min(n, tokens, block_t) for n in ((1, group, block_t) if not short else (group, block_t))})
+    sizes = sorted({min(n, tokens, block_t) for n in ((GROUP, block_t) if short else (1, GROUP, block_t))})
 
     program = lax.axis_index("program")
     block, column = div(program, grid.columns), rem(program, grid.columns)
@@ -267,7 +267,11 @@ def _kernel(
                         if config.early and history and tokens > block_t:
                             pl.when(needs_edge(first))(lambda: plgpu.barrier_wait(edge_ready.at[i]))
 
-                    lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
+                    if config.early:  # without a loop, which the compiler would unroll into much more code
+                        for r in range(block_t):
+                            store_zeros(tile.at[i], r, interpret)
+                    else:
+                        lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
                 plgpu.commit_smem()
                 in_parts(outs, channels, lambda out, part: store_rows(boxes(tile.at[i]), out, part, begin, length))
@@ -389,6 +393,14 @@ def _kernel(
     # A row longer than max_seqlen promised: its programs walk on.
     first = block - row * config.row_blocks
     stride = jnp.where(row == batch, jnp.int32(config.tail_blocks), jnp.int32(config.row_blocks))
+    if config.walk:
+
+        def walk(index):
+            run_block(index)
+            return index + stride
+
+        lax.while_loop(lambda index: index * block_t < row_length, walk, first)
+        return
     row_blocks = div(row_length + block_t - 1, block_t)
     turns = lax.div(jnp.maximum(row_blocks - first + stride - 1, 0), stride)
     lax.fori_loop(0, turns, lambda turn, _: run_block(first + turn * stride), None)
