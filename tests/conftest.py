@@ -6,6 +6,9 @@ it is first imported. So run one file at a time, or `make test`, which does (tes
 The mode is chosen, never guessed. Without `--gpu` no GPU is used: Triton files run in Triton's interpreter
 (but for names with "compile", which need its compiler), JAX on the CPU, and tests marked `gpu` are skipped.
 With `--gpu` only the marked tests run, and a missing GPU is a failure.
+
+SECOND_JAX=1 says that the Pallas files run once more, under another JAX: then tests of the plain path, whose
+parameter `backend` is "xla", are left out, and the conformance suite takes a case for every feature.
 """
 
 import importlib.util
@@ -17,6 +20,11 @@ import pytest
 
 TORCH_FILES = ("test_triton_", "test_torch_")
 JAX_FILES = ("test_pallas_", "test_jax_")
+# Pallas' interpreter makes a program for the CPU of every kernel, and most of its time is XLA compiling what runs once.
+# Only there: plain jax.numpy is judged as users compile it (test_jax_*, and the conformance suite's "xla").
+QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 
 
 def pytest_addoption(parser):
@@ -38,10 +46,13 @@ def pytest_configure(config):
 
 
 def pytest_collectstart(collector):
-    """Sets Triton's mode before a file is imported, since Triton reads it in `@triton.jit`."""
-    if not isinstance(collector, pytest.Module) or not collector.path.name.startswith(TORCH_FILES):
+    """Sets the interpreters' modes before a file is imported: Triton reads its own in `@triton.jit`."""
+    if not isinstance(collector, pytest.Module) or collector.config.getoption("--gpu"):
         return
-    if collector.config.getoption("--gpu"):
+    if collector.path.name.startswith("test_pallas_") and "conformance" not in collector.path.name:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = flags if QUICK_COMPILE in flags else f"{flags} {QUICK_COMPILE}".strip()
+    if not collector.path.name.startswith(TORCH_FILES):
         return
     wanted = "0" if "compile" in collector.path.name else "1"
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != wanted:
@@ -61,6 +72,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+    if os.environ.get("SECOND_JAX") == "1":
+        plain = [item for item in items if is_plain_jax(item)]
+        config.hook.pytest_deselected(items=plain)
+        items[:] = [item for item in items if item not in plain]
+
+
+def is_plain_jax(item):
+    return "callspec" in dir(item) and item.callspec.params.get("backend") == "xla"
 
 
 def two_frameworks() -> str | None:
@@ -96,6 +115,28 @@ def pytest_runtest_setup(item):
         return
     if item.config.getoption("--gpu") and (reason := gpu_missing()):
         pytest.fail(f"--gpu was asked for, but {reason}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def patched_once():
+    """Makes Triton's interpreter patch `triton.language` once a launch.
+
+    It does so again at every call of a device function, which finds nothing left to patch in 40 % of its time.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None or hasattr(patch, "once"):
+        return
+    language = interpreter.tl
+
+    def once(function):
+        seen = [m for m in function.__globals__.values() if m is language or m is language.core]
+        if seen and not any(language.core.is_builtin(module.load) for module in seen):
+            return interpreter._LangPatchScope()  # inside a kernel: nothing to put back
+        return patch(function)
+
+    once.once = True
+    interpreter._patch_lang = once
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
     python tests/run_groups.py [--gpu] [GROUP ...]
 
 A file has its own process because torch and jax must not share one, and because a crash then takes one file
-with it. Groups: core (neither framework), triton, pallas, and pallas-0.11, the Pallas files once more under
-the newer JAX of .venv312 where that environment exists. With `--gpu`, the tests marked gpu run instead: one
+with it. Groups: core (neither framework), triton, pallas, and pallas-0.11, the kernels' files once more under the
+newer JAX of .venv312 where that environment exists (see SECOND_JAX in conftest.py). With `--gpu`, the tests marked gpu run instead: one
 process a framework, one after the other, in the interpreter that runs this script.
 
 The run fails if a process fails, if a file holds no test, or if nothing in a group was executed and passed.
@@ -14,6 +14,7 @@ The last line gives the sums. Logs and JUnit files are left in reports/.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -26,6 +27,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
+SLOWEST = (  # files that take a minute or more: they begin first, so that no core waits for one at the end
+    "test_pallas_conformance", "test_pallas_serving", "test_triton_serving", "test_torch_conformance",
+    "test_triton_conformance", "test_pallas_impl", "test_triton_impl", "test_run_groups",
+)  # fmt: skip
 LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
 RUNNING: set[subprocess.Popen] = (
     set()
@@ -79,10 +84,16 @@ def find_parts(root: Path, python: str, gpu: bool) -> dict[str, list[Part]]:
     if newer.exists():
         kernels = [file for file in files["pallas"] if file.name.startswith("test_pallas_")]
         again = [Part("pallas-0.11", str(newer), (file,)) for file in kernels]
-        groups = {"pallas": groups["pallas"], "pallas-0.11": again, **groups}  # the slowest first
+        groups = {"pallas": groups["pallas"], "pallas-0.11": again, **groups}
     else:
         print(f"no {NEWER_JAX}: the Pallas tests run under one JAX only", flush=True)
     return groups
+
+
+def place(part: Part) -> int:
+    """Where a process stands in the queue; all that are not named in SLOWEST come after those that are."""
+    name = part.files[0].stem
+    return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
 
 def run_part(part: Part, root: Path) -> Outcome:
@@ -98,9 +109,12 @@ def run_part(part: Part, root: Path) -> Outcome:
         *part.options,
         *map(str, part.files),
     ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    ours = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "SECOND_JAX")
+    environment = {"OMP_NUM_THREADS": "1"} | {k: v for k, v in os.environ.items() if k not in ours}
+    if importlib.util.find_spec("pytest_timeout"):  # importing the other plugins takes a second a process
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "pytest_timeout"}
     if part.python.endswith(NEWER_JAX):
-        environment["KERNELS_ONLY"] = "1"  # plain jax.numpy is judged once, in the group pallas
+        environment["SECOND_JAX"] = "1"
     begin = time.monotonic()
     with log.open("w") as sink:
         sink.write(f"$ {' '.join(command)}\n")
@@ -138,7 +152,7 @@ def run_part(part: Part, root: Path) -> Outcome:
 def run(groups: dict[str, list[Part]], root: Path, jobs: int) -> int:
     """Runs the groups, prints a line a process and the closing line, and returns the exit code."""
     (root / "reports").mkdir(exist_ok=True)
-    parts = [part for group in groups.values() for part in group]
+    parts = sorted((part for group in groups.values() for part in group), key=place)
     outcomes: dict[str, list[Outcome]] = {group: [] for group in groups}
     pool = ThreadPoolExecutor(jobs)
     running = {pool.submit(run_part, part, root): part for part in parts}

@@ -1,6 +1,6 @@
 """The JAX twin, its kernel and its plain path, through the conformance suite.
 
-With KERNELS_ONLY=1, as the second run under another JAX has it, the kernel alone.
+With SECOND_JAX=1 the kernel alone, and of its cases one for every feature.
 """
 
 import os
@@ -12,4 +12,4 @@ from tests.conformance_of_twins import (  # noqa: F401  (pytest finds them here)
     test_little_is_unsupported,
 )
 
-IMPLEMENTATIONS = ("pallas",) if os.environ.get("KERNELS_ONLY") == "1" else ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas",) if os.environ.get("SECOND_JAX") == "1" else ("pallas", "xla")

@@ -147,6 +147,14 @@ def test_the_pallas_files_run_again_under_the_newer_jax(project, capfd):
     assert parts["pallas-0.11"][0].python == str(newer)
 
 
+def test_the_slowest_files_begin_first(project, capfd):
+    assert all((HERE / f"{name}.py").exists() for name in run_groups.SLOWEST)
+    slow = run_groups.SLOWEST[-1]
+    code, out = run(project(test_a=PASS, **{slow: PASS}), capfd, "core", "--jobs", "1")
+    assert code == 0
+    assert out.index(f"core-{slow}") < out.index("core-test_a")
+
+
 @pytest.mark.parametrize(("name", "interpret"), [("test_triton_a", "1"), ("test_triton_compile", "0")])
 def test_tritons_mode_is_set_before_the_file_is_imported(project, capfd, name, interpret):
     text = f"import os\n\nMODE = os.environ['TRITON_INTERPRET']\n\ndef test_mode():\n    assert MODE == '{interpret}'\n"

@@ -1,20 +1,25 @@
 """The Torch twin's extended operations against their definition: kernels in Triton's interpreter, and eager path.
 
 Inputs are small integers, so that every sum is exact in bfloat16 and the definition below, which is written with
-Python loops over rows and tokens, must be met in every bit.
+Python loops over rows and tokens, must be met in every bit. Where many options meet, the eager path takes all
+combinations and the kernels those in which any two of them meet, or any three; compiled on a GPU, the kernels are held
+to the eager path.
 """
 
+import functools
 import itertools
 
 import pytest
 import torch
 
 import triton_impl
+from tests.covering import on_backends
 from tests.synchronisation import no_synchronisation
 from triton_impl import serving
 
 torch.set_num_threads(1)  # the tensors are tiny
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "eager"])
+covered = functools.partial(on_backends, few=("triton",), every=("eager",))
 DIM, SLOTS = 20, 12
 BF16 = torch.bfloat16
 
@@ -276,16 +281,12 @@ WRITES = {
 }  # row 1 and 6 have no token
 
 
-@BACKENDS
-@pytest.mark.parametrize("empty_rows", ["skip", "apply"])
-@pytest.mark.parametrize("writes", WRITES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("width", "columns"), [(4, 3), (4, 8), (1, 0), (3, 30)])
-def test_prefill_layouts_and_write_slots(width, columns, layout, writes, empty_rows, backend):
+@covered(
+    size=[(4, 3), (4, 8), (1, 0), (3, 30)], layout=LAYOUTS, writes=WRITES, empty_rows=["skip", "apply"], strength=3
+)  # fmt: skip
+def test_prefill_layouts_and_write_slots(size, layout, writes, empty_rows, backend):
     writes = None if WRITES[writes] is None else torch.tensor(WRITES[writes], dtype=torch.int16)
-    check_fn(
-        backend, *prefill(width, columns), **LAYOUTS[layout], write_indices=writes, empty_rows=empty_rows
-    )
+    check_fn(backend, *prefill(*size), **LAYOUTS[layout], write_indices=writes, empty_rows=empty_rows)
 
 
 SNAPSHOTS = dict(
@@ -296,22 +297,20 @@ SNAPSHOTS = dict(
 )
 
 
-@BACKENDS
-@pytest.mark.parametrize("width", [1, 2, 4, 8])
-@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7, 1000])
-def test_snapshots(block_size, width, backend):
+@covered(block_size=[1, 2, 3, 5, 7, 1000], width=[1, 2, 4, 8], counted=[False, True], first=[0, 3])
+def test_snapshots(block_size, width, counted, first, backend):
     """Boundaries on a chunk's first and last token, nearer to its start than the window is long, past the table."""
     table = torch.arange(7 * 3).view(7, 3) + SLOTS  # a slot of its own for each; some are padding
     table[3, 1], table[4, 0] = -1, 10**6
-    for computed in (None, SNAPSHOTS["num_computed_tokens"]):
-        for first in (0, 3):  # behind the boundaries that the table names
-            x, weight, bias, _, *rest = prefill(width)
-            pool = new_pool(width - 1, slots=SLOTS + 21)
-            counted = computed if computed is None else computed + first * block_size
-            check_fn(
-                backend, x, weight, bias, pool, *rest, num_computed_tokens=counted, snapshot_indices=table,
-                snapshot_block_size=block_size,
-            )  # fmt: skip
+    computed = None
+    if counted:  # `first` blocks before the boundaries that the table names
+        computed = SNAPSHOTS["num_computed_tokens"] + first * block_size
+    x, weight, bias, _, *rest = prefill(width)
+    pool = new_pool(width - 1, slots=SLOTS + 21)
+    check_fn(
+        backend, x, weight, bias, pool, *rest, num_computed_tokens=computed, snapshot_indices=table,
+        snapshot_block_size=block_size,
+    )  # fmt: skip
 
 
 @BACKENDS
@@ -367,17 +366,16 @@ STEP_LAYOUTS = {
 }
 
 
-@BACKENDS
-@pytest.mark.parametrize("writes", [None, [4, 6, 8, 99], [3, 8, 2, 5]])
-@pytest.mark.parametrize("layout", STEP_LAYOUTS)
-@pytest.mark.parametrize("seqlen", [None, 2, 11])
-@pytest.mark.parametrize(("width", "columns"), [(4, 3), (4, 9), (2, 2), (1, 0)])
-def test_step_layouts_and_write_slots(width, columns, seqlen, layout, writes, backend):
+@covered(
+    size=[(4, 3), (4, 9), (2, 2), (1, 0)], seqlen=[None, 2, 11], layout=STEP_LAYOUTS,
+    writes=[None, [4, 6, 8, 99], [3, 8, 2, 5]], strength=3,
+)  # fmt: skip
+def test_step_layouts_and_write_slots(size, seqlen, layout, writes, backend):
     writes = None if writes is None else torch.tensor(writes)
     options = STEP_LAYOUTS[layout] | dict(write_indices=writes)
     if layout == "front":
         options |= dict(track_indices=torch.tensor([7, 7, 9, 99]))
-    check_update(backend, *step(width, columns, seqlen), STEP_SLOTS, **options)
+    check_update(backend, *step(*size, seqlen), STEP_SLOTS, **options)
 
 
 @BACKENDS
@@ -397,12 +395,12 @@ def test_the_result_may_replace_x(seqlen, layout, backend):
     same_bits(pool, want_pool)
 
 
-@BACKENDS
-@pytest.mark.parametrize("commit", [True, False])
-@pytest.mark.parametrize("layout", STEP_LAYOUTS)
-@pytest.mark.parametrize("buffers", [None, [5, 2, 0, 4], [-1, 3, 99, 1]])
-@pytest.mark.parametrize(("width", "seqlen"), [(4, None), (4, 3), (3, 13), (8, 5), (1, 2)])
-def test_windows_after_every_token(width, seqlen, buffers, layout, commit, backend):
+@covered(
+    size=[(4, None), (4, 3), (3, 13), (8, 5), (1, 2)], buffers=[None, [5, 2, 0, 4], [-1, 3, 99, 1]],
+    layout=STEP_LAYOUTS, commit=[True, False], strength=3,
+)  # fmt: skip
+def test_windows_after_every_token(size, buffers, layout, commit, backend):
+    width, seqlen = size
     buffers = None if buffers is None else torch.tensor(buffers)
     windows = torch.full((6, (seqlen or 1) + 2, width - 1, DIM), torch.nan, dtype=BF16)
     check_update(
@@ -446,18 +444,22 @@ def tree(batch, nodes, seed=0):
     return torch.randint(-2, nodes + 2, (batch, nodes), generator=generator)
 
 
-@BACKENDS
-@pytest.mark.parametrize("layout", STEP_LAYOUTS)
-@pytest.mark.parametrize(("width", "nodes"), [(4, 1), (4, 4), (4, 9), (2, 6), (1, 3), (8, 12)])
-def test_trees(width, nodes, layout, backend):
+@covered(
+    size=[(4, 1), (4, 4), (4, 9), (2, 6), (1, 3), (8, 12)], layout=STEP_LAYOUTS, given=["windows", "residual", None]
+)  # fmt: skip
+def test_trees(size, layout, given, backend):
+    width, nodes = size
     windows = torch.full((4, nodes + 1, width - 1, DIM), torch.nan, dtype=BF16)
     parents = tree(4, nodes)
     parents[0] = torch.arange(nodes) - 1  # a chain
-    for options in (dict(window_out=windows), dict(), dict(residual=integers(4, nodes, DIM, seed=4))):
-        check_update(
-            backend, *step(width, width + 1, nodes), STEP_SLOTS, tree_parents=parents, commit=False,
-            **options, **STEP_LAYOUTS[layout],
-        )  # fmt: skip
+    options = {
+        "windows": dict(window_out=windows),
+        "residual": dict(residual=integers(4, nodes, DIM, seed=4)),
+    }
+    check_update(
+        backend, *step(width, width + 1, nodes), STEP_SLOTS, tree_parents=parents, commit=False,
+        **options.get(given, {}), **STEP_LAYOUTS[layout],
+    )  # fmt: skip
 
 
 @BACKENDS
@@ -539,10 +541,9 @@ def channel_first(tensor):
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-@BACKENDS
-@pytest.mark.parametrize("sizes", [None, *SPLITS])
-@pytest.mark.parametrize("view", ["contiguous", "part", "transposed"])
-@pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
+@covered(
+    schedule=["flat", "per_sequence"], view=["contiguous", "part", "transposed"], sizes=[None, *SPLITS]
+)  # fmt: skip
 def test_prefill_adds_and_splits(schedule, view, sizes, backend):
     x, weight, bias, pool, *rest = prefill(columns=6)
     options = dict(residual=integers(*x.shape, dtype=torch.float32), split_sizes=SPLITS.get(sizes))
@@ -559,10 +560,9 @@ def test_prefill_adds_and_splits(schedule, view, sizes, backend):
     same_bits(pool, want_pool)
 
 
-@BACKENDS
-@pytest.mark.parametrize("sizes", [None, *SPLITS])
-@pytest.mark.parametrize("view", ["contiguous", "part", "transposed"])
-@pytest.mark.parametrize("rows", ["single", "many", "packed"])
+@covered(
+    rows=["single", "many", "packed"], view=["contiguous", "part", "transposed"], sizes=[None, *SPLITS]
+)  # fmt: skip
 def test_step_adds_and_splits(rows, view, sizes, backend):
     x, weight, bias, pool = step(seqlen=5 if rows == "many" else None, batch=9 if rows == "packed" else 4)
     options = dict(residual=integers(*x.shape, dtype=torch.float32), split_sizes=SPLITS.get(sizes))
