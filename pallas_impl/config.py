@@ -23,6 +23,8 @@ class PrefillConfig(NamedTuple):
       short: rows of at most this many tokens never touch shared memory.
       early: flags and halo are asked for before it is known whether the row is live.
       walk: per_sequence: programs walk on in a loop that divides nothing.
+      ahead: each program asks for a share of x before it looks for its row; where rows are long that is nearly the
+        share that it and its neighbours read.
       touch: the lines of slots and flags are fetched while the row is looked for.
     """
 
@@ -37,6 +39,7 @@ class PrefillConfig(NamedTuple):
     short: int = 0
     early: bool = False
     touch: bool = False
+    ahead: bool = False
     walk: bool = False
 
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
 from pallas_impl.config import GROUP, prefill_grid
-from pallas_impl.taps import add, convolve, div, find_row, issue_loads, keep, layout, load_taps, rem, touch
+from pallas_impl.taps import add, convolve, div, fetch_share, find_row, issue_loads, keep, layout, load_taps, rem, touch
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -146,6 +146,11 @@ def _kernel(
         touch([refs[name] for name in ("slots", "has_state") if name in refs], interpret=interpret)
     if config.flat:
         block = rem(block, config.streams) * (grid.blocks // config.streams) + div(block, config.streams)
+    if config.ahead and not channel and x.size == tokens * weight.shape[0] and dim % columns == 0:
+        share = block_t * config.tiles * lanes * x.dtype.itemsize
+        fetch_share(x, block * grid.columns + column, share, interpret=interpret)
+        issue_loads(interpret=interpret)
+    if config.flat:
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = jnp.minimum(div(block, config.row_blocks), batch)
