@@ -100,7 +100,8 @@ def causal_conv1d_fn(
             x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
             activation, pad_slot_id, max_seqlen, schedule, backend,
         )  # fmt: skip
-        return ConvOutput(_call(run.fn, ops.causal_conv1d_fn, args, validate), conv_states)
+        out = run.fn(*args, validate) if _plain(x) else _call(run.fn, ops.causal_conv1d_fn, args, validate)
+        return ConvOutput(out, conv_states)
     args = (
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
         snapshot_indices, num_computed_tokens, track_indices, track_lengths, residual,
@@ -184,7 +185,12 @@ def causal_conv1d_update(
             x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
             max_seqlen, activation, pad_slot_id, backend,
         )  # fmt: skip
-        return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
+        out = (
+            run.step(*args, validate)
+            if _plain(x)
+            else _call(run.step, ops.causal_conv1d_update, args, validate)
+        )
+        return ConvOutput(out, conv_states)
     args = (
         x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, cache_seqlens,
         write_indices, track_indices, window_out, window_indices, residual, tree_parents,
@@ -300,6 +306,11 @@ def _call(direct, operator, args, validate, *more):
             out = operator(*args) if traced else direct(*args, validate)
         return ops.NoGradient.apply(out, x, weight, bias, *more)
     return operator(*args) if traced else direct(*args, validate)
+
+
+def _plain(x):
+    """Whether neither a tracer nor autograd needs to see the call."""
+    return type(x) is Tensor and not is_grad_enabled() and not is_compiling()
 
 
 def _traced(x):

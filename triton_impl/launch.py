@@ -37,7 +37,7 @@ class Launch:
         self._kernel, self._grid, self._values, self._constants = kernel, grid, values, constants
         self._options = {name: value for name, value in options.items() if value is not None}
         self._rest = (*values, *constants.values())
-        self._again = self.result = None
+        self._again = self._entry = self.result = None
 
     def __call__(self, *tensors):
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -46,41 +46,31 @@ class Launch:
             every |= address
         aligned = every & 15 == 0
         if aligned and self._again is not None:
-            self._again(*addresses, *self._rest)
+            hooked = _HOOKS.launch_enter_hook is not _ENTER or _HOOKS.launch_exit_hook is not _EXIT
+            if self._entry is None or hooked or _ENTER.calls or _EXIT.calls:
+                self._again(*addresses, *self._rest)
+            else:
+                entry, device, current_stream, middle = self._entry
+                entry(*self._grid, current_stream(device), *middle, *addresses, *self._rest)
             return
         compiled = self._kernel[self._grid](*tensors, *self._values, **self._constants, **self._options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
-            self._again = _launcher(compiled, self._grid)
+            self._again, self._entry = compiled[self._grid], _entry(compiled)
 
 
-def _launcher(compiled, grid):
-    """Launches a compiled kernel on the current stream: what `compiled[grid]` does, without its hooks if there are none."""
-    usual = compiled[grid]
+def _entry(compiled):
+    """What `compiled[grid]` comes down to without hooks, or None: the C function, device, its stream, what comes next."""
     run = compiled.run
     if not (_KNOWS_ENTRY and CudaLauncher is not None and type(run) is CudaLauncher):
-        return usual
+        return None
     if run.global_scratch_size or run.profile_scratch_size:
-        return usual
+        return None
     driver = triton.runtime.driver.active
-    device, current_stream, entry = driver.get_current_device(), driver.get_current_stream, run.launch
-    x, y, z = grid
     middle = (
         compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
         None, None, None,
     )  # fmt: skip
-
-    def launch(*args):
-        if (
-            _HOOKS.launch_enter_hook is not _ENTER
-            or _HOOKS.launch_exit_hook is not _EXIT
-            or _ENTER.calls
-            or _EXIT.calls
-        ):
-            usual(*args)
-        else:
-            entry(x, y, z, current_stream(device), *middle, *args)
-
-    return launch
+    return run.launch, driver.get_current_device(), driver.get_current_stream, middle
 
 
 def program_grid(channel_blocks, places, blocks=1):

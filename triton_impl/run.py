@@ -68,6 +68,8 @@ def fn(
             )
         if _resolve(backend, x) == "eager":
             return eager.prefill(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
+        if not x.numel():
+            return torch.empty_like(x)
         config = prefill_config(
             sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*x.stride()),
             max_seqlen, schedule, WARP_SIZE,
@@ -76,9 +78,8 @@ def fn(
         call.result = quick_result(x)
         remember(key, call)
     out = new_result(call, x)
-    if out.numel():
-        offsets = unit_stride(query_start_loc)
-        _launch(call, x, x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, out)
+    offsets = unit_stride(query_start_loc)
+    _launch(call, x, x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, out)
     return out
 
 
@@ -119,15 +120,16 @@ def step(
         if _resolve(backend, x) == "eager":
             result = eager.update(*tensors, silu=activation is not None, pad_slot_id=pad_slot_id)
             return result if out is None else out.copy_(result)
+        if not x.numel():
+            return torch.empty_like(x) if out is None else out
         config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
         call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
         call.result = quick_result(x)
         remember(key, call)
     if out is None:
         out = new_result(call, x)
-    if out.numel():
-        offsets = unit_stride(query_start_loc)
-        _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
+    offsets = None if query_start_loc is None else unit_stride(query_start_loc)
+    _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
     return out
 
 
