@@ -16,7 +16,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
 from pallas_impl.config import GROUP, prefill_grid
-from pallas_impl.taps import add, convolve, div, fetch_share, find_row, issue_loads, keep, layout, load_taps, rem, touch
+from pallas_impl.taps import (
+    add,
+    convolve,
+    div,
+    fetch_share,
+    find_row,
+    issue_loads,
+    keep,
+    layout,
+    load_taps,
+    rem,
+    touch,
+)
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -53,6 +65,9 @@ def launch(
     tokens = x.shape[0]
     dim, width = weight.shape
     batch = tokens // seqlen if starts is None else starts.shape[0] - 1
+    wide = (x.shape[1] % BOX, channel % BOX, *(size % config.lanes for size in (dim, *(split_sizes or ()))))
+    if config.lanes > BOX and any(wide):
+        config = config._replace(lanes=BOX)
     pooled = conv_states is not None and width > 1 and batch > 0
     grid = prefill_grid(config, tokens, dim, batch)
     programs = check_grid(grid.blocks * grid.columns, grid.blocks * config.block_t)
@@ -136,7 +151,9 @@ def _kernel(
     # Rows of GMEM are [dim], or [dim / BOX, BOX] where a tile has more than BOX lanes; a tile's rows are [lanes].
     columns = lanes // unit
     boxes = lambda rows: rows.reshape(rows.shape[0], columns, unit) if unit > 1 else rows  # noqa: E731
-    plain = len(outs) == 1 and added is None and state_layout == "front" and store_state and dim % columns == 0
+    plain = (
+        len(outs) == 1 and added is None and state_layout == "front" and store_state and dim % columns == 0
+    )
     short = config.short if plain and tokens > config.short else 0
     sizes = sorted({min(n, tokens, block_t) for n in ((GROUP, block_t) if short else (1, GROUP, block_t))})
 
@@ -198,7 +215,10 @@ def _kernel(
             return value if interpret else plgpu.layout_cast(value, layout(lanes))
 
         last = row_length - 1
-        fresh = [lanes_of(x, begin + (jnp.minimum(r, last) if r else 0), of=of_x(channels))[...] for r in range(short)]
+        fresh = [
+            lanes_of(x, begin + (jnp.minimum(r, last) if r else 0), of=of_x(channels))[...]
+            for r in range(short)
+        ]
         fresh = tuple(map(in_layout, fresh))
         taps, bias = load_taps(weight, refs.get("bias"), channels.start * unit, lanes, interpret=interpret)
         issue_loads(interpret=interpret)
@@ -244,7 +264,13 @@ def _kernel(
                 @pl.when(live & (channels.start < dim))
                 def _(i=i, channels=channels):
                     load_rows(
-                        refs["residual"], channels, boxes(added.at[i]), added_ready.at[i], begin, length, sizes
+                        refs["residual"],
+                        channels,
+                        boxes(added.at[i]),
+                        added_ready.at[i],
+                        begin,
+                        length,
+                        sizes,
                     )
 
         if history:
@@ -279,7 +305,9 @@ def _kernel(
                         lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
 
                 plgpu.commit_smem()
-                in_parts(outs, channels, lambda out, part: store_rows(boxes(tile.at[i]), out, part, begin, length))
+                in_parts(
+                    outs, channels, lambda out, part: store_rows(boxes(tile.at[i]), out, part, begin, length)
+                )
                 if new_pool is not None:
 
                     @pl.when(live & first)

@@ -238,7 +238,11 @@ def touch(refs, *, interpret):
                 place = arith.index_cast(index, arith.muli(thread, mgpu.c(line, int32)))
                 address = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, place))
                 llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"), [address], "prefetch.global.L2 [$0];", "l", has_side_effects=True
+                    ir.Type.parse("!llvm.void"),
+                    [address],
+                    "prefetch.global.L2 [$0];",
+                    "l",
+                    has_side_effects=True,
                 )
 
     ask(*refs)
