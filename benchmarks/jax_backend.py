@@ -63,6 +63,10 @@ class JaxBackend:
         if self._flushed is not None:
             jax.block_until_ready(self._flushed)
 
+    @staticmethod
+    def without_gradients() -> None:
+        """JAX records none unless asked."""
+
     def _run(self, result):
         self._last = jax.tree.leaves(result)[0]  # the output; a pool is soon donated, and gone
         return result

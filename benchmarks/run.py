@@ -200,6 +200,7 @@ def run_framework(framework: str, workloads: list[Workload], options, path: Path
         print(f"[{framework} {time.monotonic() - begin:6.1f} s] {text}", flush=True)
 
     backend = open_backend(framework)
+    backend.without_gradients()  # as serving engines call
     session = Session(
         backend,
         choose_providers(options.providers, framework),

@@ -94,6 +94,11 @@ class TorchBackend:
         timings, more = take_turns(graphs, sample, method, samples=samples, warmup=2)
         return timings, failed | more
 
+    @staticmethod
+    def without_gradients() -> None:
+        """From here on this process records no gradients."""
+        torch.set_grad_enabled(False)
+
     def _capture(self, call, calls: int):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -158,24 +163,23 @@ class TorchBackend:
     def _twin(self, args: SimpleNamespace, schedule: str) -> Prepared:
         import triton_impl
 
-        w = args.workload
-        options: dict[str, Any] = dict(activation=w.activation)
+        w, x, weight, bias, slots = args.workload, args.x, args.weight, args.bias, args.cache_indices
         if w.op == UPDATE:
             if schedule != "auto":
                 raise Unsupported("an update has no schedule")
 
             def call(pool):
                 return triton_impl.causal_conv1d_update(
-                    args.x, args.weight, args.bias, pool, args.cache_indices, **options
+                    x, weight, bias, pool, slots, activation=w.activation
                 ).out
 
         else:
-            options |= dict(max_seqlen=max(w.lengths), schedule=schedule)
+            offsets, flags, longest = args.query_start_loc, args.has_initial_state, max(w.lengths)
 
             def call(pool):
                 return triton_impl.causal_conv1d_fn(
-                    args.x, args.weight, args.bias, pool, args.query_start_loc, args.cache_indices,
-                    args.has_initial_state, **options,
+                    x, weight, bias, pool, offsets, slots, flags,
+                    activation=w.activation, max_seqlen=longest, schedule=schedule,
                 ).out  # fmt: skip
 
         prepared = self._prepare_operation(args, call)
