@@ -36,3 +36,8 @@ def test_the_second_jax_meets_every_feature_of_each_operation():
 
     assert features(chosen) == features(plain)
     assert {c.id for c in plain if c.axes.get("dim", 0) > 128} <= {c.id for c in chosen}
+
+
+def test_the_first_jax_judges_every_core_case_of_the_kernels():
+    judged = [case.id for name in ("pallas", "pallas-exact") for case in twins.cases_of(name)]
+    assert sorted(judged) == sorted(case.id for case in twins.select(twins.catalogue(), tiers=("core",)))

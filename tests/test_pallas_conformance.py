@@ -12,4 +12,4 @@ from tests.conformance_of_twins import (  # noqa: F401  (pytest finds them here)
     test_little_is_unsupported,
 )
 
-IMPLEMENTATIONS = ("pallas",) if os.environ.get("SECOND_JAX") == "1" else ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas", "pallas-exact", *(() if os.environ.get("SECOND_JAX") == "1" else ("xla",)))

@@ -132,7 +132,7 @@ def test_sum_of_the_workspace_in_its_order():
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("dtype", ["float32"])
-def test_check_grads(activation, dtype):
+def test_check_grads_of_xla(activation, dtype):
     """Float32: a step of 1/64 leaves rounding errors of about 2**-24 * 64 and a cubic term of about 64**-2 / 6."""
     from jax.test_util import check_grads
 
@@ -145,7 +145,7 @@ def test_check_grads(activation, dtype):
     check_grads(function, arguments, order=1, modes=["rev"], atol=2e-3, rtol=2e-3, eps=2**-6)
 
 
-def test_grad_of_a_loss_under_jit_and_checkpoint():
+def test_grad_of_a_loss_in_xla_under_jit_and_checkpoint():
     problem = wide()
     arguments = inputs(problem)
 
@@ -161,7 +161,7 @@ def test_grad_of_a_loss_under_jit_and_checkpoint():
     assert np.allclose(jax.grad(functools.partial(loss, remat=True))(arguments["weight"]), plain, rtol=1e-5)
 
 
-def test_a_loss_of_the_final_states_alone():
+def test_a_loss_of_the_final_states_alone_in_xla():
     problem = wide()
     arguments = inputs(problem)
     dfinal = to_jax(problem.dfinal_states)

@@ -282,7 +282,7 @@ def test_chunks_equal_the_whole_bit_for_bit(backend, dtype, cuts):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_alone_equal_rows_in_a_batch(dtype):
+def test_rows_alone_equal_rows_in_a_batch_in_xla(dtype):
     problem = prefill_problem((5, 1, 30, 2), dtype=dtype, tail=0)
     together = causal_conv1d_fn(**problem, activation="silu", backend="xla")
     starts = np.asarray(problem["query_start_loc"])

@@ -1,4 +1,8 @@
-"""The serving arguments of the JAX twin against a definition token by token, on a CPU."""
+"""The serving arguments of the JAX twin against a definition token by token, on a CPU.
+
+Where many options meet, plain jax.numpy and compiled kernels take all combinations, and kernels in the interpreter
+those in which any two options meet.
+"""
 
 import functools
 
@@ -8,9 +12,12 @@ import numpy as np
 import pytest
 
 from pallas_impl import causal_conv1d_fn, causal_conv1d_update, commit_windows, tree_parents_from_links
+from tests.covering import on_backends
 from tests.serving_brute_force import brute_force
 
-BACKENDS = ("xla", "mosaic_gpu_interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
+GPU = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
+BACKENDS = ("xla", "mosaic_gpu_interpret", GPU)
+covered = functools.partial(on_backends, few=("mosaic_gpu_interpret",), every=("xla", GPU))
 
 
 def integers(rng, *shape):
@@ -119,7 +126,9 @@ def test_layouts_write_slots_and_empty_rows_in_a_prefill(backend, layout, empty_
     writes = np.array([free[0], free[1], given["slots"][2], -1, 999], np.int32)
     check_fn(given, backend, has=HAS, write_indices=writes, **options)
     if backend == "xla":
-        for seed in range(20):
+        for seed in (
+            range(10) if empty_rows == "skip" else range(10, 20)
+        ):  # every width and number of columns in each
             given = problem(LENGTHS, columns=3 + seed % 9, width=1 + seed % 4, seed=seed)
             check_fn(
                 given, backend, has=np.random.default_rng(seed).integers(0, 2, 5).astype(bool), **options
@@ -142,15 +151,18 @@ def test_snapshots_and_tracked_slots(backend, width):
     check_fn(given, backend, has=HAS[:4], track_indices=free[32:36])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(128, 256), (128, 128, 128), (384,), (5, 200, 179)])
-def test_residual_split_and_a_wider_x(backend, sizes):
+@covered(
+    sizes=[(128, 256), (128, 128, 128), (384,), (5, 200, 179)], offset=[128, 3], call=["states", "no states", "update"]
+)  # fmt: skip
+def test_residual_split_and_a_wider_x(backend, sizes, offset, call):
     given = problem(LENGTHS, dim=384, wide=136)
     residual = integers(np.random.default_rng(1), given["x"].shape[0], 384)
-    for offset in (128, 3):
-        options = dict(residual=residual, channel_offset=offset, split_sizes=sizes)
+    options = dict(residual=residual, channel_offset=offset, split_sizes=sizes)
+    if call == "states":
         check_fn(given, backend, {"residual": "float32"}, has=HAS, schedule="flat", **options)
+    elif call == "no states":
         check_fn(given | {"pool": None, "slots": None}, backend, **options)
+    else:
         check_update(given, backend, {"residual": "float16"}, **options)
 
 
