@@ -6,13 +6,15 @@ The eager path's values, and the kernels' core cases, are judged by test_triton_
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_impl
 from oracle.conformance.catalogue import backward as case_of
 from oracle.numerics import TypedArray
 from tests import gradient_cases as gradients
 from tests.synchronisation import no_synchronisation
-from triton_impl import backward, functional
+from triton_impl import backward, prepared
+from triton_impl import run as run_module
 from triton_impl.functional import causal_conv1d
 
 CASES = gradients.CASES
@@ -116,8 +118,9 @@ def test_block_sizes_do_not_change_dx(monkeypatch):
     for changes in ({"block_t": 16, "group": 2}, {"block_t": 64, "block_d": 16, "group": 8, "search": 2}):
         with monkeypatch.context() as patch:
             patch.setattr(backward, "backward_config", lambda *a, c=changes: choose(*a)._replace(**c))
-            patch.setattr(functional.run, "_calls", {})
+            prepared.forget()
             other = run(*tensors(problem), **KERNELS[0])
+            prepared.forget()
         assert torch.equal(other[0], plain[0])
         assert torch.equal(other[3], plain[3])
         assert not gradients.judge(problem, map(to_typed, other))
@@ -138,6 +141,145 @@ def test_strides_of_upstream_gradients_do_not_change_a_bit(dense, layout, option
     arguments, dout, dfinal = tensors(wide(**case))
     plain = run(arguments, dout, dfinal, **options)
     assert_same(run(arguments, layout(dout), layout(dfinal), **options), plain)
+
+
+def channel_first(t):
+    """The same values with unit token stride."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def channels_of_wider(t):
+    """A slice of the channels of a wider channel-first tensor, as Mamba's in_proj is split."""
+    return (
+        torch.cat([channel_first(t)] * 2, dim=-1)
+        .transpose(-1, -2)
+        .contiguous()
+        .transpose(-1, -2)[..., : t.shape[-1]]
+    )
+
+
+def sequence_first(t):
+    """Dense rows [batch, n, dim] in [n, batch, dim] memory."""
+    return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() == 3 else t
+
+
+LAYOUTS = {
+    "x": (channel_first, None),
+    "dout": (None, channel_first),
+    "both": (channel_first, channel_first),
+    "slices": (channels_of_wider, channels_of_wider),
+    "expanded dout": (channel_first, lambda g: g[..., :1, :1].expand(g.shape)),
+    "dout expanded along channels": (channel_first, lambda g: channel_first(g[..., :1].expand(g.shape))),
+    "sequence-first": (sequence_first, sequence_first),
+}
+ROWS = {
+    "packed": dict(lengths=(40, 3, 0, 33), tail=5),
+    "dense, whole tiles": dict(lengths=(40, 40, 40), tail=0, dense=True),
+    "dense, uneven": dict(lengths=(37, 37), tail=0, dense=True),
+    "dense, one row": dict(lengths=(40,), tail=0, dense=True),
+    "dense, short": dict(lengths=(2, 2, 2), tail=0, dense=True),
+}
+
+
+def assert_layout_does_not_matter(problem, layout):
+    """In any layout, and in both schedules, the very bits of contiguous x and dout, and gradients laid out as x is."""
+    arguments, dout, dfinal = tensors(problem)
+    of_x, of_dout = LAYOUTS[layout]
+    if of_dout is not None:
+        dout = of_dout(dout)
+    plain = run(arguments, dout.contiguous(), dfinal, **KERNELS[0])
+    changed = dict(arguments)
+    if of_x is not None:
+        changed["x"] = of_x(arguments["x"].detach()).requires_grad_()
+    for options in (*KERNELS, {"backend": "eager"}):
+        found = run(changed, dout, dfinal, **options)
+        assert found[0].stride() == torch.empty_like(changed["x"]).stride()
+        if options in KERNELS:
+            assert_same(found, plain)
+        else:
+            assert "expanded" in layout or not gradients.judge(problem, map(to_typed, found))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_x_and_dout(layout, rows):
+    assert_layout_does_not_matter(wide(**ROWS[rows]), layout)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", ["packed", "dense, whole tiles", "dense, short"])
+def test_channel_first_widths(rows, width, dtype):
+    """Also rows shorter than width-1."""
+    assert_layout_does_not_matter(wide(width=width, dtype=dtype, **ROWS[rows]), "both")
+
+
+@pytest.mark.parametrize("dim", [1, 5, 130])
+@pytest.mark.parametrize("rows", ["packed", "dense, whole tiles"])
+def test_channel_first_dims(rows, dim):
+    """Not divided by blocks of channels."""
+    assert_layout_does_not_matter(wide(dim=dim, **ROWS[rows]), "both")
+
+
+class Copies(TorchDispatchMode):
+    """Names the operations that write at least `numel` elements which lay elsewhere."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.found = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if (
+            name in ("clone", "copy_", "_to_copy", "cat", "index", "contiguous")
+            and result.numel() >= self.numel
+        ):
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+@pytest.mark.parametrize("rows", ["packed", "dense, whole tiles", "dense, uneven"])
+def test_backward_copies_neither_x_nor_dout(rows, layout, monkeypatch):
+    arguments, dout, dfinal = tensors(wide(**ROWS[rows]))
+    of_x, of_dout = (of or (lambda t: t) for of in LAYOUTS[layout])
+    a = {name: None if t is None else t.detach() for name, t in arguments.items()}
+    a["x"], dout = of_x(a["x"]), of_dout(dout)
+    given = []
+    monkeypatch.setattr(run_module, "_launch", lambda call, x, *tensors: given.append(tensors))
+    with Copies(dout.numel()) as copies:
+        torch.ops.twinconv.causal_conv1d_backward(
+            dout, dfinal, *a.values(), "silu", None, "flat", "triton", True, True
+        )
+    assert not copies.found
+    walk, _ = given
+    assert walk[0].data_ptr() == dout.data_ptr()
+    assert walk[2].data_ptr() == a["x"].data_ptr()
+
+
+def test_the_copy_check_can_fail():
+    x = torch.zeros(4, 6).t()
+    with Copies(24) as copies:
+        x.contiguous()
+        x.reshape(24)
+        x.t().view(24)
+    assert copies.found == ["clone", "clone"]
+
+
+def test_forward_in_other_layouts():
+    """The same bits in a result laid out as x is."""
+    arguments, _, _ = tensors(wide(**ROWS["dense, whole tiles"]))
+    plain = causal_conv1d(**arguments, activation="silu", **KERNELS[0])
+    for layout in (channel_first, channels_of_wider, sequence_first):
+        for options in (*KERNELS, {"backend": "eager"}):
+            x = layout(arguments["x"].detach())
+            out, states = causal_conv1d(**arguments | {"x": x}, activation="silu", **options)
+            if layout is not channels_of_wider:
+                assert out.stride() == x.stride()
+            if options in KERNELS:
+                assert torch.equal(out, plain.out)
+            assert torch.equal(states, plain.conv_states)
 
 
 @pytest.mark.parametrize("options", [{"backend": "eager"}, KERNELS[0]], ids=["eager", "triton"])
@@ -317,8 +459,9 @@ def test_workspace_size_depends_on_shapes_alone(places):
     config = backward.backward_config(places * 32 - 32, 64, 0, 4)
     x, weight = torch.zeros(places * 32 - 32, 64), torch.zeros(64, 4)
     found, _, _ = backward.prepare(
-        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, False, config
-    )
+        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, False, config,
+        backward.tiles_of(x, x),
+    )  # fmt: skip
     assert found == places
 
 

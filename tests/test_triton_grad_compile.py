@@ -34,16 +34,34 @@ def compile_kernel(kernel, target, pointers, constants, integers, aligned, **opt
     )
 
 
-def compiled_walk(target, dtype="bf16", width=4, flat=True, states=True, kinds=(), **changes):
-    """`kinds` are the dtypes of tensors that differ from `dtype`, by name."""
+LAYOUTS = {  # tensors of unit token stride, and whether they are dense rows of a multiple of 16 bytes
+    "channel-first": ("gxo", True),
+    "channel-first x": ("xo", True),
+    "channel-first dout": ("g", True),
+    "uneven rows": ("gxo", False),
+}
+
+
+def compiled_walk(
+    target, dtype="bf16", width=4, flat=True, states=True, kinds=(), layout=("", False), **changes
+):
+    """`kinds` are the dtypes of tensors that differ from `dtype`, by name; `layout` is one of LAYOUTS."""
+    first, aligned = layout
+    of = {"g": "dout", "x": "x", "o": "dx"}
+    tokens = {n: 16 // ITEMSIZE[dict(kinds).get(name, dtype)] if n in first else 1 for n, name in of.items()}
+    tiles = backward.Tiles(*(n.bit_length() - 1 for n in tokens.values()), aligned)
     chosen = backward.backward_config(
-        16384, 8192, 8, width, 16384, "flat" if flat else "per_sequence", target.warp_size
-    )
+        16384, 8192, 8, width, 16384, "flat" if flat else "per_sequence", target.warp_size,
+        backward.tiles_at_once(tiles, states),
+    )  # fmt: skip
     chosen = chosen._replace(**changes)
     floats = ["dout", "x", "weight", "bias", "dx"]
     pointers = dict.fromkeys(floats, "*" + dtype) | {"query_start_loc": "*i32", "partial": "*fp32"}
-    integers = ["tokens", "dim", "batch", "stride_g_t", "stride_x_t", "stride_w_d"]
-    constants = dict.fromkeys(["stride_g_d", "stride_x_d", "stride_w_j", "stride_b"], 1)
+    unit = [f"stride_{n}_{'t' if n in first else 'd'}" for n in "gxo"]
+    other = [f"stride_{n}_{'d' if n in first else 't'}" for n in "gxo"]
+    rows = [f"stride_{n}_n" for n in "gxo"]
+    integers = ["tokens", "dim", "batch", "stride_w_d", *other, *rows]
+    constants = dict.fromkeys([*unit, "stride_w_j", "stride_b"], 1)
     state_strides = ["stride_f_n", "stride_f_l", "stride_i_n", "stride_i_l"]
     if states:
         pointers |= dict.fromkeys(["dfinal", "initial_states", "dinitial"], "*" + dtype)
@@ -58,15 +76,16 @@ def compiled_walk(target, dtype="bf16", width=4, flat=True, states=True, kinds=(
         WIDTH=width, SILU=True, HAS_BIAS=True, HAS_INITIAL=states, HAS_DFINAL=states, HAS_DINITIAL=states, HAS_SUMS=True,
         FLAT=flat, PTX=target.backend == "cuda", WORD_BITS=bits if bits in (32, 64) and width > 1 else 0,
         BLOCK_T=chosen.block_t, BLOCK_D=chosen.block_d, GROUP=chosen.group, SEARCH=chosen.search,
+        DENSE=aligned, TILE_G=tiles.g, TILE_X=tiles.x, TILE_O=tiles.o, ALIGNED=aligned,
     )  # fmt: skip
-    aligned = [*pointers, *(name for name in integers if name not in ("tokens", "batch", "stride_w_d"))]
+    even = [*pointers, *(name for name in integers if name not in ("tokens", "batch", "stride_w_d"))]
     return compile_kernel(
         backward._backward_kernel,
         target,
         pointers,
         constants,
         integers,
-        aligned,
+        even,
         num_warps=chosen.num_warps,
     )
 
@@ -135,6 +154,31 @@ def test_any_mixture_of_dtypes_compiles(odd, flat):
     assert resources(compiled, TARGETS["sm_90"])[1] == 0
 
 
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_no_spills_in_other_layouts(layout, states):
+    target = TARGETS["sm_90"]
+    assert resources(compiled_walk(target, states=states, layout=layout), target)[1] == 0
+
+
+@pytest.mark.parametrize("layout", ["channel-first", "uneven rows"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_no_spills_of_tiles_on_other_targets(target, layout):
+    target = TARGETS[target]
+    spilled = resources(compiled_walk(target, layout=LAYOUTS[layout]), target)[1]
+    assert spilled <= (16 if target.arch == 100 else 0), "as in test_no_spills"
+
+
+@pytest.mark.parametrize("layout", ["channel-first", "uneven rows"])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("bf16", 1), ("bf16", 2), ("fp32", 4), ("fp32", 8), ("bf16", 8)]
+)
+def test_no_spills_of_tiles_in_other_variants(dtype, width, layout):
+    target = TARGETS["sm_90"]
+    compiled = compiled_walk(target, dtype, width, states=False, layout=LAYOUTS[layout])
+    assert resources(compiled, target)[1] == 0
+
+
 def test_the_spill_check_can_fail():
     target = TARGETS["sm_90"]
     assert resources(compiled_walk(target, block_d=2048), target)[1] > 0  # 32 channels a thread
@@ -150,6 +194,23 @@ def test_every_token_is_read_and_written_once():
     assert counts.count(("st", 4)) == 8 + 1, "dx, and the zeros of the tail"
     assert counts.count(("st", 8)) == 4 + 1, "the sums of taps and bias"
     assert not {kind for kind, _ in counts} & {"atom", "red"}
+
+
+def test_tokens_of_channel_first_rows_are_sixteen_byte_accesses():
+    """Two tiles of eight tokens in the loop, one before it and one of history; no turning in shared memory."""
+    ptx = compiled_walk(TARGETS["sm_90"], states=False, layout=LAYOUTS["channel-first"]).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 2 * (2 + 1) + 1, "x and dout, history"
+    assert ptx.count("st.global.v4.b32") == 2, "dx"
+    assert len(re.findall(r"ld\.global\.b16", ptx)) == 1, "bias"
+    assert len(re.findall(r"st\.global\.b16", ptx)) == 1, "the zeros of the tail"
+    assert not re.search(r"\.shared\.|(atom|red)\.", ptx)
+
+
+def test_uneven_rows_are_turned_in_shared_memory():
+    """Lanes lie along tokens: once for each tile of x and dout, history, and dx."""
+    compiled = compiled_walk(TARGETS["sm_90"], states=False, layout=LAYOUTS["uneven rows"])
+    assert compiled.asm["ttgir"].count("ttg.convert_layout") == 1 + 2 + 2 + 1
+    assert not re.search(r"(atom|red)\.", compiled.asm["ptx"])
 
 
 def test_the_silu_instructions():

@@ -9,7 +9,7 @@ import torch
 
 from oracle.contract import ConvOutput, RowSizes, Unsupported, check_backend, check_causal_conv1d
 from triton_impl import backward, eager_backward, run
-from triton_impl.config import walks
+from triton_impl.prepared import recall, remember
 
 _library = torch.library.Library("twinconv", "FRAGMENT")
 _ARGUMENTS = (
@@ -40,7 +40,9 @@ def causal_conv1d(
     The value is that of `causal_conv1d_fn`, in which each row has a state of its own. Gradients arrive at x, weight,
     bias and initial_states, through `out` and through the final states; they are summed in float32, in an
     order that depends on shapes alone, and rounded once: the same bits in every run and in both schedules.
-    Upstream gradients may have any strides. Nothing synchronises.
+    x and upstream gradients may have any strides and are read as they lie, and x's gradient is laid out as
+    torch.empty_like(x); tokens of unit stride are read fastest as dense rows of a multiple of 8 (float32: 4) tokens.
+    Nothing synchronises.
 
     Args:
       x: [tokens, dim] with `query_start_loc`, or [batch, seqlen, dim] without; float32, float16 or bfloat16.
@@ -87,33 +89,60 @@ def _sizes(x, weight, query_start_loc):
     return RowSizes(x.shape[0] * (x.shape[1] if x.dim() == 3 else 1), dim, width, batch)
 
 
-def _packed(x, sizes, query_start_loc, max_seqlen):
-    """Dense rows as packed ones of equal length; x is copied only if its rows are not evenly spaced."""
+def _starts(x, sizes, query_start_loc, max_seqlen):
+    """Where the rows start in packed tokens, and a bound of the longest."""
     if query_start_loc is not None:
-        return x, run.unit_stride(query_start_loc), max_seqlen
+        return run.unit_stride(query_start_loc), max_seqlen
     seqlen = x.shape[1]
-    starts = torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen
-    return x.reshape(sizes.tokens, sizes.dim), starts, seqlen
+    return torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen, seqlen
 
 
-def _states_like(x, initial_states, sizes):
-    """Fresh final states, as the initial ones or zeros; rows of zero tokens keep them."""
-    if initial_states is not None:
-        return initial_states.clone(memory_format=torch.contiguous_format)
-    return x.new_zeros(sizes.batch, sizes.width - 1, sizes.dim)
+def _folds(x):
+    """Whether dense x is a view of one row of batch * dim channels ([batch, dim, seqlen] memory), not of packed rows."""
+    if x.dim() == 2 or x.shape[0] == 1 or x.shape[1] == 1:
+        return False
+    return x.stride(0) == x.shape[2] * x.stride(2) and x.stride(0) != x.shape[1] * x.stride(1)
+
+
+def _fold(x):
+    """[batch, n, dim] as [n, batch * dim], a view."""
+    batch, n, dim = x.shape
+    return x.transpose(1, 2).view(batch * dim, n).t()
+
+
+def _unfold(x, batch):
+    """The converse of `_fold`."""
+    n, channels = x.shape
+    return x.t().view(batch, channels // batch, n).transpose(1, 2)
+
+
+def _fresh_states(x, initial_states, sizes):
+    """Final states, still as the initial ones or zeros, which rows of zero tokens keep; they fold if x does."""
+    like = x if initial_states is None else initial_states
+    if _folds(x):
+        states = like.new_zeros(sizes.width - 1, sizes.batch, sizes.dim).transpose(0, 1)
+    else:
+        states = like.new_zeros(sizes.batch, sizes.width - 1, sizes.dim)
+    return states if initial_states is None else states.copy_(initial_states)
 
 
 def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend):
     sizes = _sizes(x, weight, query_start_loc)
-    states = _states_like(x, initial_states, sizes)
-    rows, starts, longest = _packed(x, sizes, query_start_loc, max_seqlen)
+    states = _fresh_states(x, initial_states, sizes)
+    starts, longest = _starts(x, sizes, query_start_loc, max_seqlen)
+    folds = _folds(x)
+    if folds:
+        rows, pool, starts = _fold(x), _fold(states)[None], starts[:2]
+        weight, bias = weight.repeat(sizes.batch, 1), None if bias is None else bias.repeat(sizes.batch)
+    else:  # dense rows at uneven distances, as of a slice of channels of [batch, dim, seqlen] memory, are copied
+        rows, pool = x.reshape(sizes.tokens, sizes.dim), states
     has_state = None
     if initial_states is not None:
-        has_state = torch.ones(sizes.batch, dtype=torch.bool, device=x.device)
+        has_state = torch.ones(pool.shape[0], dtype=torch.bool, device=x.device)
     out = run.fn(
-        rows, weight, bias, states, starts, None, has_state, activation, -1, longest, schedule, backend
+        rows, weight, bias, pool, starts, None, has_state, activation, -1, longest, schedule, backend
     )
-    return out.reshape(x.shape), states
+    return _unfold(out, sizes.batch) if folds else out.view(x.shape), states
 
 
 def _backward(
@@ -123,19 +152,21 @@ def _backward(
     sizes = _sizes(x, weight, query_start_loc)
     if dout is None:
         dout = x.new_zeros(()).expand(x.shape)
-    rows, starts, longest = _packed(x, sizes, query_start_loc, max_seqlen)
-    dout = dout.reshape(rows.shape)
+    starts, longest = _starts(x, sizes, query_start_loc, max_seqlen)
     if run._resolve(backend, x) == "eager":
+        packed = sizes.tokens, sizes.dim
         dx, dweight, dbias, dinitial = eager_backward.backward(
-            dout, dfinal_states, rows, weight, bias, initial_states, starts, silu=activation is not None
-        )
+            dout.reshape(packed), dfinal_states, x.reshape(packed), weight, bias, initial_states, starts,
+            silu=activation is not None,
+        )  # fmt: skip
+        dx = torch.empty_like(x).copy_(dx.view(x.shape))
     else:
         dx, dweight, dbias, dinitial = _launch(
-            dout, dfinal_states, rows, weight, bias, initial_states, starts,
+            dout, dfinal_states, x, weight, bias, initial_states, starts,
             activation is not None, longest, schedule, need_sums, need_initial,
         )  # fmt: skip
     return (
-        dx.view(x.shape),
+        dx,
         dweight if need_sums else x.new_empty(0),
         dbias if need_sums and bias is not None else x.new_empty(0),
         dinitial if need_initial else x.new_empty(0),
@@ -145,20 +176,23 @@ def _backward(
 def _launch(
     dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial
 ):
-    """Runs the kernels; x of unit token stride is copied first, since they walk along tokens."""
-    if not walks(*x.stride()):
-        x = x.contiguous()
-    (tokens, dim), batch, width = x.shape, starts.shape[0] - 1, weight.shape[1]
+    """Runs the kernels on x and dout as they lie in memory."""
+    sizes = _sizes(x, weight, starts if x.dim() == 2 else None)
+    tokens, dim, batch, width = sizes.tokens, sizes.dim, sizes.batch, sizes.width
     tensors = dout, dfinal, x, weight, bias, initial_states, starts
-    key, call = run._recall(
+    key, call = recall(
         "backward", (x, weight, *tensors), (silu, max_seqlen, schedule, need_sums, need_initial)
     )
     if call is None:
-        config = backward.backward_config(tokens, dim, batch, width, max_seqlen, schedule, run.WARP_SIZE)
-        call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
-        run._remember(key, call)
+        tiles = backward.tiles_of(dout, x)
+        at_once = backward.tiles_at_once(tiles, initial_states is not None or dfinal is not None)
+        config = backward.backward_config(
+            tokens, dim, batch, width, max_seqlen, schedule, run.WARP_SIZE, at_once
+        )
+        call = backward.prepare(*tensors, silu, need_sums, need_initial, config, tiles)
+        remember(key, call)
     places, walk, reduce = call
-    dx = x.new_empty(tokens, dim)
+    dx = torch.empty_like(x)
     dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
     dweight = dbias = workspace = None
     if need_sums:
@@ -173,8 +207,11 @@ def _launch(
 
 def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
     sizes = _sizes(x, weight, query_start_loc)
-    rows, _, _ = _packed(x, sizes, query_start_loc, None)
-    return torch.empty_like(rows).reshape(x.shape), _states_like(x, initial_states, sizes)
+    if _folds(x):
+        out = _unfold(torch.empty_like(_fold(x)), sizes.batch)
+    else:
+        out = torch.empty_like(x.reshape(sizes.tokens, sizes.dim)).view(x.shape)
+    return out, _fresh_states(x, initial_states, sizes)
 
 
 def _backward_fake(
@@ -182,7 +219,7 @@ def _backward_fake(
     need_sums, need_initial,
 ):  # fmt: skip
     return (
-        x.new_empty(x.shape),
+        torch.empty_like(x),
         weight.new_empty(weight.shape) if need_sums else x.new_empty(0),
         bias.new_empty(bias.shape) if need_sums and bias is not None else x.new_empty(0),
         initial_states.new_empty(initial_states.shape) if need_initial else x.new_empty(0),
