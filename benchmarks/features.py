@@ -3,12 +3,16 @@
 Serving features on 8 prompts of 2048 tokens (D 8192, bfloat16, width 4, bias, silu, state), a verify step of 64 x 4
 tokens that keeps the window after every token and commits nothing, and the backward pass. Each is held against a
 copy of the bytes that it must move. Before a time is taken, its results must be those of the plain operation.
+In torch, causal-conv1d's and FLA's backward are timed beside ours where they are installed and right; and
+ours also on rows in channel-first memory, of a whole number of 16 bytes a channel and of one token less.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks import environment
 from benchmarks.timing import take_turns
@@ -20,10 +24,11 @@ SIZES = 2048, 2048, 4096  # q, k, v
 TOKENS = ROWS * LENGTH
 SNAPSHOTS = LENGTH // BLOCK
 ACTIVATION = "silu"
+PEERS = ("backward of fla", "backward of causal_conv1d")
 
 
 def torch_calls():
-    """(backend, {name: call}, {name: (call, calls in a graph)}, failures)."""
+    """(backend, {name: call}, {name: (call, calls in a graph)}, failures, {name: why it has no time})."""
     import torch
 
     import triton_impl
@@ -68,11 +73,22 @@ def torch_calls():
             dout, None, x, weight, bias, None, offsets, ACTIVATION, LENGTH, "auto", "auto", True, False
         )
 
+    # the same values in [row, channel, token] memory; one token less, and channels begin on no 16 bytes
+    first_x, first_dout = (t.view(ROWS, LENGTH, DIM).mT.contiguous().mT for t in (x, dout))
+
+    def backward_channel_first(length=LENGTH):
+        return torch.ops.twinconv.causal_conv1d_backward(
+            first_dout[:, :length], None, first_x[:, :length], weight, bias, None, None, ACTIVATION, None, "auto", "auto",
+            True, False,
+        )  # fmt: skip
+
     calls = {name: lambda more=more: fn(**more) for name, more in options.items()}
     calls |= {
         "copy of x": lambda: copied.copy_(x),
         "copy of the snapshots": lambda: kept_copy.copy_(kept),
         "backward": backward,
+        "backward, channel-first": backward_channel_first,
+        "backward, uneven rows": lambda: backward_channel_first(LENGTH - 1),
         "copy of backward's bytes": lambda: moved_copy.copy_(moved),
     }
 
@@ -95,7 +111,27 @@ def torch_calls():
     causal_conv1d(*leaves, None, offsets, activation=ACTIVATION, max_seqlen=LENGTH).out.backward(dout)
     if not all(torch.equal(a, t.grad) for a, t in zip(backward(), leaves, strict=False)):
         failures.append("backward: other gradients than autograd's")
-    del leaves
+    ours, first = backward(), backward_channel_first()
+    if not all(torch.equal(a.reshape(b.shape), b) for a, b in zip(first[:3], ours, strict=False)):
+        failures.append("backward, channel-first: other gradients than of the same values channel-last")
+    uneven, dx = backward_channel_first(LENGTH - 1)[0], ours[0].view(ROWS, LENGTH, DIM)
+    if not torch.equal(uneven[:, : LENGTH - WIDTH], dx[:, : LENGTH - WIDTH]):
+        failures.append("backward, uneven rows: other gradients than of whole rows")
+    del ours, first, uneven, dx
+
+    gate = GradientGate(x, weight, bias, offsets, dout)
+    if reason := gate.judge(backward()[0]):
+        failures.append(f"backward: {reason}")
+    found, absent = torch_peers(leaves, dout, offsets)
+    for name, call in found.items():
+        try:
+            reason = gate.judge(call())
+        except Exception as error:  # a peer's, of any kind: it gets no time, and the others do
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            absent[name] = reason
+        else:
+            calls[name] = call
 
     batch, n = DRAFTS
     drafts, windows = normal(batch, n, DIM), normal(batch, n, WIDTH - 1, DIM)
@@ -112,7 +148,97 @@ def torch_calls():
     source = normal((drafts.numel() * 2 + batch * (WIDTH - 1) * DIM + windows.numel()) // 2)
     target = torch.empty_like(source)
     graphs = {"verify": verify, "copy of verify's bytes": lambda: target.copy_(source)}
-    return backend, calls, graphs, failures
+    return backend, calls, graphs, failures, absent
+
+
+def torch_peers(leaves, dout, offsets):
+    """The peers' backward kernels by name, each a call that returns dx first; and why others are missing.
+
+    Args:
+      leaves: x [tokens, dim], weight and bias, which ask for gradients.
+      dout: [tokens, dim]; offsets: [rows + 1] on the device.
+    """
+    import torch
+
+    from benchmarks.providers import Missing
+    from benchmarks.torch_backend import _import
+
+    x, weight, bias = leaves
+
+    def fla():
+        ops = _import("fla.modules.causal_conv1d", "fla.modules.convolution")
+        return ops.causal_conv1d(x[None], weight, bias, activation=ACTIVATION, cu_seqlens=offsets.long())[0][
+            0
+        ]
+
+    def causal_conv1d():
+        rows = x.view(ROWS, LENGTH, DIM).mT  # channel-last memory
+        out = _import("causal_conv1d").causal_conv1d_fn(rows, weight, bias, activation=ACTIVATION)
+        return out.mT.reshape(x.shape)
+
+    found, absent = {}, {}
+    for name, forward in zip(PEERS, (fla, causal_conv1d), strict=True):
+        try:
+            out = forward()
+        except Missing as error:
+            absent[name] = f"missing: {error}"
+        except Exception as error:
+            absent[name] = f"{type(error).__name__}: {error}"
+        else:
+            found[name] = lambda out=out: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    found = {name: lambda call=call: call()[0] for name, call in found.items()}
+    return found, absent
+
+
+class GradientGate:
+    """Judges dx by the oracle, at all tokens of one channel in 1024 and the last.
+
+    The allowed error is the oracle's and, for 16-bit roundings inside a peer, half an ulp of bfloat16 of each product, of
+    dout * act', of the sum, and of the pre-activation, of which act' has slope 1/2 at most.
+    """
+
+    def __init__(self, x, weight, bias, offsets, dout):
+        from oracle import reference_grad, tolerance_grad
+
+        self._channels = [*range(0, DIM, 1024), DIM - 1]
+        x, dout = self._typed(x), self._typed(dout)
+        weight, bias = self._typed(weight.t(), lambda a: a.T), self._typed(bias[None], lambda a: a[0])
+        offsets = offsets.cpu().numpy()
+        call = dict(
+            dout=dout, dfinal_states=None, x=x, weight=weight, bias=bias, initial_states=None,
+            query_start_loc=offsets, activation=ACTIVATION,
+        )  # fmt: skip
+        self._expected = reference_grad.causal_conv1d_backward(**call)[0]
+        bound = tolerance_grad.gradient_bounds(**call)[0]
+        taps, values = reference_grad.float64(weight), np.abs(reference_grad.float64(x))
+        values = values.reshape(ROWS, LENGTH, -1)
+        pre = np.zeros_like(values) + np.abs(reference_grad.float64(bias))
+        for back in range(WIDTH):
+            pre[:, back:] += values[:, : LENGTH - back] * np.abs(taps[:, WIDTH - 1 - back])
+        g = np.abs(reference_grad.float64(dout)).reshape(values.shape)
+        magnitude = np.zeros_like(g)
+        for ahead in range(WIDTH):
+            tap = np.abs(taps[:, WIDTH - 1 - ahead])
+            magnitude[:, : LENGTH - ahead] += (g * (1.1 * (WIDTH + 2) + pre / 2))[:, ahead:] * tap
+        self._allowed = bound + 2.0**-9 * magnitude.reshape(bound.shape)
+
+    def _typed(self, tensor, back=lambda a: a):
+        """The chosen channels, the last axis, of a bfloat16 tensor."""
+        import torch
+
+        from oracle.numerics import TypedArray
+
+        bits = tensor[..., self._channels].contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
+        return TypedArray("bfloat16", np.ascontiguousarray(back(bits)))
+
+    def judge(self, dx):
+        """Why dx [tokens, dim] is wrong, or None."""
+        from oracle.reference_grad import float64
+        from oracle.tolerance import fraction_of_bound
+
+        got = float64(self._typed(dx))
+        worst = fraction_of_bound(got, self._expected, self._allowed, "bfloat16").max()
+        return None if worst <= 1 else f"wrong: dx is {worst:.3g} times the allowed error off"
 
 
 def jax_calls():
@@ -223,7 +349,7 @@ def jax_calls():
     source = normal((drafts.size * 2 + batch * (WIDTH - 1) * DIM + windows[0].size) // 2)
     graphs = {"verify": verify, "copy of verify's bytes": lambda: backend._run(copy(source))}
     backend.synchronize()
-    return backend, calls, graphs, failures
+    return backend, calls, graphs, failures, {}
 
 
 LIMITS = {  # name: (what it may take: factor times these, plus those)
@@ -231,6 +357,7 @@ LIMITS = {  # name: (what it may take: factor times these, plus those)
     "split": (1.1, "plain", None),
     "verify": (1.3, "copy of verify's bytes", None),
     "backward": (1.25, "copy of backward's bytes", None),
+    "backward, channel-first": (1.25, "copy of backward's bytes", None),
 }
 
 
@@ -242,7 +369,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, help="file for the times as JSON")
     parser.add_argument("--samples", type=int, default=15)
     options = parser.parse_args(argv)
-    backend, calls, graphs, failures = torch_calls() if options.framework == "torch" else jax_calls()
+    backend, calls, graphs, failures, absent = torch_calls() if options.framework == "torch" else jax_calls()
     for failure in failures:
         print(failure, file=sys.stderr)
     if failures:
@@ -261,6 +388,7 @@ def main(argv=None) -> int:
         more, wrong = take_turns(graphs, timer.warm, timer.warm_method, samples=options.samples, warmup=3)
         taken, failed = taken | more, failed | wrong
     timer.close()
+    failed |= absent
     times = {name: timing.median for name, timing in taken.items()}
     method = {name: timing.method for name, timing in taken.items()}
     print(f"{backend.device_name}, {options.framework}")
@@ -272,8 +400,11 @@ def main(argv=None) -> int:
             line += f"  {microseconds / times[of]:6.3f} of {of}, at most {limit:.2f} us: "
             line += "met" if microseconds <= limit else "MISS"
         print(line)
+    for peer in PEERS:
+        if peer in times:
+            print(f"{'backward':26} {times['backward'] / times[peer]:6.3f} of {peer}")
     for name, reason in failed.items():
-        print(f"{name:26} failed: {reason[:200]}")
+        print(f"{name:26} no time: {reason[:200]}")
     if options.out:
         record = {**environment.describe(), "device": backend.device_name, "framework": options.framework}
         record |= {
