@@ -16,14 +16,14 @@ import pytest
 from oracle.conformance import ledger, report, runner
 from oracle.conformance.cases import select
 from oracle.conformance.catalogue import catalogue
-from tests.conftest import QUICK_COMPILE
+from tests.conftest import QUICK_COMPILE, patch_once
 from tests.covering import cover
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "reports"
 KNOWN_FAILURES = {"pallas-exact": ROOT / "pallas_impl" / "known_failures_interpreter.toml"}
 SPECIFICATIONS = {
-    "triton": ("triton_impl.adapter:adapter", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
+    "triton": ("tests.conformance_of_twins:triton", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
     "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {"TRITON_INTERPRET": "0"}),
     "pallas": ("pallas_impl.adapter:adapter", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),
     "pallas-exact": ("pallas_impl.adapter:adapter", "jax", ("core",), {}),
@@ -33,6 +33,15 @@ SUBNORMAL = (
     "nan_payload",
     "tiny",
 )  # data that quickly compiled code of JAX 0.10 flushes: "pallas-exact" takes it
+
+
+def triton(device=None):
+    """The kernels' adapter, in an interpreter that patches once."""
+    from triton_impl.adapter import adapter
+
+    found = adapter(device)
+    patch_once()
+    return found
 
 
 @functools.cache

@@ -112,9 +112,8 @@ def pytest_runtest_setup(item):
         pytest.fail(f"--gpu was asked for, but {reason}", pytrace=False)
 
 
-@pytest.fixture(autouse=True)
-def patched_once():
-    """Makes Triton's interpreter patch `triton.language` once a launch.
+def patch_once():
+    """Makes Triton's interpreter, where it is loaded, patch `triton.language` once a launch.
 
     It does so again at every call of a device function, which finds nothing left to patch in 40 % of its time.
     """
@@ -132,6 +131,11 @@ def patched_once():
 
     once.once = True
     interpreter._patch_lang = once
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter():
+    patch_once()
 
 
 @pytest.fixture(autouse=True)
