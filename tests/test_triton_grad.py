@@ -181,9 +181,9 @@ ROWS = {
 }
 
 
-def assert_layout_does_not_matter(problem, layout):
+def assert_layout_does_not_matter(problem, layout, device="cpu"):
     """In any layout, and in both schedules, the very bits of contiguous x and dout, and gradients laid out as x is."""
-    arguments, dout, dfinal = tensors(problem)
+    arguments, dout, dfinal = tensors(problem, device)
     of_x, of_dout = LAYOUTS[layout]
     if of_dout is not None:
         dout = of_dout(dout)
@@ -219,6 +219,12 @@ def test_channel_first_widths(rows, width, dtype):
 def test_channel_first_dims(rows, dim):
     """Not divided by blocks of channels."""
     assert_layout_does_not_matter(wide(dim=dim, **ROWS[rows]), "both")
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_channel_first_without_states(rows):
+    """What lies before a row is zero, not the row before."""
+    assert_layout_does_not_matter(wide(initial=False, final=False, **ROWS[rows]), "both")
 
 
 class Copies(TorchDispatchMode):
@@ -473,6 +479,16 @@ def test_workspace_size_depends_on_shapes_alone(places):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gpu_against_the_reference(case, schedule):
     assert_right(gradients.build(case), "cuda", schedule=schedule)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_gpu_layouts_of_x_and_dout(rows, layout, dtype, states):
+    problem = wide(dim=130, dtype=dtype, initial=states, final=states, **ROWS[rows])
+    assert_layout_does_not_matter(problem, layout, "cuda")
 
 
 @pytest.mark.gpu
