@@ -482,8 +482,7 @@ def test_gpu_against_the_reference(case, schedule):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float32", True)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_gpu_layouts_of_x_and_dout(rows, layout, dtype, states):
