@@ -1,6 +1,7 @@
 """Few cases for what is slow: enough that everything meets, where all combinations would take too long."""
 
 import itertools
+import os
 
 import pytest
 
@@ -26,7 +27,8 @@ def combinations(axes, strength=2):
 
 def on_backends(*, few, every, strength=2, **axes):
     """Parametrizes a test by `axes` and then `backend`: backends of `every` take all combinations of the values,
-    those of `few`, the interpreters, as many as `combinations` leaves."""
+    those of `few`, the interpreters, as many as `combinations` leaves; under a second JAX each value once."""
+    strength = 1 if os.environ.get("SECOND_JAX") == "1" else strength
     rows = [(row, backend) for backend in few for row in combinations(axes.values(), strength)]
     rows += [(row, backend) for backend in every for row in itertools.product(*axes.values())]
     return pytest.mark.parametrize((*axes, "backend"), [_parameter(*pair) for pair in rows])
