@@ -11,6 +11,7 @@ SECOND_JAX=1 says that the Pallas files run once more, under another JAX: then t
 in their names or parameters, are left out, and the conformance suite takes a case for every feature.
 """
 
+import gc
 import importlib.util
 import os
 import random
@@ -87,6 +88,8 @@ def two_frameworks() -> str | None:
 def pytest_collection_finish(session):
     if message := two_frameworks():
         raise pytest.UsageError(message)
+    gc.freeze()  # a tenth of an interpreter's time is the search for garbage among what was imported
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_sessionfinish(session, exitstatus):
