@@ -27,9 +27,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
-SLOWEST = (  # files that take a minute or more: they begin first, so that no core waits for one at the end
-    "test_pallas_conformance", "test_pallas_serving", "test_triton_serving", "test_torch_conformance",
-    "test_triton_conformance", "test_pallas_impl", "test_triton_impl", "test_run_groups",
+SLOWEST = (  # files that take 40 seconds or more: they begin first, so that no core waits for one at the end
+    "test_pallas_conformance", "test_triton_grad", "test_triton_grad_compile", "test_pallas_serving",
+    "test_triton_serving", "test_jax_context_parallel_gradients", "test_torch_context_parallel_gradients",
+    "test_triton_conformance", "test_torch_context_parallel", "test_torch_conformance", "test_jax_engine",
+    "test_pallas_impl", "test_triton_impl", "test_jax_sharding",
 )  # fmt: skip
 LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
 RUNNING: set[subprocess.Popen] = (
