@@ -40,7 +40,9 @@ def word_bits(dtype, width):
     return bits if bits in (32, 64) and width > 1 else 0
 
 
-def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=8192, tokens=16384, batch=8):
+def compiled_prefill(
+    target, dtype="bf16", width=4, flat=True, walk=True, dim=8192, tokens=16384, batch=8, aligned=True
+):
     schedule = "flat" if flat else "per_sequence"
     chosen = config.prefill_config(tokens, dim, batch, width, walk, tokens, schedule, target.warp_size)
     unit = ["stride_x_d", "stride_o_d"] if walk else ["stride_x_t", "stride_o_t"]
@@ -50,7 +52,8 @@ def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=81
     constants = dict.fromkeys(["stride_w_j", "stride_b", "stride_s_d", "stride_c", "stride_h", *unit], 1) | dict(
         WIDTH=width, SILU=True, HAS_BIAS=True, HAS_POOL=True, HAS_INDICES=True, HAS_MASK=True, FLAT=flat, WALK=walk,
         PTX=target.backend == "cuda", WORD_BITS=word_bits(dtype, width), BLOCK_T=chosen.block_t, BLOCK_D=chosen.block_d,
-        GROUP=chosen.group, STAGES=chosen.stages, SEARCH=chosen.search, FOLDED=False,
+        GROUP=chosen.group, STAGES=chosen.stages, SEARCH=chosen.search,
+        LEVELS=0 if walk else {2: 3, 4: 2}[ITEMSIZE[dtype]], ALIGNED=aligned and not walk, FOLDED=False,
     )  # fmt: skip
     strides = ["stride_s_n", "stride_s_l", *other]
     integers = ["tokens", "dim", "batch", "num_slots", "pad_slot_id", "stride_w_d", *strides]
@@ -61,7 +64,7 @@ def compiled_prefill(target, dtype="bf16", width=4, flat=True, walk=True, dim=81
 
 
 def compiled_update(target, dtype="bf16", width=4, batch=256, dim=8192, varlen=False, rolls=False):
-    chosen = config.update_config(batch, dim, width, ITEMSIZE[dtype], target.warp_size)
+    chosen = config.update_config(batch, dim, ITEMSIZE[dtype], target.warp_size)
     pointers = dict.fromkeys(["x", "weight", "bias", "conv_states", "out"], "*" + dtype) | {
         "cache_indices": "*i32"
     }
@@ -144,7 +147,7 @@ def test_update_fast_path(target):
     for batch in (1, 256):
         compiled = compiled_update(target, batch=batch)
         assert spilled_bytes(compiled, target) == 0
-        chosen = config.update_config(batch, 8192, 4, 2, target.warp_size)
+        chosen = config.update_config(batch, 8192, 2, target.warp_size)
         rows, vector = (
             chosen.rows,
             2 * chosen.block_d // (target.warp_size * chosen.num_warps),
@@ -175,9 +178,25 @@ def test_no_spills_where_rows_are_packed_or_roll():
         assert spilled_bytes(compiled_update(target, varlen=varlen, rolls=rolls), target) == 0
 
 
-def test_no_spills_for_channel_first_x():
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("bf16", 4), ("bf16", 8), ("fp32", 4), ("fp16", 1), ("bf16", 2), ("bf16", 3)]
+)
+def test_channel_first_x(dtype, width, aligned):
+    """Each run of 16 bytes is read and written once by one thread, and nothing goes through shared memory."""
     target = TARGETS["sm_90"]
-    assert spilled_bytes(compiled_prefill(target, walk=False), target) == 0
+    compiled = compiled_prefill(target, dtype, width, walk=False, aligned=aligned)
+    assert spilled_bytes(compiled, target) == 0
+    assert compiled.metadata.shared == 0
+    chosen = config.prefill_config(16384, 8192, 8, width, False, 16384, "flat")
+    runs = chosen.block_t * chosen.block_d * ITEMSIZE[dtype] // 16 // (32 * chosen.num_warps)  # a thread
+    counts = Counter(accesses(compiled, target))
+    assert counts["store", 16] == (runs if aligned else 0)
+    if width == 4 and dtype == "bf16":
+        assert counts["load", 16] == (runs if aligned else 0)
+        assert counts["load", 2] <= (32 if aligned else 12 * runs + 32), (
+            "entries, bias; unaligned runs and halos"
+        )
 
 
 def test_the_spill_check_can_fail():
@@ -194,7 +213,7 @@ def test_the_spill_check_can_fail():
 
 def test_the_silu_instructions_are_those_of_the_pallas_twin():
     ptx = compiled_update(TARGETS["sm_90"], batch=16).asm["ptx"]
-    chosen = config.update_config(16, 8192, 4, 2, 32)
+    chosen = config.update_config(16, 8192, 2, 32)
     outputs = chosen.rows * chosen.block_d // (32 * chosen.num_warps)  # a thread
     assert ptx.count("ex2.approx.ftz.f32") == ptx.count("rcp.approx.ftz.f32") == outputs
     assert not re.search(r"div\.\w+\.f32", ptx)

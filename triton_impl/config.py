@@ -72,7 +72,9 @@ def prefill_config(
     """
     stages = 1
     if not walk:
-        block_t, group, block_d, num_warps = 64, 8, min(max(_next_power_of_2(dim), 1), 16), 4
+        # long rows take long stretches of a channel's memory; a thread has 16 bytes of one or a few channels
+        block_t, block_d = (256, 16) if tokens >= 128 * batch else (32, 32)
+        block_d, group, num_warps = min(max(_next_power_of_2(dim), 1), block_d), 8, 4
     else:
         if tokens * dim < 1 << 20:  # too little to fill a device: only latency shows, so short programs
             channels = 4  # a thread
@@ -109,17 +111,15 @@ def step_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     return row_config(dim, 2 * itemsize, warp_size)
 
 
-def update_config(batch: int, dim: int, width: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows.
 
     Args:
-      batch, dim, width: sizes of the call.
+      batch, dim: sizes of the call.
       itemsize: bytes of an element of x.
       warp_size: threads of a warp of the device.
     """
     if batch * dim <= 1 << 18:  # only latency shows: two channels a thread, so fewer instructions in a row
         block_d = min(max(_next_power_of_2(dim), warp_size), 8 * warp_size)
         return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1))
-    one = row_config(dim, itemsize, warp_size)
-    # several rows a program share the taps, where there are rows enough to fill the device and registers to hold them
-    return one._replace(rows=4) if batch * dim >= 1 << 20 and width <= 4 else one
+    return step_config(dim, itemsize, warp_size)._replace(rows=2)  # two rows share the taps

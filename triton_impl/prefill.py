@@ -23,11 +23,13 @@ from triton_impl.taps import (
     activate,
     channel_block_and_place,
     convolve,
+    join_columns,
     load_bias_word,
     load_words,
     narrow,
     offset,
     recast,
+    split_columns,
     unpack_taps,
     widen,
     word_bits,
@@ -212,32 +214,77 @@ def _tile_block(
     x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t, stride_x_d,
     stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [first, last) of a row as one tile, a shifted load for each tap: for x with unit token stride."""
+    """Tokens [first, last) of a row whose x has unit token stride: runs of 16 bytes of a channel, one or a few a thread.
+
+    `first` is a multiple of a run's tokens, so that the run which holds the row's first token may begin before the
+    row. ALIGNED: so is everything else about x, and runs are read whole.
+    """
+    RUN: tl.constexpr = 1 << LEVELS
+    HALO_LEVELS: tl.constexpr = 0 if WIDTH < 3 else 1 if WIDTH == 3 else 2 if WIDTH < 6 else 3
     taps = unpack_taps(words, WIDTH, weight_dtype)
-    t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-    ch = ch[None, :]
-    here = (t < last) & in_dim[None, :]
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + widen(bias_word)[None, :]
-    for j in tl.static_range(WIDTH):
-        source = t + (j - WIDTH + 1)
-        in_row = source >= row_start
-        value = widen(tl.load(x + source * stride_x_t + ch * stride_x_d, mask=here & in_row, other=0.0))
-        if HAS_POOL and j < WIDTH - 1:
-            column = _column(ring, source - row_start + (WIDTH - 1))
-            kept = tl.load(
-                pool + column * stride_s_l + ch * stride_s_d,
-                mask=here & has_state & (source < row_start),
-                other=0.0,
-            )
-            value = tl.where(in_row, value, widen(kept))
-        acc = tl.fma(value, taps[j][None, :], acc)
-    value = activate(acc, SILU, PTX)
+    # axes: runs, channels, tokens of a run; lanes lie along the first, so that a warp reads one stretch of memory
+    run = (first >> LEVELS) + tl.arange(0, BLOCK_T // RUN)
+    t = (run << LEVELS).to(tl.int64)[:, None]
+    i = tl.arange(0, RUN)[None, None, :]
+    in_row = in_dim[None, :, None] & (t[:, :, None] + i >= row_start) & (t[:, :, None] + i < last)
+    source = (x + t * stride_x_t + ch[None, :] * stride_x_d)[:, :, None]
+
+    # window: the width-1 inputs before each run, then the run
+    inputs = ()
+    if WIDTH > 1:
+        h = tl.arange(0, 1 << HALO_LEVELS)[None, None, :] - (1 << HALO_LEVELS)
+        wanted = in_dim[None, :, None] & (t < last)[:, :, None]
+        if ALIGNED:
+            wanted = wanted & (t > row_start)[:, :, None] & (t >= RUN)[:, :, None]
+        else:
+            wanted = wanted & (t[:, :, None] + h >= row_start)
+        halo = split_columns(tl.load(source + h * stride_x_t, mask=wanted, other=0.0), HALO_LEVELS)
+        for j in tl.static_range((1 << HALO_LEVELS) - (WIDTH - 1), 1 << HALO_LEVELS):
+            inputs = inputs + (widen(halo[j]),)
+    wanted = in_row
+    if ALIGNED:
+        wanted = in_dim[None, :, None] & (t < last)[:, :, None]
+    columns = split_columns(tl.load(source + i * stride_x_t, mask=wanted, other=0.0), LEVELS)
+    for k in tl.static_range(RUN):
+        inputs = inputs + (widen(columns[k]),)
+    if first <= row_start:  # what lies before the row are the entries of its slot, or zeros
+        held = ()
+        for k in tl.static_range(WIDTH - 1 + RUN):
+            held = held + (tl.where(t + (k - WIDTH + 1) >= row_start, inputs[k], 0.0),)
+        if HAS_POOL:
+            for c in tl.static_range(WIDTH - 1):
+                place = pool + _column(ring, c) * stride_s_l + ch * stride_s_d
+                entry = widen(tl.load(place, mask=in_dim & has_state, other=0.0))[None, :]
+                filled = ()
+                for k in tl.static_range(WIDTH - 1 + RUN):
+                    filled = filled + (tl.where(t + (k - c) == row_start, entry, held[k]),)
+                held = filled
+        inputs = held
+
+    # taps, store
     if residual is not None:
-        added = tl.load(residual + t * stride_r_t + ch * stride_r_d, mask=here, other=0.0)
-        value = add_residual(value, widen(added), PTX)
-    tl.store(out + t * stride_o_t + ch * stride_o_d, narrow(value, out.dtype.element_ty), mask=here)
+        added = (residual + t * stride_r_t + ch[None, :] * stride_r_d)[:, :, None] + i * stride_r_t
+        residuals = split_columns(tl.load(added, mask=in_row, other=0.0), LEVELS)
+    columns = ()
+    for k in tl.static_range(RUN):
+        acc = widen(bias_word)[None, :]
+        for j in tl.static_range(WIDTH):
+            acc = tl.fma(inputs[k + j], taps[j][None, :], acc)
+        value = activate(acc, SILU, PTX)
+        if residual is not None:
+            value = add_residual(value, widen(residuals[k]), PTX)
+        columns = columns + (narrow(value, out.dtype.element_ty),)
+    tile = join_columns(columns, LEVELS)
+    target = (out + t * stride_o_t + ch[None, :] * stride_o_d)[:, :, None] + i * stride_o_t
+    if ALIGNED:
+        whole = ((t >= row_start) & (t + RUN <= last))[:, :, None]
+        tl.store(target, tile, mask=in_dim[None, :, None] & whole)
+        if (first < row_start) | (last % RUN > 0):
+            tl.store(target, tile, mask=in_row & (whole == 0))
+    else:
+        tl.store(target, tile, mask=in_row)
 
 
 @triton.jit
@@ -265,6 +312,7 @@ def _block(
     weight_dtype: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_MASK: tl.constexpr, STORES: tl.constexpr, PTX: tl.constexpr,
     WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The block of a row that begins at token `first`: outputs, and with STORES the new window if it is the first."""
     last = first + tl.minimum(row_end - first, BLOCK_T)
@@ -279,17 +327,17 @@ def _block(
             _tile_block(
                 x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
                 stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
-                WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, BLOCK_D,
+                WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, LEVELS, ALIGNED,
             )  # fmt: skip
         if STORES and WIDTH > 1:
-            if first == row_start:
+            if first <= row_start:
                 _store_window(
                     x, pool, row_start, row_end, ch, in_dim, has_state,
                     stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
                 )  # fmt: skip
     else:
         zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
-        for t in range(first, last):
+        for t in range(tl.maximum(first, row_start), last):
             tl.store(out + t * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
 
 
@@ -302,7 +350,7 @@ def _prefill(
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
+    SEARCH: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
     stride_x_t = tl.cast(stride_x_t, tl.int64)
@@ -334,7 +382,8 @@ def _prefill(
             HAS_INDICES, HAS_MASK,
         )  # fmt: skip
         block = tl.program_id(2)
-    last_block = (row_end - row_start - 1) // BLOCK_T
+    base = row_start if WALK else row_start - row_start % (1 << LEVELS)
+    last_block = (row_end - base - 1) // BLOCK_T
     if (block < 0) | (row_end <= row_start) | (block > last_block):
         return
     slot = slot.to(tl.int64)
@@ -354,16 +403,18 @@ def _prefill(
 
     if FLAT:
         _block(
-            x, residual, out, pool, ring, words, bias_word, row_start, row_end, row_start + block * BLOCK_T, live, ch, in_dim,
+            x, residual, out, pool, ring, words, bias_word, row_start, row_end, base + block * BLOCK_T, live, ch, in_dim,
             has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
             weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
+            LEVELS, ALIGNED,
         )  # fmt: skip
     else:
         for k in range(block, last_block + 1, tl.num_programs(2)):
             _block(
-                x, residual, out, pool, ring, words, bias_word, row_start, row_end, row_start + k * BLOCK_T, live, ch, in_dim,
+                x, residual, out, pool, ring, words, bias_word, row_start, row_end, base + k * BLOCK_T, live, ch, in_dim,
                 has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
                 weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
+                LEVELS, ALIGNED,
             )  # fmt: skip
 
 
@@ -376,7 +427,7 @@ def _prefill_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, FOLDED: tl.constexpr,
+    SEARCH: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     _prefill(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, None, None, out,
@@ -384,7 +435,7 @@ def _prefill_kernel(
         stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
         stride_c, stride_h, 0, 0, 0, stride_o_t, stride_o_d,
         WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
-        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, FOLDED, "front", HAS_POOL, (), 1,
+        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, LEVELS, ALIGNED, FOLDED, "front", HAS_POOL, (), 1,
     )  # fmt: skip
 
 
@@ -397,7 +448,7 @@ def _serving_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
     HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
     WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
+    SEARCH: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The same with a residual, split outputs, and windows elsewhere in their slots; STORES: leaves the new windows."""
     _prefill(
@@ -406,7 +457,7 @@ def _serving_kernel(
         stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
         stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
         WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
-        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, FOLDED, LAYOUT, STORES, SIZES, ALIGN,
+        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, LEVELS, ALIGNED, FOLDED, LAYOUT, STORES, SIZES, ALIGN,
     )  # fmt: skip
 
 
@@ -432,7 +483,9 @@ def prepare(
         stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
         stride(cache_indices, 0), stride(has_initial_state, 0), *torch.empty_like(x, device="meta").stride(),
     )  # fmt: skip
-    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded)
+    constants = _constants(
+        x, weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded
+    )
     return Launch(
         _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
         num_warps=config.num_warps,
@@ -466,12 +519,25 @@ def prepare_serving(
     )  # fmt: skip
     values = tokens, dim, batch, num_slots, state_len, known_pad(pad_slot_id, num_slots), blocks, *strides
     grid, folded = _grid(tokens, batch, blocks, config)
-    constants = _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded)
+    constants = _constants(
+        x, weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded
+    )
     pooled = conv_states is not None
     constants |= dict(
         LAYOUT=layout if pooled else "front", STORES=stores and pooled, SIZES=sizes, ALIGN=align
     )
     return Launch(_serving_kernel, grid, values, constants, num_warps=config.num_warps)
+
+
+def levels(x):
+    """log2 of the elements of x in 16 bytes."""
+    return (16 // x.element_size()).bit_length() - 1
+
+
+def aligned(x):
+    """Whether runs of 16 bytes along the tokens of x neither cross its end nor begin off their alignment."""
+    run = 1 << levels(x)
+    return x.shape[0] % run == 0 and x.stride(1) % run == 0
 
 
 def _grid(tokens, batch, channel_blocks, config):
@@ -480,11 +546,11 @@ def _grid(tokens, batch, channel_blocks, config):
     return program_grid(channel_blocks, batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ))
 
 
-def _constants(weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded):
+def _constants(x, weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded):
     return dict(
         WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=conv_states is not None,
         HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
         FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
         BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages,
-        SEARCH=config.search, FOLDED=folded,
+        SEARCH=config.search, LEVELS=0 if config.walk else levels(x), ALIGNED=not config.walk and aligned(x), FOLDED=folded,
     )  # fmt: skip

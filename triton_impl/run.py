@@ -122,7 +122,7 @@ def step(
             return result if out is None else out.copy_(result)
         if not x.numel():
             return torch.empty_like(x) if out is None else out
-        config = update_config(sizes.batch, sizes.dim, sizes.width, x.element_size(), WARP_SIZE)
+        config = update_config(sizes.batch, sizes.dim, x.element_size(), WARP_SIZE)
         call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
         call.result = quick_result(x)
         remember(key, call)
@@ -191,6 +191,3 @@ def _resolve(backend, x):
             f"backend: 'triton' runs on CUDA or ROCm tensors, or on CPU tensors with TRITON_INTERPRET=1; got {x.device}"
         )
     return backend
-
-
-_recall, _remember = recall, remember
