@@ -73,8 +73,8 @@ def prefill_config(
     stages = 1
     if not walk:
         # long rows take long stretches of a channel's memory; a thread has 16 bytes of one or a few channels
-        block_t, block_d = (256, 16) if tokens >= 128 * batch else (32, 32)
-        block_d, group, num_warps = min(max(_next_power_of_2(dim), 1), block_d), 8, 4
+        block_t, block_d, num_warps = (256, 8, 4) if tokens >= 128 * batch else (32, 16, 1)
+        block_d, group = min(_next_power_of_2(max(dim, 1)), block_d), 8
     else:
         if tokens * dim < 1 << 20:  # too little to fill a device: only latency shows, so short programs
             channels = 4  # a thread
