@@ -21,8 +21,9 @@ import pytest
 
 TORCH_FILES = ("test_triton_", "test_torch_")
 JAX_FILES = ("test_pallas_", "test_jax_")
-# Pallas' interpreter makes a program for the CPU of every kernel, and most of its time is XLA compiling what runs once.
-# Only there: plain jax.numpy is judged as users compile it (test_jax_*, and the conformance suite's "xla").
+# On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
+# What rests on how XLA compiles has files of its own, besides the conformance suite, which says by itself.
+AS_USERS_COMPILE = ("test_jax_bits.py", "test_pallas_conformance.py")
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
@@ -50,7 +51,7 @@ def pytest_collectstart(collector):
     """Sets the interpreters' modes before a file is imported: Triton reads its own in `@triton.jit`."""
     if not isinstance(collector, pytest.Module) or collector.config.getoption("--gpu"):
         return
-    if collector.path.name.startswith("test_pallas_") and "conformance" not in collector.path.name:
+    if collector.path.name.startswith(JAX_FILES) and collector.path.name not in AS_USERS_COMPILE:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = flags if QUICK_COMPILE in flags else f"{flags} {QUICK_COMPILE}".strip()
     if not collector.path.name.startswith(TORCH_FILES):
