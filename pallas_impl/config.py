@@ -5,7 +5,6 @@ from typing import NamedTuple
 # Flat: places of the batch worked on at a time, so that short rows, which mostly wait, run beside long ones, which
 # fill the memory's bandwidth.
 STREAMS = 4
-GROUP = 4
 
 
 class PrefillConfig(NamedTuple):
@@ -14,18 +13,10 @@ class PrefillConfig(NamedTuple):
     Attributes:
       flat: schedule "flat" rather than "per_sequence".
       block_t: tokens a program, a power of two, at least 8, so that a halo never leaves the row.
-      lanes: channels of a tile: 128 or 256, or a multiple of 256 that divides all sizes of channels.
+      lanes: channels of a tile, 128 or 256 (an axis of a TMA box has at most 256 elements).
       tiles: tiles a program; its channels are `tiles * lanes`.
       row_blocks: per_sequence: programs along a row; 0 with flat.
       tail_blocks: per_sequence: programs that write the zeros after the last row; 0 with flat.
-      streams: flat: places of the batch worked on at a time.
-      group: rows of a tile convolved between two turns of the loop; more take more registers.
-      short: rows of at most this many tokens never touch shared memory.
-      early: flags and halo are asked for before it is known whether the row is live.
-      walk: per_sequence: programs walk on in a loop that divides nothing.
-      ahead: each program asks for a share of x before it looks for its row; where rows are long that is nearly the
-        share that it and its neighbours read.
-      touch: the lines of slots and flags are fetched while the row is looked for.
     """
 
     flat: bool
@@ -34,13 +25,6 @@ class PrefillConfig(NamedTuple):
     tiles: int
     row_blocks: int
     tail_blocks: int
-    streams: int = STREAMS
-    group: int = GROUP
-    short: int = 0
-    early: bool = False
-    touch: bool = False
-    ahead: bool = False
-    walk: bool = False
 
 
 class Grid(NamedTuple):
@@ -105,7 +89,7 @@ def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Gr
     columns = cdiv(dim, config.lanes * config.tiles)
     if not config.flat:
         return Grid(batch * config.row_blocks + config.tail_blocks, columns)
-    return Grid(cdiv(tokens // config.block_t + batch + 1, config.streams) * config.streams, columns)
+    return Grid(cdiv(tokens // config.block_t + batch + 1, STREAMS) * STREAMS, columns)
 
 
 def update_config(batch: int, dim: int) -> UpdateConfig:

@@ -3,7 +3,8 @@
 A tile of x travels through TMA into shared memory, is convolved in place, row by row, and leaves through
 TMA. TMA clips at the ends of `x`, `out` and the pool, so no dimension needs to divide by a block. The
 program of a row's first block reads the old window and writes the new one, after all its reads; the other
-blocks take the width-1 tokens before them from x.
+blocks take the width-1 tokens before them from x. Under the flat schedule a row of one token, a decode step
+among prefills, is read, convolved and stored in registers.
 """
 
 import functools
@@ -15,27 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
-from pallas_impl.config import GROUP, prefill_grid
-from pallas_impl.taps import (
-    add,
-    convolve,
-    div,
-    fetch_share,
-    find_row,
-    issue_loads,
-    keep,
-    layout,
-    load_taps,
-    rem,
-    touch,
-)
+from pallas_impl.config import STREAMS, prefill_grid
+from pallas_impl.taps import add, convolve, div, find_row, issue_loads, keep, layout, load_taps, rem
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
     unsafe_no_auto_barriers=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
 )
-BOX = 256  # elements along an axis of a TMA box, at most
+GROUP = 4  # rows of a tile convolved between two turns of the loop; more take more registers
 
 
 def launch(
@@ -65,18 +54,12 @@ def launch(
     tokens = x.shape[0]
     dim, width = weight.shape
     batch = tokens // seqlen if starts is None else starts.shape[0] - 1
-    wide = (x.shape[1] % BOX, channel % BOX, *(size % config.lanes for size in (dim, *(split_sizes or ()))))
-    if config.lanes > BOX and any(wide):
-        config = config._replace(lanes=BOX)
     pooled = conv_states is not None and width > 1 and batch > 0
     grid = prefill_grid(config, tokens, dim, batch)
     programs = check_grid(grid.blocks * grid.columns, grid.blocks * config.block_t)
     pool_dtype = conv_states.dtype if pooled else x.dtype
     window_copies = width - 1 if pooled and state_layout == "ring" else 1
     tile = lambda rows: (config.tiles, rows, config.lanes)  # noqa: E731
-    unit = BOX if config.lanes > BOX and not interpret else 1  # the interpreter takes boxes of any size
-    apart = lambda array: array.reshape(*array.shape[:-1], -1, unit) if unit > 1 else array  # noqa: E731
-    whole = lambda array: array.reshape(*array.shape[:-2], -1) if unit > 1 else array  # noqa: E731
     scratch = dict(
         tile=plgpu.SMEM(tile(config.block_t), x.dtype),
         edge=plgpu.SMEM(tile(max(width - 1, 1)), x.dtype),
@@ -88,24 +71,23 @@ def launch(
     if residual is not None:
         scratch["added"] = plgpu.SMEM(tile(config.block_t), residual.dtype)
         scratch["added_ready"] = plgpu.Barrier(num_barriers=config.tiles)
-    names, operands = ["x", "weight"], [apart(x), weight]
+    names, operands = ["x", "weight"], [x, weight]
     for name, operand in (
-        ("starts", starts), ("bias", bias), ("slots", slots), ("has_state", has_state),
-        ("residual", None if residual is None else apart(residual)), ("seqlens", seqlens),
+        ("starts", starts), ("bias", bias), ("slots", slots), ("has_state", has_state), ("residual", residual),
+        ("seqlens", seqlens),
     ):  # fmt: skip
         if operand is not None:
             names.append(name)
             operands.append(operand)
     if pooled:
         names.append("pool")
-        operands.append(jax.new_ref(apart(conv_states), memory_space=plgpu.GMEM))
+        operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
 
     body = functools.partial(
         _kernel, num_slots=None if conv_states is None else conv_states.shape[0], batch=batch, seqlen=seqlen,
         config=config, grid=grid,
         silu=silu, pad_slot_id=pad_slot_id, interpret=bool(interpret), always_state=always_state,
-        channel=channel // unit, state_layout=state_layout, store_state=store_state, window_copies=window_copies,
-        unit=unit,
+        channel=channel, state_layout=state_layout, store_state=store_state, window_copies=window_copies,
     )  # fmt: skip
     sizes = (dim,) if split_sizes is None else split_sizes
 
@@ -115,17 +97,14 @@ def launch(
 
     outs = pl.kernel(
         kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct((tokens, size) if unit == 1 else (tokens, size // unit, unit), x.dtype)
-            for size in sizes
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct((tokens, size), x.dtype) for size in sizes),
         mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",)),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         name="causal_conv1d_prefill",
     )(*operands)
-    out = whole(outs[0]) if split_sizes is None else tuple(map(whole, outs))
-    return out, whole(jax.freeze(operands[-1])) if pooled else conv_states
+    out = outs[0] if split_sizes is None else tuple(outs)
+    return out, jax.freeze(operands[-1]) if pooled else conv_states
 
 
 def check_grid(programs, tokens=0):
@@ -141,33 +120,24 @@ def check_grid(programs, tokens=0):
 def _kernel(
     refs, outs, *, tile, edge, window, tile_ready, edge_ready, window_ready,
     num_slots, batch, seqlen, config, grid, silu, pad_slot_id, interpret, always_state, channel, state_layout, store_state,
-    window_copies, unit, added=None, added_ready=None,
+    window_copies, added=None, added_ready=None,
 ):  # fmt: skip
     x, weight, starts, pool = refs["x"], refs["weight"], refs.get("starts"), refs.get("pool")
     seqlens, new_pool = refs.get("seqlens"), pool if store_state else None
     tokens = x.shape[0]
-    dim, history = weight.shape[0] // unit, weight.shape[1] - 1
-    lanes, block_t, group = config.lanes, config.block_t, config.group
-    # Rows of GMEM are [dim], or [dim / BOX, BOX] where a tile has more than BOX lanes; a tile's rows are [lanes].
-    columns = lanes // unit
-    boxes = lambda rows: rows.reshape(rows.shape[0], columns, unit) if unit > 1 else rows  # noqa: E731
-    plain = (
-        len(outs) == 1 and added is None and state_layout == "front" and store_state and dim % columns == 0
-    )
-    short = config.short if plain and tokens > config.short else 0
-    sizes = sorted({min(n, tokens, block_t) for n in ((GROUP, block_t) if short else (1, GROUP, block_t))})
+    dim, history = weight.shape[0], weight.shape[1] - 1
+    lanes, block_t = config.lanes, config.block_t
+    has_edges = history > 0 and tokens > block_t
+    # For one token the way through shared memory is mostly waiting; loads and stores by threads do not clip.
+    in_registers = (
+        config.flat and len(outs) == 1 and added is None and state_layout == "front" and store_state
+        and dim % lanes == 0
+    )  # fmt: skip
 
     program = lax.axis_index("program")
     block, column = div(program, grid.columns), rem(program, grid.columns)
-    if config.touch:
-        touch([refs[name] for name in ("slots", "has_state") if name in refs], interpret=interpret)
     if config.flat:
-        block = rem(block, config.streams) * (grid.blocks // config.streams) + div(block, config.streams)
-    if config.ahead and not channel and x.size == tokens * weight.shape[0] and dim % columns == 0:
-        share = block_t * config.tiles * lanes * x.dtype.itemsize
-        fetch_share(x, block * grid.columns + column, share, interpret=interpret)
-        issue_loads(interpret=interpret)
-    if config.flat:
+        block = rem(block, STREAMS) * (grid.blocks // STREAMS) + div(block, STREAMS)
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = jnp.minimum(div(block, config.row_blocks), batch)
@@ -177,110 +147,68 @@ def _kernel(
     else:
         start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
         end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
-    if config.early:
-        early_slot, early_live = row_slot(refs, row, batch, num_slots, pad_slot_id)
-        early_stateful = _stateful(refs, row, batch, always_state)
-        issue_loads(interpret=interpret)
     row_length = end - start
-
-    def ask():
-        """The row's slot, whether it is computed, whether it has a state."""
-        if config.early:
-            return early_slot, early_live, early_stateful
-        return *row_slot(refs, row, batch, num_slots, pad_slot_id), _stateful(refs, row, batch, always_state)
+    # Slot and flag are asked for together with the offsets, so that they cost no wait of their own.
+    slot, live = row_slot(refs, row, batch, num_slots, pad_slot_id)
+    stateful = _stateful(refs, row, batch, always_state)
+    issue_loads(interpret=interpret)
 
     def run_block(index):
-        begin = start + index * block_t
-        length = jnp.minimum(end - begin, block_t)
-        first = index == 0
-        if not short:
-            run_long(index, begin, length, first)
+        if not in_registers:
+            run_tiles(index)
             return
-        is_short = (row_length <= short) & (row < batch)
+        one_token = (row < batch) & (row_length == 1)
 
-        @pl.when(is_short)
+        @pl.when(one_token)
         def _():
             for _, channels in tiles():
-                pl.when(channels.start < dim)(lambda channels=channels: run_short(channels, begin))
+                pl.when(channels.start < dim)(lambda channels=channels: run_token(channels))
 
-        pl.when(jnp.logical_not(is_short))(lambda: run_long(index, begin, length, first))
+        pl.when(jnp.logical_not(one_token))(lambda: run_tiles(index))
 
-    def run_short(channels, begin):
-        """A whole row of 1 to `short` tokens, in registers. All loads are on their way before the first use."""
-
-        def lanes_of(ref, *row, of=channels):
-            return ref.at[(*row, of)].reshape(lanes) if unit > 1 else ref.at[(*row, of)]
-
-        def in_layout(value):
-            return value if interpret else plgpu.layout_cast(value, layout(lanes))
-
-        last = row_length - 1
-        fresh = [
-            lanes_of(x, begin + (jnp.minimum(r, last) if r else 0), of=of_x(channels))[...]
-            for r in range(short)
-        ]
-        fresh = tuple(map(in_layout, fresh))
-        taps, bias = load_taps(weight, refs.get("bias"), channels.start * unit, lanes, interpret=interpret)
+    def run_token(channels):
+        """A row of one token, its window included."""
+        in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
+        token = in_layout(x[start, of_x(channels)])
+        taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         issue_loads(interpret=interpret)
-        slot, live, stateful = ask()
         no_past = lambda: (in_layout(jnp.zeros((lanes,), window.dtype)),) * history  # noqa: E731
         past = no_past()
         if pool is not None:
-            load_past = lambda: tuple(in_layout(lanes_of(pool, slot, j)[...]) for j in range(history))  # noqa: E731
+            load_past = lambda: tuple(in_layout(pool[slot, j, channels]) for j in range(history))  # noqa: E731
             past = lax.cond(live & stateful, load_past, no_past)
 
-        entries = tuple(entry.astype(jnp.float32) for entry in (*past, *fresh))
+        entries = tuple(entry.astype(jnp.float32) for entry in (*past, token))
+        y = convolve(entries, taps, bias, silu=silu, interpret=interpret)
+        outs[0][start, channels] = keep(live, y, interpret=interpret).astype(x.dtype)
+        if pool is not None:
 
-        def token(r):
-            y = convolve(entries[r : r + history + 1], taps, bias, silu=silu, interpret=interpret)
-            lanes_of(outs[0], begin + r)[...] = keep(live, y, interpret=interpret).astype(x.dtype)
+            @pl.when(live)
+            def _():
+                for j, entry in enumerate((*past[1:], token.astype(pool.dtype))):
+                    pool[slot, j, channels] = entry
 
-        token(0)
-        for r in range(1, short):
-            pl.when(row_length > r)(lambda r=r: token(r))
-
-        if new_pool is not None:
-            states = (*past, *(token.astype(pool.dtype) for token in fresh))
-            for length in range(1, short + 1):
-
-                @pl.when(live if short == 1 else live & (row_length == length))
-                def _(length=length):
-                    for j in range(history):
-                        lanes_of(pool, slot, j)[...] = states[length + j]
-
-    def run_long(index, begin, length, first):
+    def run_tiles(index):
+        begin = start + index * block_t
+        length = jnp.minimum(end - begin, block_t)
+        first = index == 0
         for i, channels in tiles():  # x is asked for before it is known whether the row is live
 
             @pl.when((row < batch) & (channels.start < dim))
             def _(i=i, channels=channels):
-                load_rows(x, of_x(channels), boxes(tile.at[i]), tile_ready.at[i], begin, length, sizes)
-                if config.early and history:
+                fewest = GROUP if in_registers else 1
+                load_rows(x, of_x(channels), tile.at[i], tile_ready.at[i], begin, length, fewest)
+                if has_edges:
                     load_edge(i, channels, begin, first)
 
-        slot, live, stateful = ask()
-        if added is not None:
-            for i, channels in tiles():
+        for i, channels in tiles():
 
-                @pl.when(live & (channels.start < dim))
-                def _(i=i, channels=channels):
-                    load_rows(
-                        refs["residual"],
-                        channels,
-                        boxes(added.at[i]),
-                        added_ready.at[i],
-                        begin,
-                        length,
-                        sizes,
-                    )
-
-        if history:
-            for i, channels in tiles():
-
-                @pl.when(live & (channels.start < dim))
-                def _(i=i, channels=channels):
-                    load_history(i, channels, first, slot, stateful)
-                    if not config.early:
-                        load_edge(i, channels, begin, first)
+            @pl.when(live & (channels.start < dim))
+            def _(i=i, channels=channels):
+                if added is not None:
+                    load_rows(refs["residual"], channels, added.at[i], added_ready.at[i], begin, length)
+                if pool is not None:
+                    pl.when(first & stateful)(lambda: load_past(i, channels))
 
         for i, channels in tiles():
 
@@ -288,67 +216,56 @@ def _kernel(
             def _(i=i, channels=channels):
                 @pl.when(live)
                 def _():
-                    convolve_tile(i, channels, length, first, stateful)
+                    convolve_tile(i, channels, length, first)
 
                 @pl.when(jnp.logical_not(live))
                 def _():
                     @pl.when(row < batch)
                     def _():
                         plgpu.barrier_wait(tile_ready.at[i])
-                        if config.early and history and tokens > block_t:
+                        if has_edges:
                             pl.when(needs_edge(first))(lambda: plgpu.barrier_wait(edge_ready.at[i]))
 
-                    if config.early:  # without a loop, which the compiler would unroll into much more code
-                        for r in range(block_t):
-                            store_zeros(tile.at[i], r, interpret)
-                    else:
-                        lax.fori_loop(0, length, lambda row, _: store_zeros(tile.at[i], row, interpret), None)
+                    for r in range(block_t):  # a loop to `length` would be unrolled into far more code
+                        store_zeros(tile.at[i], r, interpret)
 
                 plgpu.commit_smem()
-                in_parts(
-                    outs, channels, lambda out, part: store_rows(boxes(tile.at[i]), out, part, begin, length)
-                )
+                in_parts(outs, channels, lambda out, part: store_rows(tile.at[i], out, part, begin, length))
                 if new_pool is not None:
 
                     @pl.when(live & first)
                     def _():
                         slots = lambda channels: pool.at[slot, pl.ds(0, history), channels]  # noqa: E731
-                        copy_out(boxes(window.at[i]), slots, channels, dim)
+                        copy_out(window.at[i], slots, channels, dim)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def tiles():
         for i in range(config.tiles):
-            yield i, pl.ds((column * config.tiles + i) * columns, columns)
+            yield i, pl.ds((column * config.tiles + i) * lanes, lanes)
 
     def of_x(channels):
-        return pl.ds(channels.start + channel, columns) if channel else channels
+        return pl.ds(channels.start + channel, lanes) if channel else channels
 
     def needs_edge(first):
         later = jnp.logical_not(first)
         return later | (row_length > block_t) if store_state else later
 
-    def load_history(i, channels, first, slot, stateful):
-        """Before a row's first block: its window."""
-        if pool is not None:
-
-            @pl.when(first & stateful)
-            def _():
-                ready = lambda j: window_ready.at[i * window_copies + j]  # noqa: E731
-                load_window(pool, slot, channels, boxes(window.at[i]), ready, state_layout, seqlens, row)
-
     def load_edge(i, channels, begin, first):
-        """Before another block: the tokens there. For the first one: the row's last tokens."""
-        if tokens > block_t:
-            far = (jnp.where(first, end, begin) if store_state else begin) - history
+        """Before a later block: the tokens there. Before the first one of a longer row: the row's last tokens."""
+        far = (jnp.where(first, end, begin) if store_state else begin) - history
 
-            @pl.when(needs_edge(first))
-            def _():
-                halo = x.at[pl.ds(far, history), of_x(channels)]
-                plgpu.copy_gmem_to_smem(halo, boxes(edge.at[i]), edge_ready.at[i])
+        @pl.when(needs_edge(first))
+        def _():
+            halo = x.at[pl.ds(far, history), of_x(channels)]
+            plgpu.copy_gmem_to_smem(halo, edge.at[i], edge_ready.at[i])
 
-    def convolve_tile(i, channels, length, first, stateful):
-        taps, bias = load_taps(weight, refs.get("bias"), channels.start * unit, lanes, interpret=interpret)
+    def load_past(i, channels):
+        ready = lambda j: window_ready.at[i * window_copies + j]  # noqa: E731
+        load_window(pool, slot, channels, window.at[i], ready, state_layout, seqlens, row)
+
+    def convolve_tile(i, channels, length, first):
+        taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         past = ()
         if history:
             if pool is not None:
@@ -363,7 +280,7 @@ def _kernel(
                 for j in range(history):
                     store_zeros(window.at[i], j, interpret)
 
-            if tokens > block_t:
+            if has_edges:
 
                 @pl.when(needs_edge(first))
                 def _():
@@ -398,9 +315,9 @@ def _kernel(
                 past = past[1:]
             return past
 
-        groups = div(length, group)
-        past = lax.fori_loop(0, groups, lambda g, past: rows(g * group, group, past), past)
-        lax.fori_loop(groups * group, length, lambda r, past: rows(r, 1, past), past)
+        groups = div(length, GROUP)
+        past = lax.fori_loop(0, groups, lambda g, past: rows(g * GROUP, GROUP, past), past)
+        lax.fori_loop(groups * GROUP, length, lambda r, past: rows(r, 1, past), past)
 
     def new_state(i, j):
         """Entry row_length + j of window ++ x, in the pool's dtype."""
@@ -426,17 +343,12 @@ def _kernel(
     # A row longer than max_seqlen promised: its programs walk on.
     first = block - row * config.row_blocks
     stride = jnp.where(row == batch, jnp.int32(config.tail_blocks), jnp.int32(config.row_blocks))
-    if config.walk:
 
-        def walk(index):
-            run_block(index)
-            return index + stride
+    def walk(index):
+        run_block(index)
+        return index + stride
 
-        lax.while_loop(lambda index: index * block_t < row_length, walk, first)
-        return
-    row_blocks = div(row_length + block_t - 1, block_t)
-    turns = lax.div(jnp.maximum(row_blocks - first + stride - 1, 0), stride)
-    lax.fori_loop(0, turns, lambda turn, _: run_block(first + turn * stride), None)
+    lax.while_loop(lambda index: index * block_t < row_length, walk, first)
 
 
 def _offset(starts, row, tokens):
@@ -474,11 +386,10 @@ def load_window(pool, slot, channels, window, ready, layout, seqlens, row):
     plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(first, history), channels], window, ready(0))
 
 
-def load_rows(x, channels, tile, ready, begin, length, sizes=None):
-    """Starts the copy of `length` tokens, or a few more, into the first rows of the tile."""
+def load_rows(x, channels, tile, ready, begin, length, fewest=1):
+    """Starts the copy of `length` tokens, or a few more, into the first rows of the tile: one of three boxes."""
     smaller = 0
-    if sizes is None:
-        sizes = sorted({min(n, x.shape[0], tile.shape[0]) for n in (1, GROUP, tile.shape[0])})
+    sizes = sorted({min(n, x.shape[0], tile.shape[0]) for n in (fewest, GROUP, tile.shape[0])})
     for size in sizes:
 
         @pl.when((length > smaller) & (length <= size))

@@ -220,61 +220,6 @@ def find_row(starts_ref, block, block_t, batch, tokens, *, interpret):
     return count(starts_ref, row, block)
 
 
-def touch(refs, *, interpret):
-    """Asks for the lines of small vectors in GMEM, one line a thread, so that later loads of any element are short."""
-    if interpret or not refs:
-        return
-
-    @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
-    def ask(_, *refs):
-        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        thread = mgpu.thread_idx()
-        for ref in refs:
-            kind = ir.MemRefType(ref.type)
-            line = 128 // max(kind.element_type.width // 8, 1)
-            lines = min(-(-kind.shape[0] // line), WARPGROUP)
-            here = arith.cmpi(arith.CmpIPredicate.ult, thread, mgpu.c(lines, int32))
-            with mgpu.when(here):
-                place = arith.index_cast(index, arith.muli(thread, mgpu.c(line, int32)))
-                address = mgpu.utils.memref_ptr(mgpu.utils.memref_slice(ref, place))
-                llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"),
-                    [address],
-                    "prefetch.global.L2 [$0];",
-                    "l",
-                    has_side_effects=True,
-                )
-
-    ask(*refs)
-
-
-def fetch_share(ref, share, size, *, interpret):
-    """Asks for bytes `share * size` to `(share + 1) * size - 1` of an array in GMEM, as far as there are any."""
-    if interpret:
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def ask(_, ref, share):
-        int32, int64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        kind = ir.MemRefType(ref.type)
-        total = int(np.prod(kind.shape)) * kind.element_type.width // 8
-        shares = -(-total // size)
-        share = share.registers.item()
-        first_thread = arith.cmpi(arith.CmpIPredicate.eq, mgpu.thread_idx(), mgpu.c(0, int32))
-        inside = arith.cmpi(arith.CmpIPredicate.ult, share, mgpu.c(shares, int32))
-        with mgpu.when(arith.andi(first_thread, inside)):
-            last = arith.cmpi(arith.CmpIPredicate.eq, share, mgpu.c(shares - 1, int32))
-            count = arith.select(last, mgpu.c(total - (shares - 1) * size, int32), mgpu.c(size, int32))
-            base = llvm.ptrtoint(int64, mgpu.utils.memref_ptr(ref))
-            start = arith.addi(base, arith.muli(arith.extui(int64, share), mgpu.c(size, int64)))
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [start, count], "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r",
-                has_side_effects=True,
-            )  # fmt: skip
-
-    ask(ref, share)
-
-
 def _gather(load, first, dim, lanes):
     """A float32 FragmentedArray of `load(c)` for c from `first` on, clamped to the last channel."""
     index = ir.IndexType.get()

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import pallas_impl
-from pallas_impl import api
 
 PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
 pytestmark = [
@@ -104,23 +103,6 @@ def check(executable, printed, most_registers, pool_bytes):
 def test_prefill(compiled, tokens, batch, schedule):
     executable, printed = prefill(compiled, tokens, 8192, batch, schedule=schedule, max_seqlen=2048)
     check(executable, printed, 80, (2 * batch + 3) * 3 * 8192 * 2)
-
-
-@pytest.mark.parametrize(
-    ("fields", "most_registers"),
-    [
-        (dict(flat=True, short=1, group=2, early=True, ahead=True), 48),
-        (dict(flat=True, short=4, touch=True), 56),
-        (dict(flat=True, lanes=512, block_t=16, short=1, group=2), 72),
-        (dict(flat=False, row_blocks=64, tail_blocks=8, walk=True, early=True, group=2), 48),
-    ],
-    ids=["short", "short-4", "wide", "walk"],
-)
-def test_prefill_configs(compiled, monkeypatch, fields, most_registers):
-    choose = api.prefill_config
-    monkeypatch.setattr(api, "prefill_config", lambda *sizes: choose(*sizes)._replace(**fields))
-    executable, printed = prefill(compiled, 16384, 8192, 8, max_seqlen=2048)
-    check(executable, printed, most_registers, 19 * 3 * 8192 * 2)
 
 
 @pytest.mark.parametrize("batch", [1, 256, 1024])
