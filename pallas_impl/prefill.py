@@ -128,7 +128,7 @@ def _kernel(
     dim, history = weight.shape[0], weight.shape[1] - 1
     lanes, block_t = config.lanes, config.block_t
     has_edges = history > 0 and tokens > block_t
-    # For one token the way through shared memory is mostly waiting; loads and stores by threads do not clip.
+    # One token is not worth the waits for TMA; but loads and stores of registers do not clip.
     in_registers = (
         config.flat and len(outs) == 1 and added is None and state_layout == "front" and store_state
         and dim % lanes == 0
@@ -154,49 +154,14 @@ def _kernel(
     issue_loads(interpret=interpret)
 
     def run_block(index):
-        if not in_registers:
-            run_tiles(index)
-            return
-        one_token = (row < batch) & (row_length == 1)
-
-        @pl.when(one_token)
-        def _():
-            for _, channels in tiles():
-                pl.when(channels.start < dim)(lambda channels=channels: run_token(channels))
-
-        pl.when(jnp.logical_not(one_token))(lambda: run_tiles(index))
-
-    def run_token(channels):
-        """A row of one token, its window included."""
-        in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
-        token = in_layout(x[start, of_x(channels)])
-        taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
-        issue_loads(interpret=interpret)
-        no_past = lambda: (in_layout(jnp.zeros((lanes,), window.dtype)),) * history  # noqa: E731
-        past = no_past()
-        if pool is not None:
-            load_past = lambda: tuple(in_layout(pool[slot, j, channels]) for j in range(history))  # noqa: E731
-            past = lax.cond(live & stateful, load_past, no_past)
-
-        entries = tuple(entry.astype(jnp.float32) for entry in (*past, token))
-        y = convolve(entries, taps, bias, silu=silu, interpret=interpret)
-        outs[0][start, channels] = keep(live, y, interpret=interpret).astype(x.dtype)
-        if pool is not None:
-
-            @pl.when(live)
-            def _():
-                for j, entry in enumerate((*past[1:], token.astype(pool.dtype))):
-                    pool[slot, j, channels] = entry
-
-    def run_tiles(index):
         begin = start + index * block_t
         length = jnp.minimum(end - begin, block_t)
         first = index == 0
+        fewest = GROUP if in_registers else 1  # a box less is a tensor map less
         for i, channels in tiles():  # x is asked for before it is known whether the row is live
 
             @pl.when((row < batch) & (channels.start < dim))
             def _(i=i, channels=channels):
-                fewest = GROUP if in_registers else 1
                 load_rows(x, of_x(channels), tile.at[i], tile_ready.at[i], begin, length, fewest)
                 if has_edges:
                     load_edge(i, channels, begin, first)
@@ -261,6 +226,7 @@ def _kernel(
             plgpu.copy_gmem_to_smem(halo, edge.at[i], edge_ready.at[i])
 
     def load_past(i, channels):
+        """Before the first block of a row with a state: its window."""
         ready = lambda j: window_ready.at[i * window_copies + j]  # noqa: E731
         load_window(pool, slot, channels, window.at[i], ready, state_layout, seqlens, row)
 
@@ -331,12 +297,44 @@ def _kernel(
             return short()
         return lax.cond(row_length > block_t, lambda: edge[i, j].astype(window.dtype), short)
 
+    def run_token(channels):
+        """A whole row of one token; x and taps are asked for before slot and flag are waited for."""
+        in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
+        token = in_layout(x[start, of_x(channels)])
+        taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
+        issue_loads(interpret=interpret)
+        no_past = lambda: (in_layout(jnp.zeros((lanes,), window.dtype)),) * history  # noqa: E731
+        past = no_past()
+        if pool is not None:
+            read_past = lambda: tuple(in_layout(pool[slot, j, channels]) for j in range(history))  # noqa: E731
+            past = lax.cond(live & stateful, read_past, no_past)
+
+        entries = tuple(entry.astype(jnp.float32) for entry in (*past, token))
+        y = convolve(entries, taps, bias, silu=silu, interpret=interpret)
+        outs[0][start, channels] = keep(live, y, interpret=interpret).astype(x.dtype)
+        if pool is not None:
+
+            @pl.when(live)
+            def _():
+                for j, entry in enumerate((*past[1:], token.astype(pool.dtype))):
+                    pool[slot, j, channels] = entry
+
     if config.flat:
         index = block - div(start, block_t) - row
 
         @pl.when((index >= 0) & (index * block_t < row_length))
         def _():
-            run_block(index)
+            if not in_registers:
+                run_block(index)
+                return
+            one_token = (row < batch) & (row_length == 1)
+
+            @pl.when(one_token)
+            def _():
+                for _, channels in tiles():
+                    pl.when(channels.start < dim)(functools.partial(run_token, channels))
+
+            pl.when(jnp.logical_not(one_token))(lambda: run_block(index))
 
         return
 

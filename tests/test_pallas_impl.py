@@ -195,6 +195,24 @@ def test_many_rows_in_interleaved_streams():
     check(ConvOutput(*in_interpreter(problem, conf)), "causal_conv1d_fn", problem)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(dtype="float32", padding=(2,)),
+        dict(width=8, dtype="float16", pool_dtype="float32", tail=0),
+        dict(width=2, dim=256, pool_dtype="float16"),
+        dict(width=1, padding=(3,)),
+        dict(dim=136),  # channels that no tile divides
+    ],
+    ids=str,
+)
+def test_rows_of_one_token_under_flat(shape):
+    problem = prefill_problem((1, 0, 1, 2, 1, 9, 1), **shape, seed=3)
+    assert set(np.asarray(problem["has_initial_state"])[[0, 2, 4, 6]]) == {False, True}
+    result = causal_conv1d_fn(**problem, activation="silu", schedule="flat", backend="mosaic_gpu_interpret")
+    check(result, "causal_conv1d_fn", problem, activation="silu")
+
+
 def races_found():
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
@@ -211,6 +229,13 @@ def reset_interpreter():
 def test_no_data_races(flat):
     problem = prefill_problem((3, 20), padding=())
     in_interpreter(problem, (flat, 8, 128, 1, 1, 1), races=True)
+    assert not races_found()
+
+
+def test_rows_of_one_token_have_no_data_races():
+    problem = prefill_problem((1, 0, 1, 9, 1, 1), padding=(4,), seed=3)
+    result = in_interpreter(problem, (True, 8, 128, 1, 0, 0), races=True)
+    check(ConvOutput(*result), "causal_conv1d_fn", problem)
     assert not races_found()
 
 
