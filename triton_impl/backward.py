@@ -23,7 +23,18 @@ import triton.language as tl
 from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2, walks
 from triton_impl.launch import Launch, stride
 from triton_impl.prefill import _find_row
-from triton_impl.taps import NATIVE_PTX, convolve, load_bias, load_taps, narrow, offset, widen, word_bits
+from triton_impl.taps import (
+    NATIVE_PTX,
+    convolve,
+    join_columns,
+    load_bias,
+    load_taps,
+    narrow,
+    offset,
+    split_columns,
+    widen,
+    word_bits,
+)
 
 
 class BackwardConfig(NamedTuple):
@@ -156,19 +167,7 @@ def _load_tile(
     token = tl.arange(0, COUNT)[None, :]
     here = t < end if ALIGNED else t + token < end
     tile = tl.load(source + ch[:, None] * stride_d + (t + token), mask=wanted[:, None] & here, other=0.0)
-    columns = (tile,)
-    for level in tl.static_range(LEVELS):
-        even = ()
-        odd = ()
-        for i in tl.static_range(1 << level):
-            if level < LEVELS - 1:
-                pair = tl.split(tl.reshape(columns[i], [ch.shape[0], COUNT >> (level + 1), 2]))
-            else:
-                pair = tl.split(columns[i])
-            even = even + (pair[0],)
-            odd = odd + (pair[1],)
-        columns = even + odd
-    return columns
+    return split_columns(tile, LEVELS)
 
 
 @triton.jit
@@ -176,17 +175,13 @@ def _store_tile(
     target, columns, t, end, ch, in_dim, stride_d, COUNT: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
     """The converse of `_load_tile`."""
-    for level in tl.static_range(LEVELS):
-        pairs = ()
-        for i in tl.static_range(COUNT >> (level + 1)):
-            pair = tl.join(columns[i], columns[i + (COUNT >> (level + 1))])
-            if level > 0:
-                pair = tl.reshape(pair, [ch.shape[0], 2 << level])
-            pairs = pairs + (pair,)
-        columns = pairs
     token = tl.arange(0, COUNT)[None, :]
     here = t < end if ALIGNED else t + token < end
-    tl.store(target + ch[:, None] * stride_d + (t + token), columns[0], mask=in_dim[:, None] & here)
+    tl.store(
+        target + ch[:, None] * stride_d + (t + token),
+        join_columns(columns, LEVELS),
+        mask=in_dim[:, None] & here,
+    )
 
 
 @triton.jit

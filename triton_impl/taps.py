@@ -69,17 +69,17 @@ def narrow(value, dtype: tl.constexpr):
 
 @triton.jit
 def split_columns(tile, LEVELS: tl.constexpr):
-    """The 2**LEVELS columns of a tile along its third axis, in their order."""
+    """The 2**LEVELS columns of a tile along its last axis, in their order."""
     columns = (tile,)
     if LEVELS == 0:
-        columns = (tl.reshape(tile, [tile.shape[0], tile.shape[1]]),)
+        columns = (tl.reshape(tile, tile.shape[:-1]),)
     for level in tl.static_range(LEVELS):
         even = ()
         odd = ()
         for i in tl.static_range(1 << level):
             column = columns[i]
             if level < LEVELS - 1:
-                column = tl.reshape(column, [column.shape[0], column.shape[1], 1 << (LEVELS - level - 1), 2])
+                column = tl.reshape(column, column.shape[:-1] + (1 << (LEVELS - level - 1), 2))
             pair = tl.split(column)
             even = even + (pair[0],)
             odd = odd + (pair[1],)
@@ -95,7 +95,7 @@ def join_columns(columns, LEVELS: tl.constexpr):
         for i in tl.static_range(1 << (LEVELS - level - 1)):
             pair = tl.join(columns[i], columns[i + (1 << (LEVELS - level - 1))])
             if level > 0:
-                pair = tl.reshape(pair, [pair.shape[0], pair.shape[1], 2 << level])
+                pair = tl.reshape(pair, pair.shape[:-2] + (2 << level,))
             pairs = pairs + (pair,)
         columns = pairs
     return columns[0]
