@@ -86,7 +86,8 @@ def check(result, op, problem, **options):
     bound = tolerance.error_bound(pre, magnitude, host["weight"].shape[1], dtype, activation)
     got = np.asarray(result.out).astype(np.float64)
     exact = numerics.silu(pre) if activation else pre
-    worst = np.where(computed, tolerance.fraction_of_bound(got, exact, bound, dtype), got != 0)
+    zero = np.where(got == 0, 0, np.inf)  # of padding rows and tokens after the last row
+    worst = np.where(computed, tolerance.fraction_of_bound(got, exact, bound, dtype), zero)
     assert worst.max(initial=0) <= 1
 
 
