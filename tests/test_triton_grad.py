@@ -3,6 +3,8 @@
 The eager path's values, and the kernels' core cases, are judged by test_triton_conformance.py.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import triton_impl
 from oracle.conformance.catalogue import backward as case_of
 from oracle.numerics import TypedArray
 from tests import gradient_cases as gradients
+from tests.covering import cover
 from tests.synchronisation import no_synchronisation
 from triton_impl import backward, prepared
 from triton_impl import run as run_module
@@ -64,8 +67,17 @@ def run(arguments, dout, dfinal, activation="silu", **options):
     return [found.get(name) for name in FLOATS]
 
 
-def assert_right(problem, device="cpu", **options):
-    found = run(*tensors(problem, device), problem.activation, **options)
+def backward_alone(arguments, dout, dfinal, activation="silu", *, backend, schedule):
+    """`run` without the forward pass, of which gradients need nothing: the operator as autograd calls it."""
+    a = {name: None if t is None else t.detach() for name, t in arguments.items()}
+    found = torch.ops.twinconv.causal_conv1d_backward(
+        dout, dfinal, *a.values(), activation, None, schedule, backend, True, a["initial_states"] is not None
+    )
+    return [None if a[name] is None else g for name, g in zip(FLOATS, found, strict=True)]
+
+
+def assert_right(problem, differentiate, device="cpu", **options):
+    found = differentiate(*tensors(problem, device), problem.activation, **options)
     assert not gradients.judge(problem, map(to_typed, found))
 
 
@@ -86,7 +98,7 @@ FULL = {name: case for name, case in CASES.items() if case.tier == "full"}
 
 @pytest.mark.parametrize(("case", "options"), list(zip(FULL.values(), KERNELS * len(FULL))), ids=FULL)  # noqa: B905
 def test_kernels_against_the_reference(case, options):
-    assert_right(gradients.build(case), **options)
+    assert_right(gradients.build(case), backward_alone, **options)
 
 
 def test_forward_is_the_prefill_bit_for_bit():
@@ -113,13 +125,13 @@ def test_both_schedules_give_the_same_bits():
 
 def test_block_sizes_do_not_change_dx(monkeypatch):
     problem = wide()
-    plain = run(*tensors(problem), **KERNELS[0])
+    plain = backward_alone(*tensors(problem), **KERNELS[0])
     choose = backward.backward_config
     for changes in ({"block_t": 16, "group": 2}, {"block_t": 64, "block_d": 16, "group": 8, "search": 2}):
         with monkeypatch.context() as patch:
             patch.setattr(backward, "backward_config", lambda *a, c=changes: choose(*a)._replace(**c))
             prepared.forget()
-            other = run(*tensors(problem), **KERNELS[0])
+            other = backward_alone(*tensors(problem), **KERNELS[0])
             prepared.forget()
         assert torch.equal(other[0], plain[0])
         assert torch.equal(other[3], plain[3])
@@ -173,58 +185,60 @@ LAYOUTS = {
     "sequence-first": (sequence_first, sequence_first),
 }
 ROWS = {
-    "packed": dict(lengths=(40, 3, 0, 33), tail=5),
-    "dense, whole tiles": dict(lengths=(40, 40, 40), tail=0, dense=True),
+    "packed": dict(lengths=(3, 0, 33, 9), tail=5),
+    "dense, whole tiles": dict(lengths=(40, 40), tail=0, dense=True),
     "dense, uneven": dict(lengths=(37, 37), tail=0, dense=True),
     "dense, one row": dict(lengths=(40,), tail=0, dense=True),
     "dense, short": dict(lengths=(2, 2, 2), tail=0, dense=True),
 }
 
 
-def assert_layout_does_not_matter(problem, layout, device="cpu"):
-    """In any layout, and in both schedules, the very bits of contiguous x and dout, and gradients laid out as x is."""
+def assert_layout_does_not_matter(problem, layout, kernels, differentiate, device="cpu"):
+    """In any layout, by any of `kernels`, the very bits of contiguous x and dout, and gradients laid out as x is."""
     arguments, dout, dfinal = tensors(problem, device)
     of_x, of_dout = LAYOUTS[layout]
     if of_dout is not None:
         dout = of_dout(dout)
-    plain = run(arguments, dout.contiguous(), dfinal, **KERNELS[0])
+    plain = differentiate(arguments, dout.contiguous(), dfinal, **KERNELS[0])
     changed = dict(arguments)
     if of_x is not None:
         changed["x"] = of_x(arguments["x"].detach()).requires_grad_()
-    for options in (*KERNELS, {"backend": "eager"}):
-        found = run(changed, dout, dfinal, **options)
+    eager = run(changed, dout, dfinal, backend="eager")
+    others = [differentiate(changed, dout, dfinal, **options) for options in kernels]
+    for found in (eager, *others):
         assert found[0].stride() == torch.empty_like(changed["x"]).stride()
-        if options in KERNELS:
-            assert_same(found, plain)
-        else:
-            assert "expanded" in layout or not gradients.judge(problem, map(to_typed, found))
+    for found in others:
+        assert_same(found, plain)
+    if "expanded" not in layout:
+        assert not gradients.judge(problem, map(to_typed, eager))
+        assert not gradients.judge(problem, map(to_typed, plain))
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_x_and_dout(layout, rows):
-    assert_layout_does_not_matter(wide(**ROWS[rows]), layout)
+KINDS = ("packed", "dense, whole tiles", "dense, short")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("width", [1, 2, 4, 8])
-@pytest.mark.parametrize("rows", ["packed", "dense, whole tiles", "dense, short"])
-def test_channel_first_widths(rows, width, dtype):
-    """Also rows shorter than width-1."""
-    assert_layout_does_not_matter(wide(width=width, dtype=dtype, **ROWS[rows]), "both")
+def meetings(case):
+    """Any two parts of a case; and rows of each kind in every width where both tensors are channel-first."""
+    layout, rows, _, width, *_ = case
+    pairs = set(itertools.combinations(enumerate(case), 2))
+    return pairs | {(rows, width)} if layout == "both" and rows in KINDS else pairs
 
 
-@pytest.mark.parametrize("dim", [1, 5, 130])
-@pytest.mark.parametrize("rows", ["packed", "dense, whole tiles"])
-def test_channel_first_dims(rows, dim):
-    """Not divided by blocks of channels."""
-    assert_layout_does_not_matter(wide(dim=dim, **ROWS[rows]), "both")
+# No block divides 130, which has two blocks of channels. Rows may be shorter than width-1. Without states, what lies
+# before a row is zero, not the row before.
+MEETING = cover(
+    itertools.product(
+        LAYOUTS, ROWS, (8, 130, 1, 5), (4, 1, 2, 8), ("float32", "bfloat16"), (True, False), ("flat", "per_sequence")
+    ),
+    meetings,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_channel_first_without_states(rows):
-    """What lies before a row is zero, not the row before."""
-    assert_layout_does_not_matter(wide(initial=False, final=False, **ROWS[rows]), "both")
+@pytest.mark.parametrize(("layout", "rows", "dim", "width", "dtype", "states", "schedule"), MEETING)
+def test_layouts_of_x_and_dout(layout, rows, dim, width, dtype, states, schedule):
+    problem = wide(dim=dim, width=width, dtype=dtype, initial=states, final=states, **ROWS[rows])
+    kernels = [{"backend": "triton", "schedule": schedule}]
+    assert_layout_does_not_matter(problem, layout, kernels, backward_alone)
 
 
 class Copies(TorchDispatchMode):
@@ -298,11 +312,11 @@ def test_an_expanded_upstream_gradient(options):
 
 def test_strides_of_arguments_do_not_change_a_bit():
     arguments, dout, dfinal = tensors(wide(lengths=(9, 2, 4)))
-    plain = run(arguments, dout, dfinal, **KERNELS[0])
+    plain = backward_alone(arguments, dout, dfinal, **KERNELS[0])
     for name in ("x", "initial_states", "weight"):
         for layout in (UPSTREAM["transposed"], UPSTREAM["slice"]):
             changed = arguments | {name: layout(arguments[name].detach()).requires_grad_()}
-            assert_same(run(changed, dout, dfinal, **KERNELS[0]), plain)
+            assert_same(backward_alone(changed, dout, dfinal, **KERNELS[0]), plain)
 
 
 def test_dense_rows_are_packed_rows_of_equal_length():
@@ -478,7 +492,7 @@ def test_workspace_size_depends_on_shapes_alone(places):
 @pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gpu_against_the_reference(case, schedule):
-    assert_right(gradients.build(case), "cuda", schedule=schedule)
+    assert_right(gradients.build(case), run, "cuda", schedule=schedule)
 
 
 @pytest.mark.gpu
@@ -487,7 +501,7 @@ def test_gpu_against_the_reference(case, schedule):
 @pytest.mark.parametrize("rows", ROWS)
 def test_gpu_layouts_of_x_and_dout(rows, layout, dtype, states):
     problem = wide(dim=130, dtype=dtype, initial=states, final=states, **ROWS[rows])
-    assert_layout_does_not_matter(problem, layout, "cuda")
+    assert_layout_does_not_matter(problem, layout, KERNELS, run, "cuda")
 
 
 @pytest.mark.gpu
