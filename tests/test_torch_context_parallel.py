@@ -15,32 +15,42 @@ from oracle.contract import Unsupported
 from triton_impl import context_parallel
 
 WORKER = Path(__file__).with_name("context_parallel_torch.py")
+# Imports once, and becomes as many ranks: imports took half of the time.
+LAUNCHER = """
+import os, runpy, sys
+worker, first, ranks, folder, *rest = sys.argv[1:]
+main = runpy.run_path(worker)["main"]
+exec(first)
+children = []
+for rank in range(int(ranks)):
+    children.append(os.fork())
+    if not children[-1]:
+        text = os.open(f"{folder}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(text, 1)
+        os.dup2(text, 2)
+        sys.exit(main(rank, ranks, f"{folder}/rendezvous", *rest))
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
 
 
-def run_ranks(ranks, folder, device, backend, mutate="", **environment):
-    """Runs the worker once a rank; returns (exit codes, texts)."""
-    command = [sys.executable, str(WORKER)]
-    if mutate:
-        code = f"import runpy, sys\n{mutate}\nrunpy.run_path({str(WORKER)!r}, run_name='__main__')"
-        command = [sys.executable, "-c", code]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "rendezvous"), device, backend],
-            cwd=WORKER.parent.parent,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    texts = [process.communicate(timeout=200)[0] for process in processes]
-    return [process.returncode for process in processes], texts
+def run_ranks(worker, ranks, folder, backend, *rest, first=""):
+    """Runs the worker's ranks, which the code `first` may change before they part; returns (exit codes, texts)."""
+    launched = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(worker), first, str(ranks), str(folder), "cpu", backend, *rest],
+        cwd=worker.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": str(int(backend == "triton"))},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    texts = [(folder / f"{rank}.txt").read_text() for rank in range(ranks)]
+    return list(map(int, launched.stdout.split())), texts
 
 
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "eager"), (4, "eager"), (2, "triton")])
 def test_same_bits_as_one_device(ranks, backend, tmp_path):
-    codes, texts = run_ranks(ranks, tmp_path, "cpu", backend, TRITON_INTERPRET=str(int(backend == "triton")))
+    codes, texts = run_ranks(WORKER, ranks, tmp_path, backend)
     assert codes == [0] * ranks, "\n".join(texts)
     assert all("agreed: 13" in text for text in texts)
 
@@ -58,10 +68,8 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_exchange_is_seen(name, tmp_path):
-    mutate = (
-        "import sys; sys.path.insert(0, '.')\nfrom triton_impl import context_parallel as c\n" + MUTANTS[name]
-    )
-    codes, texts = run_ranks(2, tmp_path, "cpu", "eager", mutate, TRITON_INTERPRET="0")
+    damage = "from triton_impl import context_parallel as c\n" + MUTANTS[name]
+    codes, texts = run_ranks(WORKER, 2, tmp_path, "eager", first=damage)
     assert any(codes)
     assert any("differ" in text for text in texts), "\n".join(texts)
 

@@ -1,9 +1,6 @@
 """Gradients of context parallel training in Torch, on a CPU: several processes, gloo, dx in every bit as on one device."""
 
 import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,32 +9,13 @@ import torch.distributed as dist
 
 import triton_impl
 from oracle.contract import Unsupported
+from tests.test_torch_context_parallel import run_ranks
 from triton_impl.context_parallel_functional import causal_conv1d
 
 WORKER = Path(__file__).with_name("context_parallel_gradients_torch.py")
 
-
-def run_ranks(ranks, folder, backend, names="", mutate=""):
-    """Runs the worker once a rank, all cases or those named; returns (exit codes, texts)."""
-    command = [sys.executable, str(WORKER)]
-    if mutate:
-        code = f"import runpy, sys\n{mutate}\nrunpy.run_path({str(WORKER)!r}, run_name='__main__')"
-        command = [sys.executable, "-c", code]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "rendezvous"), "cpu", backend, names],
-            cwd=WORKER.parent.parent,
-            env=os.environ | {"TRITON_INTERPRET": str(int(backend == "triton"))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    texts = [process.communicate(timeout=200)[0] for process in processes]
-    return [process.returncode for process in processes], texts
-
-
+# use_deterministic_algorithms would import the compiler in every rank
+FIRST = "import torch, torch._inductor\nfrom triton_impl import context_parallel_functional as c\n"
 # Triton's interpreter is slow: the cases with something of their own for the kernels.
 FOR_KERNELS = "packed,short parts bf16,uneven"
 
@@ -47,7 +25,7 @@ FOR_KERNELS = "packed,short parts bf16,uneven"
     [(2, "eager", "", 18), (4, "eager", "", 18), (2, "triton", FOR_KERNELS, 3)],
 )
 def test_gradients_of_one_device(ranks, backend, names, count, tmp_path):
-    codes, texts = run_ranks(ranks, tmp_path, backend, names)
+    codes, texts = run_ranks(WORKER, ranks, tmp_path, backend, names, first=FIRST)
     assert codes == [0] * ranks, "\n".join(texts)
     assert all(f"agreed: {count}" in text for text in texts)
 
@@ -100,16 +78,12 @@ MUTANTS = {
         "c._sum_over_ranks = lambda w, b, group: total(w.bfloat16().float(), b.bfloat16().float(), group)",
     ),
 }  # fmt: skip
-PREFIX = (
-    "import sys; sys.path.insert(0, '.')\nimport torch\n"
-    "from triton_impl import context_parallel_functional as c\n"
-)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_backward_is_seen(name, tmp_path):
     ranks, names, seen, damage = MUTANTS[name]
-    codes, texts = run_ranks(ranks, tmp_path, "eager", names, PREFIX + damage)
+    codes, texts = run_ranks(WORKER, ranks, tmp_path, "eager", names, first=FIRST + damage)
     assert any(codes)
     assert any(seen in text for text in texts), "\n".join(texts)
 
