@@ -5,7 +5,7 @@ from typing import NamedTuple
 MAX_GRID_YZ = 65535
 # Up to here "auto" takes per_sequence: no program waits for another, and none has to look for its row. Beyond, flat
 # was the faster on every batch measured: its programs work on neighbouring memory.
-PROGRAMS_AT_ONCE = 1056  # 8 on each of 132 multiprocessors
+PROGRAMS_AT_ONCE = 924  # 7 on each of 132 multiprocessors
 
 
 class PrefillConfig(NamedTuple):
