@@ -21,6 +21,9 @@ import os, runpy, sys
 worker, first, ranks, folder, *rest = sys.argv[1:]
 main = runpy.run_path(worker)["main"]
 exec(first)
+if os.environ["TRITON_INTERPRET"] == "1":
+    from tests.conftest import patch_once
+    patch_once()
 children = []
 for rank in range(int(ranks)):
     children.append(os.fork())
