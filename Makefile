@@ -8,7 +8,8 @@ SHELL := bash
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
+# Nothing is byte-compiled beforehand: an import does that for what it needs.
+PIP_INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check --no-input
 on_gpu := PYTHONPATH=. XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON)
 
 # $(call find_python,CANDIDATES,CONDITION): prints the first one that really runs, can make an environment, and fits.

@@ -194,7 +194,11 @@ def test_every_serving_argument_has_a_feature():
     """No case of the serving arguments can reach an adapter that does not name what it needs."""
     known = {name for names in ARRAY_ARGUMENTS.values() for name in names}
     found = set()
+    gigabytes = {"fn/many-channels", "fn/scale"}  # plain prefills, which have small twins
     for case in CASES:
+        if case.id in gigabytes:
+            assert not case.serving
+            continue
         problem = inputs.build(case)
         new = {name for name in problem.arrays if name not in known or case.op not in ARRAY_ARGUMENTS}
         new |= set(problem.options) & {

@@ -10,7 +10,7 @@ LENGTHS = {
     "ragged": [1, 9, 2, 17, 4, 7],
     "empty rows": [0, 3, 0, 0, 13, 0],
     "one token": [1],
-    "long": [300, 5],
+    "long": [130, 5],  # several blocks of short rows' size
 }
 
 
@@ -42,11 +42,18 @@ def both(arguments, **options):
     return results
 
 
-@pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
-@pytest.mark.parametrize("tail", [0, 3, 5])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(
+    ("lengths", "tail", "schedule"),
+    [
+        (lengths, tail, schedule)
+        for i, lengths in enumerate(LENGTHS)
+        for j, tail in enumerate((0, 3, 5))
+        for k, schedule in enumerate(("flat", "per_sequence"))
+        if (i + j + k) % 2 == 0  # every two of them meet
+    ],
+)
 def test_every_row_has_the_bits_of_the_other_layout(lengths, tail, schedule):
-    arguments = batch(lengths, torch.bfloat16, 4, tail)
+    arguments = batch(LENGTHS[lengths], torch.bfloat16, 4, tail)
     found, expected = both(arguments, schedule=schedule)
     assert found.out.stride() == arguments["x"].stride()
     assert torch.equal(found.out, expected.out)
