@@ -12,4 +12,8 @@ from tests.conformance_of_twins import (  # noqa: F401  (pytest finds them here)
     test_little_is_unsupported,
 )
 
-IMPLEMENTATIONS = ("pallas", "pallas-exact", *(() if os.environ.get("SECOND_JAX") == "1" else ("xla",)))
+IMPLEMENTATIONS = (
+    "pallas",
+    "pallas-exact",
+    *(() if os.environ.get("SECOND_JAX") == "1" else ("xla", "xla-quick")),
+)
