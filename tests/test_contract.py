@@ -1610,11 +1610,13 @@ def mutants(source):
     for i in functions:
         for j, node in enumerate(ast.walk(tree.body[i])):
             for what, damage in damages(node):
-                mutant = copy.deepcopy(tree)
-                target = next(n for k, n in enumerate(ast.walk(mutant.body[i])) if k == j)
-                damage(target)
+                function = copy.deepcopy(tree.body[i])
+                damage(next(n for k, n in enumerate(ast.walk(function)) if k == j))
+                mutant = ast.Module(
+                    [*tree.body[:i], ast.fix_missing_locations(function), *tree.body[i + 1 :]], []
+                )
                 text = ast.get_source_segment(source, node).split("\n")[0]
-                yield f"line {node.lineno}: {what}: {text}", ast.fix_missing_locations(mutant)
+                yield f"line {node.lineno}: {what}: {text}", mutant
 
 
 def load(tree):
