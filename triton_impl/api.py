@@ -100,8 +100,7 @@ def causal_conv1d_fn(
             x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
             activation, pad_slot_id, max_seqlen, schedule, backend,
         )  # fmt: skip
-        out = run.fn(*args, validate) if _plain(x) else _call(run.fn, ops.causal_conv1d_fn, args, validate)
-        return ConvOutput(out, conv_states)
+        return ConvOutput(_call(run.fn, ops.causal_conv1d_fn, args, validate), conv_states)
     args = (
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
         snapshot_indices, num_computed_tokens, track_indices, track_lengths, residual,
@@ -185,12 +184,7 @@ def causal_conv1d_update(
             x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
             max_seqlen, activation, pad_slot_id, backend,
         )  # fmt: skip
-        out = (
-            run.step(*args, validate)
-            if _plain(x)
-            else _call(run.step, ops.causal_conv1d_update, args, validate)
-        )
-        return ConvOutput(out, conv_states)
+        return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
     args = (
         x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, cache_seqlens,
         write_indices, track_indices, window_out, window_indices, residual, tree_parents,
@@ -297,20 +291,17 @@ def _split(out, x, split_sizes):
 
 def _call(direct, operator, args, validate, *more):
     """Runs `direct`, which is quicker than an operator, wherever no tracer needs to see the call."""
-    traced = _traced(args[0])
+    x, weight, bias = args[:3]
+    if type(x) is Tensor and not is_grad_enabled() and not is_compiling():  # how engines call
+        return direct(*args, validate)
+    traced = _traced(x)
     if traced and validate:
         raise _validated_trace()
-    if is_grad_enabled() and asks_for_gradient(*args[:3], *more):
-        x, weight, bias = args[:3]
+    if asks_for_gradient(x, weight, bias, *more):
         with torch.no_grad():
             out = operator(*args) if traced else direct(*args, validate)
         return ops.NoGradient.apply(out, x, weight, bias, *more)
     return operator(*args) if traced else direct(*args, validate)
-
-
-def _plain(x):
-    """Whether neither a tracer nor autograd needs to see the call."""
-    return type(x) is Tensor and not is_grad_enabled() and not is_compiling()
 
 
 def _traced(x):

@@ -180,9 +180,9 @@ def _launch(
     sizes = _sizes(x, weight, starts if x.dim() == 2 else None)
     tokens, dim, batch, width = sizes.tokens, sizes.dim, sizes.batch, sizes.width
     tensors = dout, dfinal, x, weight, bias, initial_states, starts
-    key, call = recall(
-        "backward", (x, weight, *tensors), (silu, max_seqlen, schedule, need_sums, need_initial)
-    )
+    weight_second = x, weight, dout, dfinal, bias, initial_states, starts
+    options = silu, max_seqlen, schedule, need_sums, need_initial
+    key, call = recall("backward", weight_second, options)
     if call is None:
         tiles = backward.tiles_of(dout, x)
         at_once = backward.tiles_at_once(tiles, initial_states is not None or dfinal is not None)

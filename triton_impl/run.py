@@ -128,7 +128,7 @@ def step(
         remember(key, call)
     if out is None:
         out = new_result(call, x)
-    offsets = None if query_start_loc is None else unit_stride(query_start_loc)
+    offsets = unit_stride(query_start_loc)
     _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
     return out
 
