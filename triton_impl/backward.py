@@ -22,7 +22,7 @@ import triton.language as tl
 
 from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2, walks
 from triton_impl.launch import Launch, stride
-from triton_impl.prefill import _find_row
+from triton_impl.prefill import _find_row, levels
 from triton_impl.taps import (
     NATIVE_PTX,
     convolve,
@@ -459,13 +459,13 @@ class Tiles(NamedTuple):
 
 def tiles_of(dout, x):
     """The Tiles of dout and x, [tokens, dim] or dense [batch, seqlen, dim]."""
-    levels, aligned = [], x.dim() == 3
+    chosen, aligned = [], x.dim() == 3
     for tensor in (dout, x, torch.empty_like(x, device="meta")):
-        tokens = 1 if walks(*tensor.stride()[-2:]) else 16 // tensor.element_size()
-        levels.append(tokens.bit_length() - 1)
+        chosen.append(0 if walks(*tensor.stride()[-2:]) else levels(tensor))
+        tokens = 1 << chosen[-1]
         steps = tensor.shape[-2], tensor.stride(0), tensor.stride(-1)
-        aligned = aligned and (tokens == 1 or all(step % tokens == 0 for step in steps))
-    return Tiles(*levels, aligned and any(levels))
+        aligned = aligned and all(step % tokens == 0 for step in steps)
+    return Tiles(*chosen, aligned and any(chosen))
 
 
 def tiles_at_once(tiles, has_states):
