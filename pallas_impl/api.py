@@ -336,7 +336,7 @@ def _update(
         x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
     )
     rows = x.reshape(-1, dim)
-    options = dict(silu=silu, config=config, interpret=_interpreter(interpret))
+    options = dict(silu=silu, interpret=_interpreter(interpret))
     seqlen = None if query_start_loc is not None else rows.shape[0] // batch
     starts = query_start_loc
     if starts is None:
@@ -354,13 +354,15 @@ def _update(
         if num_accepted_tokens is not None:
             return rolling.launch(
                 x, weight, bias, pool, starts if seqlen is None else None, slots, counts,
-                seqlen=seqlen, pad_slot_id=pad_slot_id, **options,
+                seqlen=seqlen, pad_slot_id=pad_slot_id, lanes=choose_lanes(dim), **options,
             )  # fmt: skip
         if seqlen == 1:
-            return update.launch(x, weight, bias, pool, slots, pad_slot_id=pad_slot_id, **options)
+            return update.launch(
+                x, weight, bias, pool, slots, pad_slot_id=pad_slot_id, config=config, **options
+            )
         return prefill.launch(
             x, weight, bias, pool, starts if seqlen is None else None, slots, None, seqlen=seqlen,
-            pad_slot_id=pad_slot_id, always_state=True, **options
+            pad_slot_id=pad_slot_id, always_state=True, config=config, **options
         )  # fmt: skip
 
     out, pool = _on_tma(

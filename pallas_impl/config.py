@@ -35,10 +35,17 @@ class Grid(NamedTuple):
 
 
 class UpdateConfig(NamedTuple):
-    """How a decode step is launched: rows and channels a program."""
+    """How a decode step is launched.
+
+    Attributes:
+      rows: rows a program.
+      lanes: channels of a tile: 128, 256, or in registers 512.
+      in_registers: window and token meet in registers; the lanes must divide the channels. Else in shared memory.
+    """
 
     rows: int
     lanes: int
+    in_registers: bool
 
 
 def cdiv(a: int, b: int) -> int:
@@ -94,7 +101,11 @@ def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Gr
 
 def update_config(batch: int, dim: int) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows."""
+    channels = batch * dim
+    for lanes in (512, 256, 128) if channels >= 1 << 17 else (256, 128):
+        if dim % lanes == 0:
+            return UpdateConfig(2 if channels >= 1 << 20 else 1, lanes, True)
     lanes = choose_lanes(dim)
     work = batch * cdiv(dim, lanes)
     rows = 4 if work >= 16 * 1056 else 2 if work >= 4 * 1056 else 1
-    return UpdateConfig(rows, lanes)
+    return UpdateConfig(rows, lanes, False)

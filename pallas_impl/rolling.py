@@ -29,7 +29,7 @@ BLOCK_T = 8  # tokens of a row on their way at a time
 
 
 def launch(
-    x, weight, bias, conv_states, starts, slots, counts, *, seqlen, silu, pad_slot_id, config, interpret
+    x, weight, bias, conv_states, starts, slots, counts, *, seqlen, silu, pad_slot_id, lanes, interpret
 ):
     """Runs the kernel.
 
@@ -41,7 +41,7 @@ def launch(
       slots: [batch] int32, or None for the identity.
       counts: [batch] int32, clamped to what a slot can hold.
       seqlen: tokens of every row; not used with `starts`.
-      config: an `UpdateConfig`, of which `lanes` is used.
+      lanes: channels of a tile, 128 or 256.
       interpret: False, or the parameters of Pallas' GPU interpreter.
 
     Returns:
@@ -50,7 +50,7 @@ def launch(
     tokens, dim = x.shape
     width = weight.shape[1]
     batch = counts.shape[0]
-    columns = cdiv(dim, config.lanes)
+    columns = cdiv(dim, lanes)
     tail_programs = 0 if starts is None else min(cdiv(tokens, BLOCK_T), 8)
     names, operands = ["x", "weight"], [x, weight]
     for name, operand in (("bias", bias), ("starts", starts), ("slots", slots)):
@@ -61,15 +61,15 @@ def launch(
         names += ["counts", "pool"]
         operands += [counts, jax.new_ref(conv_states, memory_space=plgpu.GMEM)]
     scratch = dict(
-        tile=plgpu.SMEM((BLOCK_T, config.lanes), x.dtype),
-        entries=plgpu.SMEM((BLOCK_T, config.lanes), conv_states.dtype),
-        window=plgpu.SMEM((max(width - 1, 1), config.lanes), conv_states.dtype),
+        tile=plgpu.SMEM((BLOCK_T, lanes), x.dtype),
+        entries=plgpu.SMEM((BLOCK_T, lanes), conv_states.dtype),
+        window=plgpu.SMEM((max(width - 1, 1), lanes), conv_states.dtype),
         tile_ready=plgpu.Barrier(num_arrivals=1),
         window_ready=plgpu.Barrier(num_arrivals=1),
     )
     body = functools.partial(
         _kernel, batch=batch, seqlen=seqlen, columns=columns, tail_programs=tail_programs,
-        num_slots=conv_states.shape[0], lanes=config.lanes, silu=silu, pad_slot_id=pad_slot_id,
+        num_slots=conv_states.shape[0], lanes=lanes, silu=silu, pad_slot_id=pad_slot_id,
         interpret=bool(interpret),
     )  # fmt: skip
 

@@ -125,10 +125,12 @@ def _step(x, weight, bias, conv_states, starts, cache_indices, arrays, batch, op
         return xla_serving.split_out(out, options), pool, windows
 
     slots = narrow(cache_indices, batch, conv_states.shape[0], options.pad_slot_id)
-    if alone and options.commit and seqlen == 1:  # the kernel of one token takes several rows a program
+    if alone and options.commit and seqlen == 1:  # the kernel of one token
+        config = update_config(batch, dim)
+        config = config._replace(lanes=min(lanes, config.lanes))
         out, pool = plain_update.launch(
             x, weight, bias, conv_states, slots, silu=options.silu, pad_slot_id=options.pad_slot_id,
-            config=update_config(batch, dim)._replace(lanes=lanes), interpret=interpret,
+            config=config, interpret=interpret,
             residual=arrays.residual, channel=inner.channel, split_sizes=inner.split_sizes,
         )  # fmt: skip
         return split(out), pool, None

@@ -1,7 +1,9 @@
-"""Decode on Mosaic GPU: one warpgroup a program, a few rows, one tile of channels.
+"""Decode on Mosaic GPU: one warpgroup a program, one or a few rows, one tile of channels.
 
-The window of a row and its token meet in shared memory as one run of `width` entries, so the new window is
-that run without its first entry: one TMA box in, one TMA box out.
+Where tiles divide the channels, the window of a row and its token meet in registers: no barrier, no tensor map, no
+wait but those for memory. Loads and stores of registers do not clip, those of TMA do: where a tile crosses the last
+channel, window and token meet in shared memory as one run of `width` entries, so that the new window is that run
+without its first entry: one TMA box in, one TMA box out.
 """
 
 import functools
@@ -14,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
 from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, in_parts, row_slot, store_zeros
-from pallas_impl.taps import add, convolve, div, load_taps, rem
+from pallas_impl.taps import add, convolve, div, issue_loads, keep, layout, load_taps, rem
 
 
 def launch(
@@ -49,17 +51,20 @@ def launch(
     if width > 1:
         names.append("pool")
         operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
-    scratch = dict(
-        tile=plgpu.SMEM((config.rows, config.lanes), x.dtype),
-        entries=plgpu.SMEM((config.rows, width, config.lanes), conv_states.dtype),
-        tile_ready=plgpu.Barrier(num_arrivals=1),
-        window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.rows),
-    )
-    if residual is not None:
-        scratch["added"] = plgpu.SMEM((config.rows, config.lanes), residual.dtype)
-        scratch["added_ready"] = plgpu.Barrier()
+    scratch, body = {}, _in_registers
+    if not config.in_registers:
+        body = _in_shared_memory
+        scratch = dict(
+            tile=plgpu.SMEM((config.rows, config.lanes), x.dtype),
+            entries=plgpu.SMEM((config.rows, width, config.lanes), conv_states.dtype),
+            tile_ready=plgpu.Barrier(num_arrivals=1),
+            window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.rows),
+        )
+        if residual is not None:
+            scratch["added"] = plgpu.SMEM((config.rows, config.lanes), residual.dtype)
+            scratch["added_ready"] = plgpu.Barrier()
     body = functools.partial(
-        _kernel, columns=columns, num_slots=conv_states.shape[0], config=config, silu=silu, pad_slot_id=pad_slot_id,
+        body, columns=columns, num_slots=conv_states.shape[0], config=config, silu=silu, pad_slot_id=pad_slot_id,
         channel=channel, interpret=bool(interpret),
     )  # fmt: skip
     sizes = (dim,) if split_sizes is None else split_sizes
@@ -80,7 +85,59 @@ def launch(
     return out, jax.freeze(operands[-1]) if width > 1 else conv_states
 
 
-def _kernel(
+def _in_registers(refs, outs, *, columns, num_slots, config, silu, pad_slot_id, channel, interpret):
+    x, weight, pool, residual = refs["x"], refs["weight"], refs.get("pool"), refs.get("residual")
+    batch, history, lanes = x.shape[0], weight.shape[1] - 1, config.lanes
+    in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
+    program = lax.axis_index("program")
+    first, channels = div(program, columns) * config.rows, pl.ds(rem(program, columns) * lanes, lanes)
+    of_x = pl.ds(channels.start + channel, lanes) if channel else channels
+
+    # window: everything else is asked for before the slots are waited for
+    slots, live, tokens, added = [], [], [], []
+    for r in range(config.rows):
+        row = jnp.minimum(first + r, batch - 1)
+        slot, is_live = row_slot(refs, first + r, batch, num_slots, pad_slot_id)
+        slots.append(slot)
+        live.append(is_live)
+        tokens.append(in_layout(x[row, of_x]))
+        if residual is not None:
+            added.append(in_layout(residual[row, channels]))
+    taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
+    issue_loads(interpret=interpret)
+    past = [()] * config.rows
+    if history:
+        for r in range(config.rows):
+            past[r] = lax.cond(
+                live[r],
+                lambda r=r: tuple(in_layout(pool[slots[r], j, channels]) for j in range(history)),
+                lambda: (in_layout(jnp.zeros((lanes,), pool.dtype)),) * history,
+            )
+
+    for r in range(config.rows):
+        # taps
+        entries = tuple(entry.astype(jnp.float32) for entry in (*past[r], tokens[r]))
+        y = convolve(entries, taps, bias, silu=silu, interpret=interpret)
+        if residual is not None:
+            y = add(y, added[r].astype(jnp.float32), interpret=interpret)
+        y = keep(live[r], y, interpret=interpret).astype(x.dtype)
+
+        # store
+        def store(out, part, r=r, y=y):
+            out[first + r, part] = y
+
+        pl.when(first + r < batch)(functools.partial(in_parts, outs, channels, store))
+
+        # state
+        if history:
+
+            @pl.when(live[r])
+            def _(r=r):
+                for j, entry in enumerate((*past[r][1:], tokens[r].astype(pool.dtype))):
+                    pool[slots[r], j, channels] = entry
+
+
+def _in_shared_memory(
     refs, outs, *, tile, entries, tile_ready, window_ready, columns, num_slots, config, silu, pad_slot_id, channel,
     interpret, added=None, added_ready=None,
 ):  # fmt: skip

@@ -4,6 +4,7 @@ Products of 16-bit inputs are exact in float32, so there both must agree bit for
 """
 
 import functools
+import itertools
 import re
 
 import jax
@@ -148,10 +149,12 @@ def test_update_equals_prefill_bit_for_bit(batch, dim, width, pool_dtype, activa
     results = [causal_conv1d_update(**step, activation=activation, backend="mosaic_gpu")]
     results.append(causal_conv1d_update(**(step | dict(x=step["x"][:, None])), activation=activation))
     if dim == 2048:
-        for rows in (1, 4, 8):
+        for conf in itertools.product((1, 2, 8), (128, 256, 512), (True, False)):
+            if conf[1:] == (512, False):
+                continue
             launch = functools.partial(
                 update.launch, silu=activation is not None, pad_slot_id=-1,
-                config=config.UpdateConfig(rows, 256), interpret=False,
+                config=config.UpdateConfig(*conf), interpret=False,
             )  # fmt: skip
             results.append(jax.jit(launch)(*step.values()))
     for out, pool in results:

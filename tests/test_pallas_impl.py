@@ -251,13 +251,15 @@ def test_a_missing_wait_is_a_data_race(monkeypatch):
         reset_interpreter()
 
 
-def test_update_has_no_data_races():
-    problem = update_problem(5, 128, slots=[0, 2, -1, 4, 1])
+@pytest.mark.parametrize("conf", [(5, 128, False), (2, 128, True), (1, 256, True)])
+def test_update_has_no_data_races(conf):
+    problem = update_problem(5, 256, slots=[0, 2, -1, 4, 1])
     from pallas_impl.api import _interpreter
 
     interpret = type(_interpreter(True))(out_of_bounds_reads="uninitialized", detect_races=True)
-    conf = config.UpdateConfig(5, 128)
-    launch = functools.partial(update.launch, silu=False, pad_slot_id=-1, config=conf, interpret=interpret)
+    launch = functools.partial(
+        update.launch, silu=False, pad_slot_id=-1, config=config.UpdateConfig(*conf), interpret=interpret
+    )
     result = jax.jit(launch)(*problem.values())
     check(ConvOutput(*result), "causal_conv1d_update", problem)
     assert not races_found()
@@ -520,6 +522,16 @@ def test_every_block_has_a_program(tokens, batch):
         else:
             assert conf.row_blocks * conf.block_t >= tokens
         assert schedule == "auto" or conf.flat == (schedule == "flat")
+
+
+@pytest.mark.parametrize("dim", [128, 136, 200, 256, 384, 1152, 2048, 8192])
+@pytest.mark.parametrize("batch", [1, 16, 256, 1024])
+def test_decode_tiles(batch, dim):
+    conf = config.update_config(batch, dim)
+    assert conf.in_registers == (dim % 128 == 0)
+    assert conf.lanes in ((128, 256, 512) if conf.in_registers else (128, 256))
+    assert dim % conf.lanes == 0 or not conf.in_registers
+    assert conf.rows == 1 or batch * dim >= 1 << 20
 
 
 def test_auto_takes_per_sequence_only_where_its_grid_is_not_wasteful():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from oracle import numerics, reference
-from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, config, rolling
+from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, rolling
 
 BACKENDS = ("xla", "mosaic_gpu_interpret")
 
@@ -166,9 +166,8 @@ def races_in_interpreter(arguments):
 
     interpret = type(_interpreter(True))(out_of_bounds_reads="uninitialized", detect_races=True)
     launch = functools.partial(
-        rolling.launch, seqlen=None, silu=False, pad_slot_id=-1, config=config.UpdateConfig(1, 128),
-        interpret=interpret,
-    )  # fmt: skip
+        rolling.launch, seqlen=None, silu=False, pad_slot_id=-1, lanes=128, interpret=interpret
+    )
     names = ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "num_accepted_tokens")
     try:
         out, pool = jax.block_until_ready(jax.jit(launch)(*(arguments[name] for name in names)))
