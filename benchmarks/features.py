@@ -111,17 +111,20 @@ def torch_calls():
     causal_conv1d(*leaves, None, offsets, activation=ACTIVATION, max_seqlen=LENGTH).out.backward(dout)
     if not all(torch.equal(a, t.grad) for a, t in zip(backward(), leaves, strict=False)):
         failures.append("backward: other gradients than autograd's")
-    ours, first = backward(), backward_channel_first()
-    if not all(torch.equal(a.reshape(b.shape), b) for a, b in zip(first[:3], ours, strict=False)):
-        failures.append("backward, channel-first: other gradients than of the same values channel-last")
+    gate = GradientGate(x, weight, bias, offsets, dout)
+    ours = backward()
+    if reason := gate.judge(*ours[:3]):
+        failures.append(f"backward: {reason}")
+    first = backward_channel_first()
+    if not torch.equal(first[0].reshape(x.shape), ours[0]):
+        failures.append("backward, channel-first: another gradient of x than of the same values channel-last")
+    if reason := gate.judge(first[0].reshape(x.shape), *first[1:3]):
+        failures.append(f"backward, channel-first: {reason}")
     uneven, dx = backward_channel_first(LENGTH - 1)[0], ours[0].view(ROWS, LENGTH, DIM)
     if not torch.equal(uneven[:, : LENGTH - WIDTH], dx[:, : LENGTH - WIDTH]):
-        failures.append("backward, uneven rows: other gradients than of whole rows")
+        failures.append("backward, uneven rows: another gradient of x than of whole rows")
     del ours, first, uneven, dx
 
-    gate = GradientGate(x, weight, bias, offsets, dout)
-    if reason := gate.judge(backward()[0]):
-        failures.append(f"backward: {reason}")
     found, absent = torch_peers(leaves, dout, offsets)
     for name, call in found.items():
         try:
@@ -191,9 +194,9 @@ def torch_peers(leaves, dout, offsets):
 
 
 class GradientGate:
-    """Judges dx by the oracle, at all tokens of one channel in 1024 and the last.
+    """Judges gradients by the oracle, in one channel of 1024 and the last.
 
-    The allowed error is the oracle's and, for 16-bit roundings inside a peer, half an ulp of bfloat16 of each product, of
+    The allowed error is the oracle's and, of dx, for 16-bit roundings inside a peer, half an ulp of bfloat16 of each product, of
     dout * act', of the sum, and of the pre-activation, of which act' has slope 1/2 at most.
     """
 
@@ -208,8 +211,9 @@ class GradientGate:
             dout=dout, dfinal_states=None, x=x, weight=weight, bias=bias, initial_states=None,
             query_start_loc=offsets, activation=ACTIVATION,
         )  # fmt: skip
-        self._expected = reference_grad.causal_conv1d_backward(**call)[0]
-        bound = tolerance_grad.gradient_bounds(**call)[0]
+        self._expected = reference_grad.causal_conv1d_backward(**call)
+        self._bounds = tolerance_grad.gradient_bounds(**call)
+        bound = self._bounds[0]
         taps, values = reference_grad.float64(weight), np.abs(reference_grad.float64(x))
         values = values.reshape(ROWS, LENGTH, -1)
         pre = np.zeros_like(values) + np.abs(reference_grad.float64(bias))
@@ -231,14 +235,22 @@ class GradientGate:
         bits = tensor[..., self._channels].contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
         return TypedArray("bfloat16", np.ascontiguousarray(back(bits)))
 
-    def judge(self, dx):
-        """Why dx [tokens, dim] is wrong, or None."""
+    def judge(self, dx, dweight=None, dbias=None):
+        """Why dx [tokens, dim] is wrong, or, of a backward of ours, dweight [dim, width] or dbias [dim]; or None."""
         from oracle.reference_grad import float64
         from oracle.tolerance import fraction_of_bound
 
-        got = float64(self._typed(dx))
-        worst = fraction_of_bound(got, self._expected, self._allowed, "bfloat16").max()
-        return None if worst <= 1 else f"wrong: dx is {worst:.3g} times the allowed error off"
+        found = {"dx": (self._typed(dx), self._expected[0], self._allowed)}
+        if dweight is not None:
+            got = self._typed(dweight.t(), lambda a: a.T)
+            found["dweight"] = got, self._expected[1], self._bounds[1]
+            got = self._typed(dbias[None], lambda a: a[0])
+            found["dbias"] = got, self._expected[2], self._bounds[2]
+        for name, (got, expected, allowed) in found.items():
+            worst = fraction_of_bound(float64(got), expected, allowed, "bfloat16").max()
+            if not worst <= 1:
+                return f"wrong: {name} is {worst:.3g} times the allowed error off"
+        return None
 
 
 def jax_calls():

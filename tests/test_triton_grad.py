@@ -3,6 +3,7 @@
 The eager path's values, and the kernels' core cases, are judged by test_triton_conformance.py.
 """
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -14,9 +15,9 @@ import triton_impl
 from oracle.conformance.catalogue import backward as case_of
 from oracle.numerics import TypedArray
 from tests import gradient_cases as gradients
-from tests.covering import cover
+from tests.covering import combinations, cover
 from tests.synchronisation import no_synchronisation
-from triton_impl import backward, prepared
+from triton_impl import backward, functional, prepared
 from triton_impl import run as run_module
 from triton_impl.functional import causal_conv1d
 
@@ -82,9 +83,9 @@ def assert_right(problem, differentiate, device="cpu", **options):
 
 
 def assert_same(a, b):
-    for name, left, right in zip(FLOATS, a, b, strict=True):
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
         assert (left is None) == (right is None)
-        assert left is None or torch.equal(left, right), name
+        assert left is None or torch.equal(left, right), i
 
 
 def wide(**changes):
@@ -123,16 +124,23 @@ def test_both_schedules_give_the_same_bits():
     assert_same(run(*tensors(problem), **KERNELS[1], max_seqlen=1), first)  # too small: programs stride on
 
 
+@contextlib.contextmanager
+def blocks(monkeypatch, **changes):
+    """Launches with other blocks than the configuration chooses."""
+    choose = backward.backward_config
+    with monkeypatch.context() as patch:
+        patch.setattr(backward, "backward_config", lambda *a: choose(*a)._replace(**changes))
+        prepared.forget()
+        yield
+    prepared.forget()
+
+
 def test_block_sizes_do_not_change_dx(monkeypatch):
     problem = wide()
     plain = backward_alone(*tensors(problem), **KERNELS[0])
-    choose = backward.backward_config
     for changes in ({"block_t": 16, "group": 2}, {"block_t": 64, "block_d": 16, "group": 8, "search": 2}):
-        with monkeypatch.context() as patch:
-            patch.setattr(backward, "backward_config", lambda *a, c=changes: choose(*a)._replace(**c))
-            prepared.forget()
+        with blocks(monkeypatch, **changes):
             other = backward_alone(*tensors(problem), **KERNELS[0])
-            prepared.forget()
         assert torch.equal(other[0], plain[0])
         assert torch.equal(other[3], plain[3])
         assert not gradients.judge(problem, map(to_typed, other))
@@ -181,7 +189,8 @@ LAYOUTS = {
     "both": (channel_first, channel_first),
     "slices": (channels_of_wider, channels_of_wider),
     "expanded dout": (channel_first, lambda g: g[..., :1, :1].expand(g.shape)),
-    "dout expanded along channels": (channel_first, lambda g: channel_first(g[..., :1].expand(g.shape))),
+    "dout expanded along channels": (None, lambda g: channel_first(g)[..., :1].expand(g.shape)),
+    "dout expanded along tokens": (channel_first, lambda g: g[..., :1, :].expand(g.shape)),
     "sequence-first": (sequence_first, sequence_first),
 }
 ROWS = {
@@ -194,24 +203,31 @@ ROWS = {
 
 
 def assert_layout_does_not_matter(problem, layout, kernels, differentiate, device="cpu"):
-    """In any layout, by any of `kernels`, the very bits of contiguous x and dout, and gradients laid out as x is."""
+    """Gradients in a layout, by any of `kernels`, laid out as x is.
+
+    Those of x and initial_states: the very bits of contiguous x and dout; of weight and bias: those of the same x with
+    dout in another layout.
+    """
     arguments, dout, dfinal = tensors(problem, device)
     of_x, of_dout = LAYOUTS[layout]
     if of_dout is not None:
         dout = of_dout(dout)
     plain = differentiate(arguments, dout.contiguous(), dfinal, **KERNELS[0])
-    changed = dict(arguments)
+    same_x, changed = plain, dict(arguments)
     if of_x is not None:
         changed["x"] = of_x(arguments["x"].detach()).requires_grad_()
+        other = channel_first(dout) if dout.is_contiguous() else dout.contiguous()
+        same_x = differentiate(changed, other, dfinal, **KERNELS[0])
     eager = run(changed, dout, dfinal, backend="eager")
     others = [differentiate(changed, dout, dfinal, **options) for options in kernels]
     for found in (eager, *others):
         assert found[0].stride() == torch.empty_like(changed["x"]).stride()
     for found in others:
-        assert_same(found, plain)
+        assert_same(found, same_x)
+        assert_same([found[0], found[3]], [plain[0], plain[3]])
     if "expanded" not in layout:
-        assert not gradients.judge(problem, map(to_typed, eager))
-        assert not gradients.judge(problem, map(to_typed, plain))
+        for found in (eager, plain, same_x):
+            assert not gradients.judge(problem, map(to_typed, found))
 
 
 KINDS = ("packed", "dense, whole tiles", "dense, short")
@@ -241,6 +257,32 @@ def test_layouts_of_x_and_dout(layout, rows, dim, width, dtype, states, schedule
     assert_layout_does_not_matter(problem, layout, kernels, backward_alone)
 
 
+# Tokens a program and a step: several steps a program, of which some touch no end of a row; several programs a row.
+BLOCKS = {"block_t": 64, "group": 16, "block_d": 4}, {"block_t": 32, "group": 32, "block_d": 8, "search": 2}
+LONG = {
+    "packed": dict(lengths=(150, 3, 0, 33), tail=70),
+    "dense, whole runs": dict(lengths=(136, 136), tail=0, dense=True),
+    "dense, uneven": dict(lengths=(131, 131), tail=0, dense=True),
+}
+
+
+# Any two of these meet.
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "block", "states"),
+    combinations((LONG, (1, 2, 3, 4, 8), ("float32", "bfloat16", "float16"), (0, 1), (True, False))),
+)
+def test_blocks_of_channel_first_rows(rows, width, dtype, block, states, monkeypatch):
+    problem = wide(dim=5, width=width, dtype=dtype, initial=states, final=states, **LONG[rows])
+    arguments, dout, dfinal = tensors(problem)
+    plain = backward_alone(arguments, dout, dfinal, **KERNELS[0])
+    arguments["x"], dout = channel_first(arguments["x"].detach()), channel_first(dout)
+    with blocks(monkeypatch, **BLOCKS[block]):
+        found, other = (backward_alone(arguments, dout, dfinal, **options) for options in KERNELS)
+    assert_same(found, other)
+    assert_same([found[0], found[3]], [plain[0], plain[3]])
+    assert not gradients.judge(problem, map(to_typed, found))
+
+
 class Copies(TorchDispatchMode):
     """Names the operations that write at least `numel` elements which lay elsewhere."""
 
@@ -259,23 +301,27 @@ class Copies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", ["packed", "dense, whole tiles", "dense, uneven"])
-def test_backward_copies_neither_x_nor_dout(rows, layout, monkeypatch):
+def test_dout_is_copied_only_where_it_lies_across_x(rows, layout, monkeypatch):
+    """Into x's layout, once; x never is, nor an expanded dout."""
     arguments, dout, dfinal = tensors(wide(**ROWS[rows]))
     of_x, of_dout = (of or (lambda t: t) for of in LAYOUTS[layout])
     a = {name: None if t is None else t.detach() for name, t in arguments.items()}
     a["x"], dout = of_x(a["x"]), of_dout(dout)
     given = []
     monkeypatch.setattr(run_module, "_launch", lambda call, x, *tensors: given.append(tensors))
-    with Copies(dout.numel()) as copies:
-        torch.ops.twinconv.causal_conv1d_backward(
-            dout, dfinal, *a.values(), "silu", None, "flat", "triton", True, True
-        )
-    assert not copies.found
+    with Copies(dout.numel()) as copies:  # (which would not see what a registered operator does)
+        functional._backward(dout, dfinal, *a.values(), "silu", None, "flat", "triton", True, True)
     walk, _ = given
-    assert walk[0].data_ptr() == dout.data_ptr()
     assert walk[2].data_ptr() == a["x"].data_ptr()
+    if layout in ("x", "dout"):
+        assert copies.found == ["copy_"]
+        assert walk[0].stride() == torch.empty_like(a["x"]).stride()
+        assert torch.equal(walk[0].nan_to_num(), dout.nan_to_num())
+    else:
+        assert not copies.found
+        assert walk[0].data_ptr() == dout.data_ptr()
 
 
 def test_the_copy_check_can_fail():
@@ -313,10 +359,28 @@ def test_an_expanded_upstream_gradient(options):
 def test_strides_of_arguments_do_not_change_a_bit():
     arguments, dout, dfinal = tensors(wide(lengths=(9, 2, 4)))
     plain = backward_alone(arguments, dout, dfinal, **KERNELS[0])
-    for name in ("x", "initial_states", "weight"):
-        for layout in (UPSTREAM["transposed"], UPSTREAM["slice"]):
-            changed = arguments | {name: layout(arguments[name].detach()).requires_grad_()}
+    for name, layout in itertools.product(("x", "initial_states", "weight"), ("transposed", "slice")):
+        if (name, layout) != (
+            "x",
+            "transposed",
+        ):  # channel-first, of which the sums come about in another order
+            changed = arguments | {name: UPSTREAM[layout](arguments[name].detach()).requires_grad_()}
             assert_same(backward_alone(changed, dout, dfinal, **KERNELS[0]), plain)
+
+
+@pytest.mark.parametrize("layout", [None, channel_first], ids=["channel-last", "channel-first"])
+def test_states_of_rows_without_tokens_reach_nothing_else(layout):
+    """Row 1 has no tokens: its state may be anything."""
+    arguments, dout, dfinal = tensors(wide(lengths=(9, 0, 4)))
+    if layout is not None:
+        arguments["x"] = layout(arguments["x"].detach())
+    results = []
+    for value in (torch.nan, 1.0):
+        states = arguments["initial_states"].detach().clone()
+        states[1] = value
+        results.append(backward_alone(arguments | {"initial_states": states}, dout, dfinal, **KERNELS[0]))
+    assert_same(*results)
+    assert not results[0][1].isnan().any()
 
 
 def test_dense_rows_are_packed_rows_of_equal_length():
@@ -479,8 +543,7 @@ def test_workspace_size_depends_on_shapes_alone(places):
     config = backward.backward_config(places * 32 - 32, 64, 0, 4)
     x, weight = torch.zeros(places * 32 - 32, 64), torch.zeros(64, 4)
     found, _, _ = backward.prepare(
-        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, False, config,
-        backward.tiles_of(x, x),
+        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, False, config
     )  # fmt: skip
     assert found == places
 

@@ -9,6 +9,8 @@ import torch
 
 from oracle.contract import ConvOutput, RowSizes, Unsupported, check_backend, check_causal_conv1d
 from triton_impl import backward, eager_backward, run
+from triton_impl.config import walks
+from triton_impl.prefill import levels
 from triton_impl.prepared import recall, remember
 
 _library = torch.library.Library("twinconv", "FRAGMENT")
@@ -39,10 +41,12 @@ def causal_conv1d(
 
     The value is that of `causal_conv1d_fn`, in which each row has a state of its own. Gradients arrive at x, weight,
     bias and initial_states, through `out` and through the final states; they are summed in float32, in an
-    order that depends on shapes alone, and rounded once: the same bits in every run and in both schedules.
-    x and upstream gradients may have any strides and are read as they lie, and x's gradient is laid out as
-    torch.empty_like(x); tokens of unit stride are read fastest as dense rows of a multiple of 8 (float32: 4) tokens.
-    Nothing synchronises.
+    order that depends on shapes and on the layout of x alone, and rounded once: the same bits in every run and in
+    both schedules. The gradients of x and initial_states have the same bits in every layout of x as well.
+    x and upstream gradients may have any strides, and x's gradient is laid out as torch.empty_like(x). They are read
+    as they lie, but for an upstream gradient of `out` that is channel-last where x is channel-first, or the reverse:
+    that is copied into x's layout first, which takes less time than reading it across; an expanded one is not.
+    Channel-first x is read fastest with rows and strides of a multiple of 8 (float32: 4) tokens. Nothing synchronises.
 
     Args:
       x: [tokens, dim] with `query_start_loc`, or [batch, seqlen, dim] without; float32, float16 or bfloat16.
@@ -173,10 +177,20 @@ def _backward(
     )
 
 
+def _crosses(dout, x):
+    """Whether dout is channel-first where x is channel-last, or the reverse: a copy then takes less than reading it."""
+    stride_t, stride_d = dout.stride()[-2:]
+    if stride_t == 0 or stride_d == 0 or 1 in dout.shape[-2:]:  # expanded, or there is no such axis
+        return False
+    return walks(*x.stride()[-2:]) != (stride_d <= stride_t)
+
+
 def _launch(
     dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial
 ):
-    """Runs the kernels on x and dout as they lie in memory."""
+    """Runs the kernels on x as it lies in memory, and on dout unless that lies across it."""
+    if _crosses(dout, x):
+        dout = torch.empty_like(x, dtype=dout.dtype).copy_(dout)
     sizes = _sizes(x, weight, starts if x.dim() == 2 else None)
     tokens, dim, batch, width = sizes.tokens, sizes.dim, sizes.batch, sizes.width
     tensors = dout, dfinal, x, weight, bias, initial_states, starts
@@ -184,12 +198,11 @@ def _launch(
     options = silu, max_seqlen, schedule, need_sums, need_initial
     key, call = recall("backward", weight_second, options)
     if call is None:
-        tiles = backward.tiles_of(dout, x)
-        at_once = backward.tiles_at_once(tiles, initial_states is not None or dfinal is not None)
+        of_run = 0 if walks(*x.stride()[-2:]) else 1 << levels(x)
         config = backward.backward_config(
-            tokens, dim, batch, width, max_seqlen, schedule, run.WARP_SIZE, at_once
+            tokens, dim, batch, width, of_run, max_seqlen, schedule, run.WARP_SIZE
         )
-        call = backward.prepare(*tensors, silu, need_sums, need_initial, config, tiles)
+        call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
         remember(key, call)
     places, walk, reduce = call
     dx = torch.empty_like(x)
