@@ -290,21 +290,31 @@ def _runs(base, offset, run, ch, shift, stride_t, stride_d, LEVELS: tl.constexpr
 
 
 @triton.jit
-def _load_runs(
-    source, stride_t, token, low, high, in_dim, LEVELS: tl.constexpr, EDGE: tl.constexpr, WHOLE: tl.constexpr
-):
-    """2**LEVELS tokens from each of `source`, as a tuple of [runs, channels] a token.
+def _in_row(at, left, first, i, in_dim, EDGE: tl.constexpr, WHOLE: tl.constexpr):
+    """Which of the tokens first + i of every run are a row's, if `at` tokens of it lie before the run, `left` behind.
 
-    EDGE: zeros where a token, counted from `token`, lies outside [low, high); WHOLE: all or none of a load does.
+    EDGE: not all are; WHOLE: all or none of a run.
     """
-    i = tl.arange(0, 1 << LEVELS)[None, None, :]
     wanted = in_dim[None, :, None]
     if EDGE:
         if WHOLE:
-            wanted = wanted & ((token >= low) & (token < high))[:, :, None]
+            wanted = wanted & ((at >= -first) & (left > first))[:, :, None]
         else:
-            wanted = wanted & (token[:, :, None] + i >= low) & (token[:, :, None] + i < high)
-    return split_columns(tl.load(source[:, :, None] + i * stride_t, mask=wanted, other=0.0), LEVELS)
+            wanted = wanted & (at[:, :, None] >= -first - i) & (left[:, :, None] > first + i)
+    return wanted
+
+
+@triton.jit
+def _load_runs(
+    source, stride_t, at, left, first: tl.constexpr, in_dim,
+    LEVELS: tl.constexpr, EDGE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """2**LEVELS tokens from `first` behind each of `source`, as a tuple of [runs, channels]; zeros outside the row."""
+    i = tl.arange(0, 1 << LEVELS)[None, None, :]
+    wanted = _in_row(at, left, first, i, in_dim, EDGE, WHOLE)
+    return split_columns(
+        tl.load(source[:, :, None] + (first + i) * stride_t, mask=wanted, other=0.0), LEVELS
+    )
 
 
 @triton.jit
@@ -322,22 +332,20 @@ def _tile_step(
     RUN: tl.constexpr = 1 << LEVELS
     HALO: tl.constexpr = 1 << HALO_LEVELS
     WHOLE: tl.constexpr = ALIGNED and HALO_LEVELS <= LEVELS
-    # the row, counted from t
-    low = -tl.minimum(t, 1 << 30).to(tl.int32)
-    high = tl.minimum(length - t, 1 << 30).to(tl.int32)
+    # tokens from the row's start to each run, and from there to its end
+    at = tl.minimum(t, 1 << 30).to(tl.int32) + token
+    left = tl.minimum(length - t, 1 << 30).to(tl.int32) - token
     x += t
     dout += t * stride_g_t
 
     # the width-1 inputs before each run, the run, width-1 tokens behind it; all are asked for before any is used
-    entries = _load_runs(x, 1, token, low, high, in_dim, LEVELS, EDGE, ALIGNED)
-    upstream = _load_runs(dout, stride_g_t, token, low, high, in_dim, LEVELS, EDGE, ALIGNED)
+    entries = _load_runs(x, 1, at, left, 0, in_dim, LEVELS, EDGE, ALIGNED)
+    upstream = _load_runs(dout, stride_g_t, at, left, 0, in_dim, LEVELS, EDGE, ALIGNED)
     if WIDTH > 1:
-        before = _load_runs(x - HALO, 1, token - HALO, low, high, in_dim, HALO_LEVELS, EDGE, WHOLE)
-        behind = _load_runs(x + RUN, 1, token + RUN, low, high, in_dim, HALO_LEVELS, EDGE, WHOLE)
+        before = _load_runs(x, 1, at, left, -HALO, in_dim, HALO_LEVELS, EDGE, WHOLE)
+        behind = _load_runs(x, 1, at, left, RUN, in_dim, HALO_LEVELS, EDGE, WHOLE)
         entries = before[HALO - (WIDTH - 1) :] + entries + behind[: WIDTH - 1]
-        behind = _load_runs(
-            dout + RUN * stride_g_t, stride_g_t, token + RUN, low, high, in_dim, HALO_LEVELS, EDGE, WHOLE
-        )
+        behind = _load_runs(dout, stride_g_t, at, left, RUN, in_dim, HALO_LEVELS, EDGE, WHOLE)
         upstream = upstream + behind[: WIDTH - 1]
     held = ()
     late = ()
@@ -352,16 +360,17 @@ def _tile_step(
     inputs = ()
     for k in tl.static_range(RUN + 2 * (WIDTH - 1)):
         entry = widen(entries[k])
-        if EDGE and HAS_INITIAL and k < WIDTH - 1 + (0 if ALIGNED else RUN - 1):  # others lie in the row
+        if EDGE and HAS_INITIAL:
             for c in tl.static_range(WIDTH - 1):
-                entry = tl.where(token - low == c - k, held[c], entry)
+                if (c - k) % RUN == 0 if ALIGNED else c - k > -RUN:  # else it is no run's
+                    entry = tl.where(at == c - k, held[c], entry)
         inputs = inputs + (entry,)
 
     gs = ()
     for k in tl.static_range(RUN + WIDTH - 1):
         here = True
         if EDGE:
-            here = (token + k >= low) & (token + k < high)
+            here = (at >= -k) & (left > k)
         window = inputs[k : k + WIDTH]
         gs = gs + (_gradient(window, taps, start_value, widen(upstream[k]), here, WIDTH, SILU, PTX),)
 
@@ -371,18 +380,14 @@ def _tile_step(
         begin = tl.zeros_like(gs[k])
         if EDGE and HAS_DFINAL:
             for c in tl.static_range(WIDTH - 1):
-                begin = tl.where(token - high == c - (k + WIDTH - 1), late[c], begin)
+                if (k + WIDTH - 1 - c) % RUN == 0 or not ALIGNED:
+                    begin = tl.where(left == k + WIDTH - 1 - c, late[c], begin)
         columns = columns + (narrow(convolve(window, flipped, begin, WIDTH), dx.dtype.element_ty),)
         if HAS_SUMS:
             sums = _add_products(sums, inputs[k : k + WIDTH], gs[k], True, WIDTH, HAS_BIAS)
 
     i = tl.arange(0, RUN)[None, None, :]
-    wanted = in_dim[None, :, None]
-    if EDGE:
-        if ALIGNED:
-            wanted = wanted & ((token >= low) & (token < high))[:, :, None]
-        else:
-            wanted = wanted & (token[:, :, None] + i >= low) & (token[:, :, None] + i < high)
+    wanted = _in_row(at, left, 0, i, in_dim, EDGE, ALIGNED)
     tl.store((dx + t * stride_o_t)[:, :, None] + i * stride_o_t, join_columns(columns, LEVELS), mask=wanted)
     return sums
 
