@@ -8,7 +8,7 @@ so a program finds its row by a search on the device and the grid needs no lengt
 padded tail.
 
 The program of a row's first block reads the old window and writes the new one; the others take the
-`width-1` tokens before their block from x. Nothing is planned on the host and nothing synchronises.
+`width-1` tokens before their block from x. A row of one token, a decode step among prefills, has a shorter way. Nothing is planned on the host and nothing synchronises.
 """
 
 import torch
@@ -34,8 +34,6 @@ from triton_impl.taps import (
     widen,
     word_bits,
 )
-
-SHORT = tl.constexpr(2)  # tokens; a row of a decode step has its own, shorter way
 
 
 @triton.jit
@@ -187,12 +185,7 @@ def _walk_block(
     added = None
     if residual is not None:
         added = residual + first * stride_r_t + ch * stride_r_d
-    if last - first <= SHORT:
-        _group(
-            source, added, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_r_t, stride_o_t,
-            weight_dtype, carried, WIDTH, SILU, PTX, SHORT,
-        )  # fmt: skip
-    elif GROUP == BLOCK_T:
+    if GROUP == BLOCK_T:
         _group(
             source, added, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_r_t, stride_o_t,
             weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
@@ -288,6 +281,41 @@ def _tile_block(
 
 
 @triton.jit
+def _token(
+    x, residual, out, pool, ring, words, bias_word, position, ch, in_dim, has_state, stride_x_t, stride_x_d,
+    stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, STORES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """A row of one token, a decode step among prefills: its window stays in registers between slot and slot."""
+    # window
+    new = tl.load(x + position * stride_x_t + ch * stride_x_d, mask=in_dim, other=0.0)
+    window = ()
+    for j in tl.static_range(WIDTH - 1):
+        entry = tl.zeros_like(new)
+        if HAS_POOL:
+            place = pool + _column(ring, j) * stride_s_l + ch * stride_s_d
+            entry = tl.load(place, mask=in_dim & has_state, other=0.0)
+        window = window + (entry,)
+    window = window + (new,)
+    if residual is not None:
+        added = tl.load(residual + position * stride_r_t + ch * stride_r_d, mask=in_dim, other=0.0)
+
+    # taps, store
+    taps = unpack_taps(words, WIDTH, weight_dtype)
+    value = activate(convolve(window, taps, widen(bias_word), WIDTH), SILU, PTX)
+    if residual is not None:
+        value = add_residual(value, widen(added), PTX)
+    tl.store(out + position * stride_o_t + ch * stride_o_d, narrow(value, out.dtype.element_ty), mask=in_dim)
+
+    # state
+    if STORES and WIDTH > 1:
+        tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
+        for c in tl.static_range(WIDTH - 1):
+            entry = recast(window[c + 1], pool.dtype.element_ty)
+            tl.store(pool + c * stride_s_l + ch * stride_s_d, entry, mask=in_dim)
+
+
+@triton.jit
 def _store_window(
     x, pool, row_start, row_end, ch, in_dim, has_state, stride_x_t, stride_x_d, stride_s_l, stride_s_d,
     WIDTH: tl.constexpr,
@@ -317,24 +345,31 @@ def _block(
     """The block of a row that begins at token `first`: outputs, and with STORES the new window if it is the first."""
     last = first + tl.minimum(row_end - first, BLOCK_T)
     if live:
-        if WALK:
-            _walk_block(
-                x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
-                stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
-                WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, GROUP, STAGES,
+        if WALK and (row_end - row_start == 1):
+            _token(
+                x, residual, out, pool, ring, words, bias_word, row_start, ch, in_dim, has_state, stride_x_t, stride_x_d,
+                stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                WIDTH, SILU, HAS_POOL and HAS_MASK, STORES, PTX,
             )  # fmt: skip
         else:
-            _tile_block(
-                x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
-                stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
-                WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, LEVELS, ALIGNED,
-            )  # fmt: skip
-        if STORES and WIDTH > 1:
-            if first <= row_start:
-                _store_window(
-                    x, pool, row_start, row_end, ch, in_dim, has_state,
-                    stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
+            if WALK:
+                _walk_block(
+                    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
+                    stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, GROUP, STAGES,
                 )  # fmt: skip
+            else:
+                _tile_block(
+                    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
+                    stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
+                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, LEVELS, ALIGNED,
+                )  # fmt: skip
+            if STORES and WIDTH > 1:
+                if first <= row_start:
+                    _store_window(
+                        x, pool, row_start, row_end, ch, in_dim, has_state,
+                        stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
+                    )  # fmt: skip
     else:
         zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
         for t in range(tl.maximum(first, row_start), last):

@@ -342,7 +342,7 @@ def _fused(fn: Make, update: Make) -> list[Case]:
     """Residual, input inside a wider projection, output in parts."""
     more: dict[str, Any] = {"group": "residual and split"}
     added, parts = "residual-misapplied", "split-misplaced"
-    three = {"lengths": (5, 0, 2, 9), "dim": 24, "tail": 2}
+    three = {"lengths": (5, 0, 2, 9, 1, 1), "dim": 24, "tail": 2}
     wide = {"channel_offset": 8, "split_sizes": (8, 4, 12)}
     return [
         fn("residual-bf16", added, **three, args={"residual": True}, tier="core", **more),
