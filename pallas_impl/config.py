@@ -13,8 +13,7 @@ class PrefillConfig(NamedTuple):
     Attributes:
       flat: schedule "flat" rather than "per_sequence".
       block_t: tokens a program, a power of two, at least 8, so that a halo never leaves the row.
-      lanes: channels of a tile, 128 or 256 (an axis of a TMA box has at most 256 elements).
-      tiles: tiles a program; its channels are `tiles * lanes`.
+      lanes: channels a program, 128 or 256 (an axis of a TMA box has at most 256 elements).
       row_blocks: per_sequence: programs along a row; 0 with flat.
       tail_blocks: per_sequence: programs that write the zeros after the last row; 0 with flat.
     """
@@ -22,7 +21,6 @@ class PrefillConfig(NamedTuple):
     flat: bool
     block_t: int
     lanes: int
-    tiles: int
     row_blocks: int
     tail_blocks: int
 
@@ -76,9 +74,8 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
     """
     lanes = choose_lanes(dim)
     average = tokens // max(batch, 1)
-    block_t = 8
-    if tokens * cdiv(dim, lanes) >= 32 * 1056:  # enough for every program an H100 holds at once
-        block_t = 32 if average >= 32 else 16 if average >= 8 else 8
+    enough = tokens * cdiv(dim, lanes) >= 32 * 1056  # for every program an H100 holds at once
+    block_t = 16 if enough and average >= 8 else 8
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     row_blocks = max(cdiv(longest, block_t), 1)
     flat_blocks = tokens // block_t + batch + 1
@@ -87,13 +84,13 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
     )  # no program waits for another: no row to look for is best
     wasteful = batch * row_blocks > flat_blocks + flat_blocks // 8 and not at_once
     if schedule == "flat" or (schedule == "auto" and wasteful):
-        return PrefillConfig(True, block_t, lanes, 1, 0, 0)
-    return PrefillConfig(False, block_t, lanes, 1, row_blocks, min(cdiv(tokens, block_t), 8))
+        return PrefillConfig(True, block_t, lanes, 0, 0)
+    return PrefillConfig(False, block_t, lanes, row_blocks, min(cdiv(tokens, block_t), 8))
 
 
 def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Grid:
     """The grid of a prefill; with flat it depends on shapes alone."""
-    columns = cdiv(dim, config.lanes * config.tiles)
+    columns = cdiv(dim, config.lanes)
     if not config.flat:
         return Grid(batch * config.row_blocks + config.tail_blocks, columns)
     return Grid(cdiv(tokens // config.block_t + batch + 1, STREAMS) * STREAMS, columns)

@@ -1,4 +1,4 @@
-"""Prefill on Mosaic GPU: one warpgroup a program, one block of tokens of one row, a few tiles of channels.
+"""Prefill on Mosaic GPU: one warpgroup a program, one block of tokens of one row, one tile of channels.
 
 A tile of x travels through TMA into shared memory, is convolved in place, row by row, and leaves through
 TMA. TMA clips at the ends of `x`, `out` and the pool, so no dimension needs to divide by a block. The
@@ -59,18 +59,17 @@ def launch(
     programs = check_grid(grid.blocks * grid.columns, grid.blocks * config.block_t)
     pool_dtype = conv_states.dtype if pooled else x.dtype
     window_copies = width - 1 if pooled and state_layout == "ring" else 1
-    tile = lambda rows: (config.tiles, rows, config.lanes)  # noqa: E731
     scratch = dict(
-        tile=plgpu.SMEM(tile(config.block_t), x.dtype),
-        edge=plgpu.SMEM(tile(max(width - 1, 1)), x.dtype),
-        window=plgpu.SMEM(tile(max(width - 1, 1)), pool_dtype),
-        tile_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
-        edge_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles),
-        window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.tiles * window_copies),
+        tile=plgpu.SMEM((config.block_t, config.lanes), x.dtype),
+        edge=plgpu.SMEM((max(width - 1, 1), config.lanes), x.dtype),
+        window=plgpu.SMEM((max(width - 1, 1), config.lanes), pool_dtype),
+        tile_ready=plgpu.Barrier(),
+        edge_ready=plgpu.Barrier(),
+        window_ready=plgpu.Barrier(num_barriers=window_copies),
     )
     if residual is not None:
-        scratch["added"] = plgpu.SMEM(tile(config.block_t), residual.dtype)
-        scratch["added_ready"] = plgpu.Barrier(num_barriers=config.tiles)
+        scratch["added"] = plgpu.SMEM((config.block_t, config.lanes), residual.dtype)
+        scratch["added_ready"] = plgpu.Barrier()
     names, operands = ["x", "weight"], [x, weight]
     for name, operand in (
         ("starts", starts), ("bias", bias), ("slots", slots), ("has_state", has_state), ("residual", residual),
@@ -136,6 +135,8 @@ def _kernel(
 
     program = lax.axis_index("program")
     block, column = div(program, grid.columns), rem(program, grid.columns)
+    channels = pl.ds(column * lanes, lanes)
+    of_x = pl.ds(channels.start + channel, lanes) if channel else channels
     if config.flat:
         block = rem(block, STREAMS) * (grid.blocks // STREAMS) + div(block, STREAMS)
         row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
@@ -158,79 +159,61 @@ def _kernel(
         length = jnp.minimum(end - begin, block_t)
         first = index == 0
         fewest = GROUP if in_registers else 1  # a box less is a tensor map less
-        for i, channels in tiles():  # x is asked for before it is known whether the row is live
 
-            @pl.when((row < batch) & (channels.start < dim))
-            def _(i=i, channels=channels):
-                load_rows(x, of_x(channels), tile.at[i], tile_ready.at[i], begin, length, fewest)
+        @pl.when(row < batch)  # x is asked for before it is known whether the row is live
+        def _():
+            load_rows(x, of_x, tile, tile_ready, begin, length, fewest)
+            if has_edges:
+                load_edge(begin, first)
+
+        @pl.when(live)
+        def _():
+            if added is not None:
+                load_rows(refs["residual"], channels, added, added_ready, begin, length)
+            if pool is not None:
+                pl.when(first & stateful)(load_past)
+            convolve_tile(length, first)
+
+        @pl.when(jnp.logical_not(live))
+        def _():
+            @pl.when(row < batch)
+            def _():
+                plgpu.barrier_wait(tile_ready)
                 if has_edges:
-                    load_edge(i, channels, begin, first)
+                    pl.when(needs_edge(first))(lambda: plgpu.barrier_wait(edge_ready))
 
-        for i, channels in tiles():
+            for r in range(block_t):  # a loop to `length` would be unrolled into far more code
+                store_zeros(tile, r, interpret)
 
-            @pl.when(live & (channels.start < dim))
-            def _(i=i, channels=channels):
-                if added is not None:
-                    load_rows(refs["residual"], channels, added.at[i], added_ready.at[i], begin, length)
-                if pool is not None:
-                    pl.when(first & stateful)(lambda: load_past(i, channels))
+        plgpu.commit_smem()
+        in_parts(outs, channels, lambda out, part: store_rows(tile, out, part, begin, length))
+        if new_pool is not None:
 
-        for i, channels in tiles():
-
-            @pl.when(channels.start < dim)
-            def _(i=i, channels=channels):
-                @pl.when(live)
-                def _():
-                    convolve_tile(i, channels, length, first)
-
-                @pl.when(jnp.logical_not(live))
-                def _():
-                    @pl.when(row < batch)
-                    def _():
-                        plgpu.barrier_wait(tile_ready.at[i])
-                        if has_edges:
-                            pl.when(needs_edge(first))(lambda: plgpu.barrier_wait(edge_ready.at[i]))
-
-                    for r in range(block_t):  # a loop to `length` would be unrolled into far more code
-                        store_zeros(tile.at[i], r, interpret)
-
-                plgpu.commit_smem()
-                in_parts(outs, channels, lambda out, part: store_rows(tile.at[i], out, part, begin, length))
-                if new_pool is not None:
-
-                    @pl.when(live & first)
-                    def _():
-                        slots = lambda channels: pool.at[slot, pl.ds(0, history), channels]  # noqa: E731
-                        copy_out(window.at[i], slots, channels, dim)
+            @pl.when(live & first)
+            def _():
+                slots = lambda channels: pool.at[slot, pl.ds(0, history), channels]  # noqa: E731
+                copy_out(window, slots, channels, dim)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def tiles():
-        for i in range(config.tiles):
-            yield i, pl.ds((column * config.tiles + i) * lanes, lanes)
-
-    def of_x(channels):
-        return pl.ds(channels.start + channel, lanes) if channel else channels
 
     def needs_edge(first):
         later = jnp.logical_not(first)
         return later | (row_length > block_t) if store_state else later
 
-    def load_edge(i, channels, begin, first):
+    def load_edge(begin, first):
         """Before a later block: the tokens there. Before the first one of a longer row: the row's last tokens."""
         far = (jnp.where(first, end, begin) if store_state else begin) - history
 
         @pl.when(needs_edge(first))
         def _():
-            halo = x.at[pl.ds(far, history), of_x(channels)]
-            plgpu.copy_gmem_to_smem(halo, edge.at[i], edge_ready.at[i])
+            halo = x.at[pl.ds(far, history), of_x]
+            plgpu.copy_gmem_to_smem(halo, edge, edge_ready)
 
-    def load_past(i, channels):
+    def load_past():
         """Before the first block of a row with a state: its window."""
-        ready = lambda j: window_ready.at[i * window_copies + j]  # noqa: E731
-        load_window(pool, slot, channels, window.at[i], ready, state_layout, seqlens, row)
+        load_window(pool, slot, channels, window, window_ready, state_layout, seqlens, row)
 
-    def convolve_tile(i, channels, length, first):
+    def convolve_tile(length, first):
         taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         past = ()
         if history:
@@ -239,45 +222,43 @@ def _kernel(
                 @pl.when(first & stateful)
                 def _():
                     for j in range(window_copies):
-                        plgpu.barrier_wait(window_ready.at[i * window_copies + j])
+                        plgpu.barrier_wait(window_ready.at[j])
 
             @pl.when(first & jnp.logical_not(stateful))
             def _():
                 for j in range(history):
-                    store_zeros(window.at[i], j, interpret)
+                    store_zeros(window, j, interpret)
 
             if has_edges:
 
                 @pl.when(needs_edge(first))
                 def _():
-                    plgpu.barrier_wait(edge_ready.at[i])
+                    plgpu.barrier_wait(edge_ready)
 
-            past = lax.cond(
-                first, lambda: _widen_rows(window, i, history), lambda: _widen_rows(edge, i, history)
-            )
-        plgpu.barrier_wait(tile_ready.at[i])
+            past = lax.cond(first, lambda: _widen_rows(window, history), lambda: _widen_rows(edge, history))
+        plgpu.barrier_wait(tile_ready)
         if added is not None:
-            plgpu.barrier_wait(added_ready.at[i])
+            plgpu.barrier_wait(added_ready)
         if new_pool is not None:
 
             @pl.when(first & (row_length == 1))  # most rows of a serving batch are decode steps
             def _():
                 for j in range(1, history):
-                    window[i, j - 1] = window[i, j]
-                window[i, history - 1] = tile[i, 0].astype(window.dtype)
+                    window[j - 1] = window[j]
+                window[history - 1] = tile[0].astype(window.dtype)
 
             @pl.when(first & (row_length != 1))
             def _():
                 for j in range(history):
-                    window[i, j] = new_state(i, j)
+                    window[j] = new_state(j)
 
         def rows(first, count, past):
             for r in range(count):
-                past = (*past, tile[i, first + r].astype(jnp.float32))
+                past = (*past, tile[first + r].astype(jnp.float32))
                 y = convolve(past, taps, bias, silu=silu, interpret=interpret)
                 if added is not None:
-                    y = add(y, added[i, first + r].astype(jnp.float32), interpret=interpret)
-                tile[i, first + r] = y.astype(tile.dtype)
+                    y = add(y, added[first + r].astype(jnp.float32), interpret=interpret)
+                tile[first + r] = y.astype(tile.dtype)
                 past = past[1:]
             return past
 
@@ -285,22 +266,22 @@ def _kernel(
         past = lax.fori_loop(0, groups, lambda g, past: rows(g * GROUP, GROUP, past), past)
         lax.fori_loop(groups * GROUP, length, lambda r, past: rows(r, 1, past), past)
 
-    def new_state(i, j):
+    def new_state(j):
         """Entry row_length + j of window ++ x, in the pool's dtype."""
         token = row_length + j - history
         short = lambda: lax.cond(  # noqa: E731
             token >= 0,
-            lambda: tile[i, jnp.clip(token, 0, block_t - 1)].astype(window.dtype),
-            lambda: window[i, jnp.minimum(row_length + j, history - 1)],
+            lambda: tile[jnp.clip(token, 0, block_t - 1)].astype(window.dtype),
+            lambda: window[jnp.minimum(row_length + j, history - 1)],
         )
         if tokens <= block_t:
             return short()
-        return lax.cond(row_length > block_t, lambda: edge[i, j].astype(window.dtype), short)
+        return lax.cond(row_length > block_t, lambda: edge[j].astype(window.dtype), short)
 
-    def run_token(channels):
+    def run_token():
         """A whole row of one token; x and taps are asked for before slot and flag are waited for."""
         in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
-        token = in_layout(x[start, of_x(channels)])
+        token = in_layout(x[start, of_x])
         taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         issue_loads(interpret=interpret)
         no_past = lambda: (in_layout(jnp.zeros((lanes,), window.dtype)),) * history  # noqa: E731
@@ -329,11 +310,7 @@ def _kernel(
                 return
             one_token = (row < batch) & (row_length == 1)
 
-            @pl.when(one_token)
-            def _():
-                for _, channels in tiles():
-                    pl.when(channels.start < dim)(functools.partial(run_token, channels))
-
+            pl.when(one_token)(run_token)
             pl.when(jnp.logical_not(one_token))(lambda: run_block(index))
 
         return
@@ -372,16 +349,16 @@ def _stateful(refs, row, batch, always_state):
 
 
 def load_window(pool, slot, channels, window, ready, layout, seqlens, row):
-    """Starts the copy of a slot's window, in front or at the back; of a rotating slot one row for each `ready(j)`."""
+    """Starts the copy of a slot's window, in front or at the back; of a rotating slot one row for each of `ready`."""
     history, state_len = window.shape[0], pool.shape[1]
     if layout == "ring":
         oldest = rem(jnp.maximum(seqlens[row], 0), state_len) + state_len - history
         for j in range(history):
             place = pool.at[slot, pl.ds(rem(oldest + j, state_len), 1), channels]
-            plgpu.copy_gmem_to_smem(place, window.at[pl.ds(j, 1)], ready(j))
+            plgpu.copy_gmem_to_smem(place, window.at[pl.ds(j, 1)], ready.at[j])
         return
     first = 0 if layout == "front" else state_len - history
-    plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(first, history), channels], window, ready(0))
+    plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(first, history), channels], window, ready.at[0])
 
 
 def load_rows(x, channels, tile, ready, begin, length, fewest=1):
@@ -458,5 +435,5 @@ def store_zeros(ref, row, interpret):
     ref[row] = zeros if interpret else plgpu.layout_cast(zeros, layout(lanes))
 
 
-def _widen_rows(ref, i, rows):
-    return tuple(ref[i, j].astype(jnp.float32) for j in range(rows))
+def _widen_rows(ref, rows):
+    return tuple(ref[j].astype(jnp.float32) for j in range(rows))

@@ -170,8 +170,16 @@ def _kernel(
             past = pool.at[slot, pl.ds(first, history), channels]
             plgpu.copy_gmem_to_smem(past, window, refs["window_ready"].at[0])
             return
-        ready = lambda j: refs["window_ready"].at[j]  # noqa: E731
-        load_window(pool, slot, channels, window, ready, options.state_layout, refs.get("seqlens"), here)
+        load_window(
+            pool,
+            slot,
+            channels,
+            window,
+            refs["window_ready"],
+            options.state_layout,
+            refs.get("seqlens"),
+            here,
+        )
 
     def wait_window():
         for j in range(history if options.state_layout == "ring" else 1):

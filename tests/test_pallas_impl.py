@@ -182,8 +182,8 @@ def in_interpreter(problem, conf, races=False):
 def test_schedules_and_block_sizes_give_the_same_bits():
     problem = prefill_problem((1, 9, 0, 35), dim=256, tail=19, padding=(1,))
     configs = [
-        (True, 8, 256, 1, 0, 0), (True, 16, 128, 2, 0, 0), (False, 8, 128, 1, 5, 3),
-        (False, 16, 256, 1, 1, 1),  # too few programs: they walk on along rows and tail
+        (True, 8, 256, 0, 0), (True, 16, 128, 0, 0), (False, 8, 128, 5, 3),
+        (False, 16, 256, 1, 1),  # too few programs: they walk on along rows and tail
     ]  # fmt: skip
     for conf in configs:
         check(ConvOutput(*in_interpreter(problem, conf)), "causal_conv1d_fn", problem)
@@ -192,7 +192,7 @@ def test_schedules_and_block_sizes_give_the_same_bits():
 def test_many_rows_in_interleaved_streams():
     lengths = [1, 0, 2] * 20
     problem = prefill_problem(lengths, tail=9)
-    conf = config.PrefillConfig(True, 8, 128, 1, 0, 0)
+    conf = config.PrefillConfig(True, 8, 128, 0, 0)
     check(ConvOutput(*in_interpreter(problem, conf)), "causal_conv1d_fn", problem)
 
 
@@ -229,13 +229,13 @@ def reset_interpreter():
 @pytest.mark.parametrize("flat", [True, False])
 def test_no_data_races(flat):
     problem = prefill_problem((3, 20), padding=())
-    in_interpreter(problem, (flat, 8, 128, 1, 1, 1), races=True)
+    in_interpreter(problem, (flat, 8, 128, 1, 1), races=True)
     assert not races_found()
 
 
 def test_rows_of_one_token_have_no_data_races():
     problem = prefill_problem((1, 0, 1, 9, 1, 1), padding=(4,), seed=3)
-    result = in_interpreter(problem, (True, 8, 128, 1, 0, 0), races=True)
+    result = in_interpreter(problem, (True, 8, 128, 0, 0), races=True)
     check(ConvOutput(*result), "causal_conv1d_fn", problem)
     assert not races_found()
 
@@ -245,7 +245,7 @@ def test_a_missing_wait_is_a_data_race(monkeypatch):
     problem = prefill_problem((3, 20), padding=(), seed=5)
     monkeypatch.setattr(prefill.plgpu, "barrier_wait", lambda barrier: None)
     try:
-        in_interpreter(problem, (True, 8, 128, 1, 0, 0), races=True)
+        in_interpreter(problem, (True, 8, 128, 0, 0), races=True)
         assert races_found()
     finally:
         reset_interpreter()
@@ -505,7 +505,7 @@ def test_tiles_cover_every_channel_once(dim):
             assert wide == dim
     conf = config.prefill_config(1000, dim, 4, None, "auto")
     columns = config.prefill_grid(conf, 1000, dim, 4).columns
-    assert (columns - 1) * conf.lanes * conf.tiles < dim <= columns * conf.lanes * conf.tiles
+    assert (columns - 1) * conf.lanes < dim <= columns * conf.lanes
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 33, 1000, 65536])
