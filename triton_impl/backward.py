@@ -30,10 +30,13 @@ from triton_impl.taps import (
     convolve,
     join_columns,
     load_bias,
+    load_bias_word,
     load_taps,
+    load_words,
     narrow,
     offset,
     split_columns,
+    unpack_taps,
     widen,
     word_bits,
 )
@@ -312,9 +315,7 @@ def _load_runs(
     """2**LEVELS tokens from `first` behind each of `source`, as a tuple of [runs, channels]; zeros outside the row."""
     i = tl.arange(0, 1 << LEVELS)[None, None, :]
     wanted = _in_row(at, left, first, i, in_dim, EDGE, WHOLE)
-    return split_columns(
-        tl.load(source[:, :, None] + (first + i) * stride_t, mask=wanted, other=0.0), LEVELS
-    )
+    return split_columns(tl.load(source[:, :, None] + (first + i) * stride_t, mask=wanted, other=0.0), LEVELS)
 
 
 @triton.jit
@@ -494,15 +495,20 @@ def _backward_kernel(
     channel_blocks = tl.cdiv(dim, BLOCK_D)
     block_d = tl.program_id(0) % channel_blocks
     program = tl.program_id(0) // channel_blocks
+    ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_dim = ch < dim
+    if LEVELS:  # the taps are under way while the row is looked for
+        words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
+        bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
     if FLAT:
         facts = _find_row(
             query_start_loc, None, None, program, batch, tokens, 0, 0, BLOCK_T, SEARCH, False, False
         )
-        row = facts[0]
+        row, row_start, row_end = facts[0], facts[1], facts[2]
     else:
         row = program
-    row_start = offset(query_start_loc, row, batch, tokens)
-    row_end = offset(query_start_loc, row + 1, batch, tokens)
+        row_start = offset(query_start_loc, row, batch, tokens)
+        row_end = offset(query_start_loc, row + 1, batch, tokens)
     number = row_start // BLOCK_T + row  # of the row's first block
     blocks = row_end // BLOCK_T + row + 1 - number  # numbers up to the next row's; the last may be no block
     if FLAT:
@@ -515,8 +521,6 @@ def _backward_kernel(
         return
 
     wide_row = row.to(tl.int64)
-    ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_dim = ch < dim
     wide_dim = tl.cast(dim, tl.int64)
     if DENSE:
         offset_g = wide_row * stride_g_n
@@ -541,16 +545,17 @@ def _backward_kernel(
         for _ in tl.static_range(WIDTH + HAS_BIAS):
             sums = sums + (zero,)
         if (row < batch) & ((first < length) | (block == 0)):  # a row of zero tokens hands its state on
-            taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-            start_value = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
             if LEVELS:
+                taps = unpack_taps(words, WIDTH, weight.dtype.element_ty)
                 sums = _tile_back(
-                    dout, dfinal, x, initial_states, dx, dinitial, offset_g, offset_x, offset_o, taps, start_value,
+                    dout, dfinal, x, initial_states, dx, dinitial, offset_g, offset_x, offset_o, taps, widen(bias_word),
                     length, first, last, ch, in_dim, stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d,
                     stride_i_l, stride_i_d, stride_o_t, stride_o_d, wide_dim, WIDTH, SILU, HAS_BIAS, HAS_INITIAL,
                     HAS_DFINAL, HAS_DINITIAL, HAS_SUMS, PTX, GROUP, STAGES, LEVELS, ALIGNED, PHASE_G, PHASE_O,
                 )  # fmt: skip
             else:
+                taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
+                start_value = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
                 sums = _walk_back(
                     dout + offset_g, dfinal, x + offset_x, initial_states, dx + offset_o, dinitial, taps, start_value,
                     length, first, last, ch, in_dim, sums, stride_g_t, stride_g_d, stride_f_l, stride_f_d,
