@@ -334,6 +334,15 @@ def test_dout_is_copied_only_where_it_lies_across_x(rows, layout, monkeypatch):
         assert walk[0].data_ptr() == dout.data_ptr()
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_expanded_dout_is_never_copied(axis):
+    x = channel_first(torch.zeros(2, 40, 8))
+    dout = torch.zeros(2, 40, 8)
+    assert functional._crosses(dout, x)
+    assert not functional._crosses(dout.narrow(axis, 0, 1).expand(2, 40, 8), x)
+    assert not functional._crosses(dout, x.contiguous())
+
+
 def test_the_copy_check_can_fail():
     x = torch.zeros(4, 6).t()
     with Copies(24) as copies:

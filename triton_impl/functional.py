@@ -180,7 +180,7 @@ def _backward(
 def _crosses(dout, x):
     """Whether dout is channel-first where x is channel-last, or the reverse: a copy then takes less than reading it."""
     stride_t, stride_d = dout.stride()[-2:]
-    if stride_t == 0 or stride_d == 0 or 1 in dout.shape[-2:]:  # expanded, or there is no such axis
+    if 0 in dout.stride() or 1 in dout.shape[-2:]:  # expanded, so short; or of one token or channel, so neither
         return False
     return walks(*x.stride()[-2:]) != (stride_d <= stride_t)
 
