@@ -180,7 +180,8 @@ def _backward(
 def _crosses(dout, x):
     """Whether dout is channel-first where x is channel-last, or the reverse: a copy then takes less than reading it."""
     stride_t, stride_d = dout.stride()[-2:]
-    if 0 in dout.stride() or 1 in dout.shape[-2:]:  # expanded, so short; or of one token or channel, so neither
+    # expanded, so little to read; or of one token or channel, so neither of both
+    if 0 in dout.stride() or 1 in dout.shape[-2:]:
         return False
     return walks(*x.stride()[-2:]) != (stride_d <= stride_t)
 
