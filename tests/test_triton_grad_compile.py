@@ -154,11 +154,10 @@ def test_no_spills_in_the_reduction(target):
 VARIANTS = [
     ("bf16", 1, "token-first", True, True),
     ("bf16", 2, "token-first", False, True),
-    ("bf16", 3, "token-first", True, True),
     ("fp16", 6, "token-first", False, False),
     ("fp32", 4, "token-first", True, False),
     ("fp32", 8, "token-first", False, True),
-    ("bf16", 1, "channel-first", False, False),
+    ("bf16", 3, "channel-first", False, False),
     ("fp32", 4, "channel-first", False, False),
     ("fp32", 8, "channel-first", True, False),
     ("bf16", 2, "uneven rows", True, False),
@@ -187,17 +186,15 @@ def test_any_mixture_of_dtypes_compiles(wide):
     results = {"x": "dx", "initial_states": "dinitial"}
     names = [*wide, *(results[name] for name in wide if name in results)]
     flat = MIXTURES.index(wide) % 2 == 0
-    compiled = compiled_back(
-        TARGETS["sm_90"], "fp16", flat=flat, kinds=tuple((name, "fp32") for name in names)
-    )
+    layout, kinds = "token-first" if flat else "channel-first", tuple((name, "fp32") for name in names)
+    compiled = compiled_back(TARGETS["sm_90"], "fp16", flat=flat, kinds=kinds, layout=layout)
     assert resources(compiled, TARGETS["sm_90"])[1] == 0
 
 
 def test_the_spill_check_can_fail():
     target = TARGETS["sm_90"]
-    assert (
-        resources(compiled_back(target, states=False, block_d=1024), target)[1] > 16
-    )  # 16 channels a thread
+    compiled = compiled_back(target, states=False, block_d=512, group=4, num_warps=1)  # 16 channels a thread
+    assert resources(compiled, target)[1] > 16
 
 
 def test_every_token_is_read_and_written_once():
