@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 MAX_GRID_YZ = 65535
-# Up to here "auto" takes per_sequence: no program waits for another, and none has to look for its row. Beyond, flat
-# was the faster on every batch measured: its programs work on neighbouring memory.
-PROGRAMS_AT_ONCE = 924  # 7 on each of 132 multiprocessors
+# Small batches of up to so many programs take per_sequence with "auto": all run at once, and none has to look for its
+# row. Beyond, flat was the faster on every batch measured: its programs work on neighbouring memory.
+PROGRAMS_AT_ONCE = 960
 
 
 class PrefillConfig(NamedTuple):
@@ -70,14 +70,15 @@ def prefill_config(
       schedule: "auto", "per_sequence" or "flat".
       warp_size: threads of a warp of the device.
     """
+    small = tokens * dim < 1 << 20  # too little to fill a device: only latency shows, so short programs
     stages = 1
     if not walk:
         # long rows take long stretches of a channel's memory; a thread has 16 bytes of one or a few channels
         block_t, block_d, num_warps = (256, 8, 4) if tokens >= 128 * batch else (32, 16, 1)
         block_d, group = min(_next_power_of_2(max(dim, 1)), block_d), 8
     else:
-        if tokens * dim < 1 << 20:  # too little to fill a device: only latency shows, so short programs
-            channels = 4  # a thread
+        if small:
+            channels = 2  # a thread
             block_t = group = max(4, _next_power_of_2(width - 1))
         elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
             channels = 2
@@ -87,7 +88,7 @@ def prefill_config(
         block_d = min(max(_next_power_of_2(dim), warp_size), 4 * warp_size * channels)
         num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
-    at_once = (batch + 1) * row_blocks * -(-dim // block_d) <= PROGRAMS_AT_ONCE
+    at_once = small and (batch + 1) * row_blocks * -(-dim // block_d) <= PROGRAMS_AT_ONCE
     return PrefillConfig(
         flat=schedule == "flat" or (schedule == "auto" and not at_once),
         walk=walk,
