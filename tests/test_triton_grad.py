@@ -555,6 +555,8 @@ def test_bad_offsets_do_no_harm():
         bad = arguments | {"query_start_loc": torch.tensor(starts)}
         for options in ({"backend": "eager"}, *KERNELS):
             run(bad, dout, None, **options)
+        bad["x"] = channel_first(bad["x"].detach())
+        backward_alone(bad, dout, None, **KERNELS[0])
 
 
 @pytest.mark.parametrize("places", [1, 7, 33])
