@@ -217,7 +217,7 @@ def channel_first_accesses(ptx):
 
 @pytest.mark.parametrize("layout", ["channel-first", "uneven rows"])
 def test_runs_of_channel_first_rows_are_sixteen_byte_accesses(layout):
-    """Lanes lie along a channel: a warp's runs are one stretch of 512 bytes. Taken apart in registers."""
+    """Lanes lie along a channel: half a warp's runs are one stretch of 256 bytes. Taken apart in registers."""
     compiled = compiled_back(TARGETS["sm_90"], states=False, layout=layout)
     counts = channel_first_accesses(compiled.asm["ptx"])
     steps = 2 if layout == "channel-first" else 1  # at the ends of a row and between, or between alone
@@ -229,11 +229,11 @@ def test_runs_of_channel_first_rows_are_sixteen_byte_accesses(layout):
     assert not {kind for kind, _ in counts} & {"atom", "red"}
     ir = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = #ttg.blocked<{(.*)}>", ir, re.MULTILINE))
-    tiles = re.findall(r"tt\.(?:load|store) .*tensor<32x4x[48]x!tt\.ptr<bf16>, (#\w+)>", ir)
+    tiles = re.findall(r"tt\.(?:load|store) .*tensor<16x8x[48]x!tt\.ptr<bf16>, (#\w+)>", ir)
     assert len(tiles) == 2 * (5 + 1)
-    assert all("threadsPerWarp = [32, 1, 1], warpsPerCTA = [1, 4, 1]" in layouts[name] for name in tiles)
-    loops = ir[ir.index("tt.load", ir.index("32x4x8x!tt.ptr")) :]
-    assert "convert_layout" not in loops[: loops.rindex("32x4x8x!tt.ptr")]
+    assert all("threadsPerWarp = [16, 2, 1], warpsPerCTA = [1, 4, 1]" in layouts[name] for name in tiles)
+    loops = ir[ir.index("tt.load", ir.index("16x8x8x!tt.ptr")) :]
+    assert "convert_layout" not in loops[: loops.rindex("16x8x8x!tt.ptr")]
 
 
 def test_the_silu_instructions():

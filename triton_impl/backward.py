@@ -84,8 +84,8 @@ def backward_config(
       max_seqlen, schedule, warp_size: as in `config.prefill_config`.
     """
     if run:
-        # a run a thread: a warp for each of four channels, or fewer lanes along the tokens of short rows
-        lanes, block_d, longest, stages = warp_size, 4, 8, 1
+        # a run a thread: half a warp for each of eight channels, or fewer lanes along the tokens of short rows
+        lanes, block_d, longest, stages = warp_size // 2, 8, 16, 1
         while lanes > 4 and lanes * run * max(batch, 1) > 2 * tokens:
             lanes, block_d, longest = lanes // 2, block_d * 2, 1
         block_d = min(block_d, _next_power_of_2(max(dim, 1)))

@@ -229,9 +229,9 @@ def _tile_block(
     if WIDTH > 1:
         h = tl.arange(0, 1 << HALO_LEVELS)[None, None, :] - (1 << HALO_LEVELS)
         wanted = in_dim[None, :, None] & (t < last)[:, :, None]
-        if ALIGNED:
+        if ALIGNED and HALO_LEVELS <= LEVELS:
             wanted = wanted & (t > row_start)[:, :, None] & (t >= RUN)[:, :, None]
-        else:
+        else:  # (one token after the other where the window is longer than a run)
             wanted = wanted & (t[:, :, None] + h >= row_start)
         halo = split_columns(tl.load(source + h * stride_x_t, mask=wanted, other=0.0), HALO_LEVELS)
         for j in tl.static_range((1 << HALO_LEVELS) - (WIDTH - 1), 1 << HALO_LEVELS):
