@@ -173,7 +173,9 @@ def test_two_modes_of_triton_in_one_process_are_refused(project):
 def test_an_interrupted_run_leaves_no_process_behind(project):
     sleeper = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)\n"
     root = project(test_hang=sleeper)
-    command = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from pathlib import Path; from tests import run_groups\n"
+    # What a shell starts in the background ignores SIGINT, and its children too.
+    command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command += f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); from pathlib import Path; from tests import run_groups\n"
     command += f"sys.exit(run_groups.main(['core'], Path({str(root)!r})))"
     runner = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -282,7 +282,9 @@ def test_prefill_loads_and_stores_as_wide_as_the_plain_one(launches, name, targe
         assert sizes[0] == sizes[1]
         stores = [[n for kind, n in accesses(binary) if kind == "store" and n > 2] for binary in binaries]
         assert stores[0] == [max(stores[0])] * len(stores[0])
-        assert len(stores[0]) == len(stores[1]) + 3, "and the window of the row's last tokens"
+        assert len(stores[0]) == len(stores[1]) + 2 * 3, (
+            "and the windows of rows of one token and of longer ones"
+        )
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
