@@ -33,6 +33,7 @@ from pallas_impl.taps import (
     convolve,
     div,
     find_row,
+    in_layout,
     layout,
     load_taps,
     rem,
@@ -306,8 +307,7 @@ def _kernel(
 
 
 def _zeros(interpret):
-    zeros = jnp.zeros((LANES,), jnp.float32)
-    return zeros if interpret else plgpu.layout_cast(zeros, layout(LANES))
+    return in_layout(jnp.zeros((LANES,), jnp.float32), interpret=interpret)
 
 
 def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interpret):
@@ -371,8 +371,7 @@ def _add_places(sums, interpret):
         lanes = pl.ds(column * LANES, LANES)
 
         def read(place):
-            value = sums[place, kind, lanes]
-            return value if interpret else plgpu.layout_cast(value, layout(LANES))
+            return in_layout(sums[place, kind, lanes], interpret=interpret)
 
         def group(i, acc):
             loaded = [read(i * GROUP + r) for r in range(GROUP)]

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
 from pallas_impl.config import STREAMS, prefill_grid
-from pallas_impl.taps import add, convolve, div, find_row, issue_loads, keep, layout, load_taps, rem
+from pallas_impl.taps import add, convolve, div, find_row, in_layout, issue_loads, keep, load_taps, rem
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -280,25 +280,18 @@ def _kernel(
 
     def run_token():
         """A whole row of one token; x and taps are asked for before slot and flag are waited for."""
-        in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
-        token = in_layout(x[start, of_x])
+        token = in_layout(x[start, of_x], interpret=interpret)
         taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
         issue_loads(interpret=interpret)
-        no_past = lambda: (in_layout(jnp.zeros((lanes,), window.dtype)),) * history  # noqa: E731
-        past = no_past()
-        if pool is not None:
-            read_past = lambda: tuple(in_layout(pool[slot, j, channels]) for j in range(history))  # noqa: E731
-            past = lax.cond(live & stateful, read_past, no_past)
-
+        if pool is None:
+            past = (in_layout(jnp.zeros((lanes,), window.dtype), interpret=interpret),) * history
+        else:
+            past = read_window(pool, slot, live & stateful, channels, history, interpret=interpret)
         entries = tuple(entry.astype(jnp.float32) for entry in (*past, token))
         y = convolve(entries, taps, bias, silu=silu, interpret=interpret)
         outs[0][start, channels] = keep(live, y, interpret=interpret).astype(x.dtype)
         if pool is not None:
-
-            @pl.when(live)
-            def _():
-                for j, entry in enumerate((*past[1:], token.astype(pool.dtype))):
-                    pool[slot, j, channels] = entry
+            write_window(pool, slot, live, channels, past, token)
 
     if config.flat:
         index = block - div(start, block_t) - row
@@ -359,6 +352,24 @@ def load_window(pool, slot, channels, window, ready, layout, seqlens, row):
         return
     first = 0 if layout == "front" else state_len - history
     plgpu.copy_gmem_to_smem(pool.at[slot, pl.ds(first, history), channels], window, ready.at[0])
+
+
+def read_window(pool, slot, wanted, channels, history, *, interpret):
+    """The window in front of a slot, in registers; zeros unless it is wanted."""
+    return lax.cond(
+        wanted,
+        lambda: tuple(in_layout(pool[slot, j, channels], interpret=interpret) for j in range(history)),
+        lambda: (in_layout(jnp.zeros((channels.size,), pool.dtype), interpret=interpret),) * history,
+    )
+
+
+def write_window(pool, slot, wanted, channels, past, token):
+    """Leaves the last entries of `past` and the token in front of a slot, if wanted."""
+
+    @pl.when(wanted)
+    def _():
+        for j, entry in enumerate((*past[1:], token.astype(pool.dtype))):
+            pool[slot, j, channels] = entry
 
 
 def load_rows(x, channels, tile, ready, begin, length, fewest=1):
@@ -430,9 +441,7 @@ def copy_out(rows, target, channels, dim):
 
 def store_zeros(ref, row, interpret):
     """Zeroes a row of shared memory, each thread the channels that it convolves."""
-    lanes = ref.shape[-1]
-    zeros = jnp.zeros((lanes,), ref.dtype)
-    ref[row] = zeros if interpret else plgpu.layout_cast(zeros, layout(lanes))
+    ref[row] = in_layout(jnp.zeros(ref.shape[-1:], ref.dtype), interpret=interpret)
 
 
 def _widen_rows(ref, rows):

@@ -28,6 +28,11 @@ def layout(lanes):
     return plgpu.Layout.WG_STRIDED((lanes,), vec_size=lanes // WARPGROUP)
 
 
+def in_layout(value, *, interpret):
+    """A row of channels as `layout` has it."""
+    return value if interpret else plgpu.layout_cast(value, layout(value.shape[0]))
+
+
 def load_taps(weight_ref, bias_ref, channel, lanes, *, interpret):
     """Loads the taps and the bias of channels `channel` to `channel + lanes - 1`, as float32 vectors.
 

@@ -15,8 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, in_parts, row_slot, store_zeros
-from pallas_impl.taps import add, convolve, div, issue_loads, keep, layout, load_taps, rem
+from pallas_impl.prefill import (
+    COMPILER_PARAMS,
+    check_grid,
+    copy_out,
+    in_parts,
+    read_window,
+    row_slot,
+    store_zeros,
+    write_window,
+)
+from pallas_impl.taps import add, convolve, div, in_layout, issue_loads, keep, load_taps, rem
 
 
 def launch(
@@ -88,7 +97,6 @@ def launch(
 def _in_registers(refs, outs, *, columns, num_slots, config, silu, pad_slot_id, channel, interpret):
     x, weight, pool, residual = refs["x"], refs["weight"], refs.get("pool"), refs.get("residual")
     batch, history, lanes = x.shape[0], weight.shape[1] - 1, config.lanes
-    in_layout = lambda value: value if interpret else plgpu.layout_cast(value, layout(lanes))  # noqa: E731
     program = lax.axis_index("program")
     first, channels = div(program, columns) * config.rows, pl.ds(rem(program, columns) * lanes, lanes)
     of_x = pl.ds(channels.start + channel, lanes) if channel else channels
@@ -100,19 +108,15 @@ def _in_registers(refs, outs, *, columns, num_slots, config, silu, pad_slot_id, 
         slot, is_live = row_slot(refs, first + r, batch, num_slots, pad_slot_id)
         slots.append(slot)
         live.append(is_live)
-        tokens.append(in_layout(x[row, of_x]))
+        tokens.append(in_layout(x[row, of_x], interpret=interpret))
         if residual is not None:
-            added.append(in_layout(residual[row, channels]))
+            added.append(in_layout(residual[row, channels], interpret=interpret))
     taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
     issue_loads(interpret=interpret)
     past = [()] * config.rows
     if history:
         for r in range(config.rows):
-            past[r] = lax.cond(
-                live[r],
-                lambda r=r: tuple(in_layout(pool[slots[r], j, channels]) for j in range(history)),
-                lambda: (in_layout(jnp.zeros((lanes,), pool.dtype)),) * history,
-            )
+            past[r] = read_window(pool, slots[r], live[r], channels, history, interpret=interpret)
 
     for r in range(config.rows):
         # taps
@@ -130,11 +134,7 @@ def _in_registers(refs, outs, *, columns, num_slots, config, silu, pad_slot_id, 
 
         # state
         if history:
-
-            @pl.when(live[r])
-            def _(r=r):
-                for j, entry in enumerate((*past[r][1:], tokens[r].astype(pool.dtype))):
-                    pool[slots[r], j, channels] = entry
+            write_window(pool, slots[r], live[r], channels, past[r], tokens[r])
 
 
 def _in_shared_memory(

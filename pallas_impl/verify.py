@@ -170,16 +170,8 @@ def _kernel(
             past = pool.at[slot, pl.ds(first, history), channels]
             plgpu.copy_gmem_to_smem(past, window, refs["window_ready"].at[0])
             return
-        load_window(
-            pool,
-            slot,
-            channels,
-            window,
-            refs["window_ready"],
-            options.state_layout,
-            refs.get("seqlens"),
-            here,
-        )
+        ready, seqlens = refs["window_ready"], refs.get("seqlens")
+        load_window(pool, slot, channels, window, ready, options.state_layout, seqlens, here)
 
     def wait_window():
         for j in range(history if options.state_layout == "ring" else 1):

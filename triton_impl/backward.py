@@ -80,7 +80,7 @@ def backward_config(
 
     Args:
       tokens, dim, batch, width: sizes of the call.
-      run: tokens of x in 16 bytes of a channel, for `_tile_back`; 0: `_walk_back`.
+      run: `run_of` x.
       max_seqlen, schedule, warp_size: as in `config.prefill_config`.
     """
     if run:
@@ -605,11 +605,16 @@ def _reduce_kernel(
             tl.store(dbias + ch, narrow(total, dbias.dtype.element_ty), mask=in_dim)
 
 
+def run_of(x):
+    """Tokens of x in 16 bytes of a channel where tokens have unit stride, for `_tile_back`; else 0, for `_walk_back`."""
+    return 0 if walks(*x.stride()[-2:]) else 1 << levels(x)
+
+
 def _runs_of(dout, x, dx):
     """The constants of `_tile_back` for these strides: the default ones of a walk where x has no unit token stride."""
-    if walks(*x.stride()[-2:]):
+    run = run_of(x)
+    if not run:
         return dict(LEVELS=0, ALIGNED=False, PHASE_G=False, PHASE_O=False)
-    run = 1 << levels(x)
 
     def phase(tensor):
         """By how many tokens each step but that along tokens leaves a boundary of 16 bytes."""

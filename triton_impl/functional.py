@@ -10,7 +10,6 @@ import torch
 from oracle.contract import ConvOutput, RowSizes, Unsupported, check_backend, check_causal_conv1d
 from triton_impl import backward, eager_backward, run
 from triton_impl.config import walks
-from triton_impl.prefill import levels
 from triton_impl.prepared import recall, remember
 
 _library = torch.library.Library("twinconv", "FRAGMENT")
@@ -199,9 +198,8 @@ def _launch(
     options = silu, max_seqlen, schedule, need_sums, need_initial
     key, call = recall("backward", weight_second, options)
     if call is None:
-        of_run = 0 if walks(*x.stride()[-2:]) else 1 << levels(x)
         config = backward.backward_config(
-            tokens, dim, batch, width, of_run, max_seqlen, schedule, run.WARP_SIZE
+            tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, run.WARP_SIZE
         )
         call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
         remember(key, call)

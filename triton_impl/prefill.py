@@ -8,7 +8,8 @@ so a program finds its row by a search on the device and the grid needs no lengt
 padded tail.
 
 The program of a row's first block reads the old window and writes the new one; the others take the
-`width-1` tokens before their block from x. A row of one token, a decode step among prefills, has a shorter way. Nothing is planned on the host and nothing synchronises.
+`width-1` tokens before their block from x. A row of one token, a decode step among prefills, has a shorter way.
+Nothing is planned on the host and nothing synchronises.
 """
 
 import torch
@@ -281,6 +282,14 @@ def _tile_block(
 
 
 @triton.jit
+def _store_entries(entries, pool, ch, in_dim, stride_s_l, stride_s_d, WIDTH: tl.constexpr):
+    tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
+    for c in tl.static_range(WIDTH - 1):
+        entry = recast(entries[c], pool.dtype.element_ty)
+        tl.store(pool + c * stride_s_l + ch * stride_s_d, entry, mask=in_dim)
+
+
+@triton.jit
 def _token(
     x, residual, out, pool, ring, words, bias_word, position, ch, in_dim, has_state, stride_x_t, stride_x_d,
     stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
@@ -309,10 +318,7 @@ def _token(
 
     # state
     if STORES and WIDTH > 1:
-        tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
-        for c in tl.static_range(WIDTH - 1):
-            entry = recast(window[c + 1], pool.dtype.element_ty)
-            tl.store(pool + c * stride_s_l + ch * stride_s_d, entry, mask=in_dim)
+        _store_entries(window[1:], pool, ch, in_dim, stride_s_l, stride_s_d, WIDTH)
 
 
 @triton.jit
@@ -328,9 +334,7 @@ def _store_window(
             stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, True, pool.dtype.element_ty,
         )  # fmt: skip
         entries = entries + (entry,)
-    tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
-    for c in tl.static_range(WIDTH - 1):
-        tl.store(pool + c * stride_s_l + ch * stride_s_d, entries[c], mask=in_dim)
+    _store_entries(entries, pool, ch, in_dim, stride_s_l, stride_s_d, WIDTH)
 
 
 @triton.jit
