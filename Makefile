@@ -58,8 +58,8 @@ test-gpu: ## the tests marked gpu, with PYTHON=the interpreter that holds the CU
 	$(on_gpu) tests/run_groups.py --gpu $(ONLY)
 
 test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communicator a GPU
-	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/test_multi_gpu_torch.py
-	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/test_multi_gpu_jax.py
+	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/triton/test_multi_gpu.py
+	NCCL_NVLS_ENABLE=0 $(on_gpu) -m pytest --gpu tests/pallas/test_multi_gpu.py
 
 .venv-cuda/.installed: requirements/cuda-compile.txt
 	@python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
@@ -70,8 +70,8 @@ test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communi
 
 test-compile: .venv-cuda/.installed ## Pallas kernels compiled to machine code for an H100, with no GPU
 	PATH="$(CURDIR)/$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin):$$PATH" \
-	  .venv-cuda/bin/python -m pytest tests/test_pallas_compile.py tests/test_pallas_grad_compile.py \
-	  tests/test_pallas_serving_compile.py
+	  .venv-cuda/bin/python -m pytest tests/pallas/test_compile.py tests/pallas/test_compile_backward.py \
+	  tests/pallas/test_compile_serving.py
 
 lint: .venv/.installed ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .

@@ -3,11 +3,11 @@
 A process holds torch or jax, never both: each reserves the GPU's memory, and each reads its environment when
 it is first imported. So run one file at a time, or `make test`, which does (tests/run_groups.py).
 
-The mode is chosen, never guessed. Without `--gpu` no GPU is used: Triton files run in Triton's interpreter
-(but for names with "compile", which need its compiler), JAX on the CPU, and tests marked `gpu` are skipped.
+The mode is chosen, never guessed. Without `--gpu` no GPU is used: the files of tests/triton run in Triton's
+interpreter (but for names with "compile", which need its compiler), JAX on the CPU, and tests marked `gpu` are skipped.
 With `--gpu` only the marked tests run, and a missing GPU is a failure.
 
-SECOND_JAX=1 says that the Pallas files run once more, under another JAX: then tests of the plain path, which have xla
+SECOND_JAX=1 says that the kernels' files of tests/pallas run once more, under another JAX: then tests of the plain path, which have xla
 in their names or parameters, are left out, and the conformance suite takes a case for every feature.
 """
 
@@ -19,11 +19,9 @@ import sys
 
 import pytest
 
-TORCH_FILES = ("test_triton_", "test_torch_")
-JAX_FILES = ("test_pallas_", "test_jax_")
 # On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
 # What rests on how XLA compiles has files of its own, besides the conformance suite, which says by itself.
-AS_USERS_COMPILE = ("test_jax_bits.py", "test_pallas_conformance.py")
+AS_USERS_COMPILE = ("test_bits.py", "test_conformance.py")
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
@@ -51,10 +49,11 @@ def pytest_collectstart(collector):
     """Sets the interpreters' modes before a file is imported: Triton reads its own in `@triton.jit`."""
     if not isinstance(collector, pytest.Module) or collector.config.getoption("--gpu"):
         return
-    if collector.path.name.startswith(JAX_FILES) and collector.path.name not in AS_USERS_COMPILE:
+    framework = collector.path.parent.name  # tests/triton and tests/pallas hold one framework each
+    if framework == "pallas" and collector.path.name not in AS_USERS_COMPILE:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = flags if QUICK_COMPILE in flags else f"{flags} {QUICK_COMPILE}".strip()
-    if not collector.path.name.startswith(TORCH_FILES):
+    if framework != "triton":
         return
     wanted = "0" if "compile" in collector.path.name else "1"
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != wanted:
@@ -110,7 +109,7 @@ def gpu_missing() -> str | None:
 
 
 def pytest_runtest_setup(item):
-    if item.path.name.startswith("test_multi_gpu_"):  # they start a process a GPU, and count GPUs themselves
+    if item.path.name == "test_multi_gpu.py":  # they start a process a GPU, and count GPUs themselves
         return
     if item.config.getoption("--gpu") and (reason := gpu_missing()):
         pytest.fail(f"--gpu was asked for, but {reason}", pytrace=False)

@@ -28,10 +28,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
 SLOWEST = (  # files that take 40 seconds or more: they begin first, so that no core waits for one at the end
-    "test_pallas_conformance", "test_triton_grad", "test_triton_grad_compile", "test_pallas_serving",
-    "test_triton_serving", "test_jax_context_parallel_gradients", "test_torch_context_parallel_gradients",
-    "test_triton_conformance", "test_torch_context_parallel", "test_torch_conformance", "test_jax_engine",
-    "test_pallas_impl", "test_triton_impl", "test_jax_sharding",
+    "pallas/test_conformance", "triton/test_backward", "triton/test_compile_backward", "pallas/test_serving",
+    "triton/test_serving", "pallas/test_context_parallel_gradients", "triton/test_context_parallel_gradients",
+    "triton/test_conformance", "triton/test_context_parallel", "triton/test_conformance_plain", "pallas/test_engine",
+    "pallas/test_operations", "triton/test_operations", "pallas/test_sharding",
+)  # fmt: skip
+ONE_JAX = (  # files of tests/pallas about plain jax.numpy, modules and tools: judged under the JAX of .venv alone
+    "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition",
+    "test_modules", "test_sharding_serving", "test_sharding", "test_tracing", "test_multi_gpu",
 )  # fmt: skip
 LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
 RUNNING: set[subprocess.Popen] = (
@@ -52,6 +56,13 @@ class Part:
     def name(self) -> str:
         return f"{self.group}-{self.files[0].stem}" if len(self.files) == 1 else self.group
 
+    @property
+    def place(self) -> int:
+        """Where it stands in the queue; all that are not named in SLOWEST come after those that are."""
+        file = self.files[0]
+        name = f"{file.parent.name}/{file.stem}"
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+
 
 @dataclass
 class Outcome:
@@ -66,15 +77,14 @@ class Outcome:
 
 
 def kind_of(file: Path) -> str:
-    if file.name.startswith(("test_triton_", "test_torch_")):
-        return "triton"
-    return "pallas" if file.name.startswith(("test_pallas_", "test_jax_")) else "core"
+    """Returns the group of a file: that of its folder; tests/oracle and tests/project are the core."""
+    return file.parent.name if file.parent.name in ("triton", "pallas") else "core"
 
 
 def find_parts(root: Path, python: str, gpu: bool) -> dict[str, list[Part]]:
     """Returns the processes of each group."""
     files: dict[str, list[Path]] = {"pallas": [], "triton": [], "core": []}
-    for file in sorted((root / "tests").glob("test_*.py")):
+    for file in sorted((root / "tests").rglob("test_*.py")):
         files[kind_of(file)].append(file)
     if gpu:
         return {
@@ -84,18 +94,12 @@ def find_parts(root: Path, python: str, gpu: bool) -> dict[str, list[Part]]:
     groups = {kind: [Part(kind, python, (file,)) for file in found] for kind, found in files.items()}
     newer = root / NEWER_JAX
     if newer.exists():
-        kernels = [file for file in files["pallas"] if file.name.startswith("test_pallas_")]
+        kernels = [file for file in files["pallas"] if file.stem not in ONE_JAX]
         again = [Part("pallas-0.11", str(newer), (file,)) for file in kernels]
         groups = {"pallas": groups["pallas"], "pallas-0.11": again, **groups}
     else:
         print(f"no {NEWER_JAX}: the Pallas tests run under one JAX only", flush=True)
     return groups
-
-
-def place(part: Part) -> int:
-    """Where a process stands in the queue; all that are not named in SLOWEST come after those that are."""
-    name = part.files[0].stem
-    return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
 
 def run_part(part: Part, root: Path) -> Outcome:
@@ -154,7 +158,7 @@ def run_part(part: Part, root: Path) -> Outcome:
 def run(groups: dict[str, list[Part]], root: Path, jobs: int) -> int:
     """Runs the groups, prints a line a process and the closing line, and returns the exit code."""
     (root / "reports").mkdir(exist_ok=True)
-    parts = sorted((part for group in groups.values() for part in group), key=place)
+    parts = sorted((part for group in groups.values() for part in group), key=lambda part: part.place)
     outcomes: dict[str, list[Outcome]] = {group: [] for group in groups}
     pool = ThreadPoolExecutor(jobs)
     running = {pool.submit(run_part, part, root): part for part in parts}

@@ -1,0 +1,488 @@
+"""The suite itself: inputs, layouts, selection, reports, and adapters that misbehave in every way."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oracle import contract, numerics, values
+from oracle.conformance import arrays, catalogue, commands, inputs, report, runner
+from oracle.conformance.adapter import ARRAY_ARGUMENTS, OPS, SERVING_ARRAYS, SERVING_FEATURES
+from oracle.conformance.cases import select
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = catalogue.catalogue()
+
+BAD = """
+import os, signal, sys, time
+import numpy as np
+from oracle.conformance.adapter import ARRAY_ARGUMENTS, NumpyAdapter
+from oracle.conformance.model import Model
+
+class Base(Model):
+    def run(self, op, arrays, options):
+        result = dict(super().run(op, arrays, options))
+        self.spoil(arrays, result)
+        return result
+    def spoil(self, arrays, result): pass
+
+class Good(Base): pass
+class Loud(Base):
+    def spoil(self, arrays, result): print("{ not a record", flush=True)
+class Raises(Base):
+    def spoil(self, arrays, result): raise RuntimeError("out of luck")
+class ReturnsNone(Base):
+    def run(self, op, arrays, options): return None
+class ReturnsText(Base):
+    def spoil(self, arrays, result): result["out"] = "zeros"
+class ReturnsFloat64(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"].values()
+class ReturnsTransposed(Base):
+    def spoil(self, arrays, result): result["out"] = np.zeros((3, 1), np.float32)
+class ForgetsStates(Base):
+    def spoil(self, arrays, result): result["conv_states"] = None
+class WritesWeight(Base):
+    def spoil(self, arrays, result): arrays["weight"].data[...] = 0
+class WritesBeforePool(Base):
+    def spoil(self, arrays, result): arrays["conv_states"].base[arrays["conv_states"].offset - 1] = 0
+class ReturnsShortMemory(Base):
+    def spoil(self, arrays, result): result["memory"] = {"x": arrays["x"].base[:-1]}
+class Sleeps(Base):
+    def spoil(self, arrays, result):
+        if arrays["x"].shape[0] == 4: time.sleep(600)
+class Dies(Base):
+    def spoil(self, arrays, result):
+        if arrays["x"].shape[0] == 4: os.kill(os.getpid(), signal.SIGKILL)
+class Exits(Base):
+    def spoil(self, arrays, result):
+        if arrays["x"].shape[0] == 4: os._exit(3)
+class DeniesInVain(Base):
+    def capabilities(self): return {"unsupported": {"width:4": "not today"}}
+class DeniesTruly(Base):
+    def capabilities(self): return {"unsupported": {"width:4": "not today"}}
+    def spoil(self, arrays, result):
+        if arrays["weight"].shape[1] == 4: raise NotImplementedError("width 4")
+class ClaimsInVain(Base):
+    def spoil(self, arrays, result):
+        if arrays["weight"].shape[1] == 4: raise NotImplementedError("width 4")
+class SupportsNothing(Base):
+    def capabilities(self): return {}
+    def run(self, op, arrays, options):
+        assert set(arrays) == set(ARRAY_ARGUMENTS[op]) and "state_layout" not in options
+        return super().run(op, arrays, options)
+class SupportsLayouts(Base):
+    def capabilities(self): return {"supports": ["state_layout_*", "wri?e_indices"]}
+class JoinsParts(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"][0] if isinstance(result["out"], list) else result["out"]
+class TooFewParts(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"][1:]
+class PartsOfOtherSizes(Base):
+    def spoil(self, arrays, result): result["out"] = result["out"][::-1]
+class ForgetsWindows(Base):
+    def spoil(self, arrays, result): result["window_out"] = None
+class InventsWindows(Base):
+    def spoil(self, arrays, result): result["window_out"] = result["out"]
+class WritesOtherBuffer(Base):
+    def spoil(self, arrays, result): result["window_out"].bits[1] = 0
+class WritesBeforeWindows(Base):
+    def spoil(self, arrays, result): arrays["window_out"].base[arrays["window_out"].offset - 1] = 0
+class WritesPrefixSlot(Base):
+    def spoil(self, arrays, result): result["conv_states"].bits[4, 0, 0] ^= 1
+class CommitsElsewhere(Base):
+    def spoil(self, arrays, result): result["conv_states"].bits[7] = 0
+class ForgetsPool(Base):
+    def spoil(self, arrays, result): del result["conv_states"]
+class WideParents(Base):
+    def spoil(self, arrays, result): result["parents"] = result["parents"].astype(np.int64)
+class FlatParents(Base):
+    def spoil(self, arrays, result): result["parents"] = result["parents"].reshape(-1)
+class WrongParents(Base):
+    def spoil(self, arrays, result): result["parents"][0, 1] += 1
+class WritesLinks(Base):
+    def spoil(self, arrays, result): arrays["next_token"].data[...] = 0
+class Incomplete:
+    def run(self, op, arrays, options): pass
+class LoadsOnce(Dies):
+    def __init__(self):
+        with open(os.environ["MARK"], "x"): pass
+class BadStart(Base):
+    def __init__(self): raise OSError("no device")
+"""
+
+STATUS = {
+    "Good": "passed", "Loud": "passed", "Raises": "wrong_error", "ReturnsNone": "wrong_dtype", "ReturnsText": "wrong_dtype",
+    "ReturnsFloat64": "wrong_dtype", "ReturnsTransposed": "wrong_shape", "ForgetsStates": "wrong_shape",
+    "WritesWeight": "wrong_memory", "WritesBeforePool": "wrong_memory", "ReturnsShortMemory": "wrong_shape",
+    "ClaimsInVain": "wrong_error",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad_adapters.py").write_text(BAD)
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+    def run(name, patterns=("update/width-4", "update/width-2"), mark="", **options):
+        cases = select(CASES, patterns=patterns)
+        environment = {"PYTHONPATH": path, "MARK": str(mark)}
+        return runner.run(f"bad_adapters:{name}", cases, environment=environment, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_misbehaviour_has_a_status(bad, name):
+    result = bad(name)
+    by_id = {case["id"]: case for case in result.cases}
+    assert by_id["update/width-4"]["status"] == STATUS[name], by_id["update/width-4"]["detail"]
+    assert result.good == (STATUS[name] == "passed")
+    if STATUS[name] != "passed":
+        assert by_id["update/width-4"]["detail"]
+
+
+SERVING = {
+    "fn/split": {"JoinsParts": "wrong_shape", "TooFewParts": "wrong_shape", "PartsOfOtherSizes": "wrong_value"},
+    "fn/split-uneven": {"PartsOfOtherSizes": "wrong_shape"},
+    "update/windows-width-4": {
+        "ForgetsWindows": "wrong_shape", "WritesOtherBuffer": "wrong_memory", "WritesBeforeWindows": "wrong_memory",
+    },
+    "update/no-commit": {"InventsWindows": "wrong_shape"},
+    "fn/shared-prefix": {"WritesPrefixSlot": "wrong_memory"},
+    "commit/steps": {"CommitsElsewhere": "wrong_memory", "ForgetsPool": "wrong_dtype"},
+    "links/tree": {
+        "WideParents": "wrong_dtype", "FlatParents": "wrong_shape", "WrongParents": "wrong_value",
+        "WritesLinks": "wrong_memory",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case_id", "name"), [(c, name) for c, names in SERVING.items() for name in names])
+def test_misbehaviour_in_serving_has_a_status(bad, case_id, name):
+    (record,) = bad(name, (case_id,)).cases
+    assert record["status"] == SERVING[case_id][name], record["detail"]
+
+
+def test_serving_is_opt_in(bad):
+    """An adapter that names nothing never meets a new argument, and one that names some is judged by those."""
+    patterns = ("update/width-4", "fn/back-width-4-of-7", "fn/write-slots*", "fn/path-layouts-width-4", "commit/steps",
+                "fn/path-prefixes-width-4", "fn/error-split-sum", "backward/width-4")  # fmt: skip
+    nothing = {c["id"]: c for c in bad("SupportsNothing", patterns).cases}
+    assert nothing.pop("update/width-4")["status"] == "passed"
+    assert {c["status"] for c in nothing.values()} == {"unsupported"}
+    assert nothing["fn/back-width-4-of-7"]["detail"] == "not among what it supports: state_layout_back"
+    assert nothing["commit/steps"]["detail"] == "not among what it supports: commit_windows"
+    assert nothing["backward/width-4"]["detail"] == "not among what it supports: causal_conv1d_backward"
+    some = {c["id"]: c["status"] for c in bad("SupportsLayouts", patterns).cases}
+    unsupported = {name for name, status in some.items() if status == "unsupported"}
+    assert unsupported == {
+        "commit/steps",
+        "fn/path-prefixes-width-4",
+        "fn/error-split-sum",
+        "backward/width-4",
+    }
+    assert {status for name, status in some.items() if name not in unsupported} == {"passed"}
+
+
+def test_every_serving_argument_has_a_feature():
+    """No case of the serving arguments can reach an adapter that does not name what it needs."""
+    known = {name for names in ARRAY_ARGUMENTS.values() for name in names}
+    found = set()
+    gigabytes = {"fn/many-channels", "fn/scale"}  # plain prefills, which have small twins
+    for case in CASES:
+        if case.id in gigabytes:
+            assert not case.serving
+            continue
+        problem = inputs.build(case)
+        new = {name for name in problem.arrays if name not in known or case.op not in ARRAY_ARGUMENTS}
+        new |= set(problem.options) & {
+            "state_layout",
+            "empty_rows",
+            "snapshot_block_size",
+            "commit",
+            "channel_offset",
+            "split_sizes",
+        }
+        assert bool(case.serving) or not new, case.id
+        assert set(case.serving) <= set(SERVING_FEATURES)
+        assert set(case.serving) <= case.features
+        found |= set(case.serving)
+    assert found == set(SERVING_FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "detail"),
+    [
+        ("Sleeps", "timed_out", "within 2 s"),
+        ("Dies", "crashed", "SIGKILL"),
+        ("Exits", "crashed", "exit status 3"),
+    ],
+)
+def test_the_run_goes_on_after_a_dead_process(bad, name, status, detail):
+    result = bad(name, ("update/width-4", "update/dim-7"), time_limit=2.0)
+    by_id = {case["id"]: case for case in result.cases}
+    assert by_id["update/width-4"]["status"] == status
+    assert detail in by_id["update/width-4"]["detail"]
+    assert by_id["update/dim-7"]["status"] == "passed"
+
+
+def test_several_processes_give_the_same_report(bad):
+    cases = ("update/width-*", "update/dim-[1-7]*")
+    one, three = bad("Dies", cases), bad("Dies", cases, jobs=3)
+    assert [(c["id"], c["status"]) for c in one.cases] == [(c["id"], c["status"]) for c in three.cases]
+    assert one.footer["counts"] == three.footer["counts"]
+    assert one.footer["counts"]["crashed"] >= 2
+    with pytest.raises(ValueError, match="jobs: expected 1 with outputs"):
+        bad("Good", jobs=2, outputs="x.npz")
+    with pytest.raises(ValueError, match="jobs: expected at least 1, got 0"):
+        bad("Good", jobs=0)
+
+
+def test_an_implementation_that_loads_only_once(bad, tmp_path):
+    """After a crash it cannot be loaded again; the run still ends, with a record for every case."""
+    (tmp_path / "used").unlink(missing_ok=True)
+    result = bad("LoadsOnce", ("update/width-4", "update/dim-7"), mark=tmp_path / "used")
+    assert {c["id"]: c["status"] for c in result.cases} == {
+        "update/width-4": "crashed",
+        "update/dim-7": "crashed",
+    }
+    assert "not loaded again" in result.cases[1]["detail"]
+
+
+def test_capabilities_are_checked_both_ways(bad):
+    vain = bad("DeniesInVain")
+    assert [c["status"] for c in vain.cases] == ["passed", "unsupported"]
+    assert "width:4: denied, but all 1 cases that need it pass" in vain.footer["findings"]
+    assert not vain.good
+    true = bad("DeniesTruly")
+    assert true.good
+    assert {c["id"]: c.get("probe") for c in true.cases} == {
+        "update/width-4": "unsupported",
+        "update/width-2": None,
+    }
+    assert "capabilities() claims this" in bad("ClaimsInVain").failures[0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Incomplete", "'name'"),
+        ("BadStart", "OSError: no device"),
+        ("Missing", "Missing"),
+        ("Good.run.x", "AttributeError"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(bad, name, message):
+    with pytest.raises(runner.ImplementationError, match=message):
+        bad(name)
+
+
+def test_a_spec_without_a_colon_is_refused():
+    with pytest.raises(runner.ImplementationError, match=r"expected package\.module:object"):
+        runner.run("oracle", CASES[:1])
+
+
+def test_ids_are_unique_and_cases_are_json():
+    assert max(Counter(case.id for case in CASES).values()) == 1
+    for case in CASES:
+        assert json.loads(json.dumps(case.to_json()))["id"] == case.id
+        assert case.tier in ("core", "full", "large")
+        assert case.features
+
+
+def test_selection():
+    everything = select(CASES)
+    assert all(case.tier != "large" for case in everything)
+    assert [c.id for c in select(CASES, patterns=["fn/pitch-2-31"])] == ["fn/pitch-2-31"]
+    assert all(c.op == catalogue.UPDATE for c in select(CASES, op=catalogue.UPDATE))
+    assert all("sequence-leak" in c.flags for c in select(CASES, flags=["sequence-leak"]))
+    for wrong in ({"patterns": ["nothing-*"]}, {"op": "conv"}, {"flags": ["typo"]}):
+        with pytest.raises(ValueError, match="expected"):
+            select(CASES, **wrong)
+
+
+def test_the_hash_is_fixed():
+    """Frozen: another language must be able to repeat these."""
+    assert inputs.hash_uint32(0, "x", 4).tolist() == [2924369457, 666690619, 3160841089, 3066657168]
+    assert inputs.hash_uint32(7, "weight", 2).tolist() == [3615008651, 1529838888]
+    values = inputs.random_values(3, "x", (50_000,))
+    assert abs(values.mean()) < 0.02
+    assert abs(values.std() - 2 / 3**0.5) < 0.02
+    assert np.abs(values).max() < 4
+    other = inputs.random_values(4, "x", (50_000,))
+    assert abs(np.corrcoef(values, other)[0, 1]) < 0.02
+    assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.02
+
+
+LAYOUTS = ("contiguous", "misaligned", "slice", "slice_odd", "transposed", "transposed_pages", "pages", "every_other",
+           "odd_unit_axis")  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(6,), (5, 3), (1, 4), (4, 1), (3, 2, 5), (0, 4), (3, 1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts_hold_the_array_and_guards(layout, shape, dtype):
+    if len(shape) < 2 and layout in ("transposed_pages", "pages"):
+        pytest.skip("these need an axis to put into pages")
+    array = numerics.rounded(np.arange(1.0, np.prod(shape) + 1).reshape(shape), dtype)
+    placed = arrays.place(array, layout)
+    np.testing.assert_array_equal(placed.data, array.data)
+    untouched = placed.base.copy()
+    positions = sum(np.arange(n).reshape([-1 if a == i else 1 for i in range(len(shape))]) * s
+                    for a, (n, s) in enumerate(zip(shape, placed.strides, strict=True)))  # fmt: skip
+    assert np.unique(positions).size == np.prod(shape), "elements overlap"
+    assert placed.offset >= arrays.GUARD
+    assert (
+        len(placed.base) - (placed.offset + (positions.max() if np.size(positions) else 0)) > arrays.GUARD - 1
+    )
+    placed.data[...] = 0
+    changed = np.ones(shape, bool)
+    assert not len(
+        arrays.unchanged_outside(
+            arrays.Array(dtype, untouched, placed.offset, shape, placed.strides), placed.base, changed
+        )
+    )
+    if np.prod(shape):
+        assert len(
+            arrays.unchanged_outside(
+                arrays.Array(dtype, untouched, placed.offset, shape, placed.strides), placed.base, None
+            )
+        )
+
+
+def test_what_must_not_be_read_is_nan():
+    problem = inputs.build(catalogue.find("fn/tail-packed"))
+    x, pool = problem.arrays["x"], problem.arrays["conv_states"]
+    assert numerics.is_nan(x.typed.bits[33:], "bfloat16").all()
+    assert not numerics.is_nan(x.typed.bits[:33], "bfloat16").any()
+    slots, has = problem.arrays["cache_indices"].data, problem.arrays["has_initial_state"].data
+    for slot in range(pool.shape[0]):
+        read = slot in slots[has]
+        assert numerics.is_nan(pool.typed.bits[slot], "bfloat16").any() != read
+    padding = inputs.build(catalogue.find("fn/padding-rows"))
+    assert numerics.is_nan(padding.arrays["x"].typed.bits[4:6], "bfloat16").all()
+
+
+def test_reports_round_trip_and_damage_is_named(tmp_path, bad):
+    result = bad("Good")
+    path = tmp_path / "report.jsonl"
+    report.write(result, path)
+    again = report.read(path)
+    assert again == result
+    lines = path.read_text().splitlines()
+    damaged = {
+        "footer: missing": lines[:-1],
+        "line 2": [lines[0], lines[1][:-5], *lines[2:]],
+        "seconds: expected number": [
+            lines[0],
+            lines[1].replace('"seconds": ', '"seconds": "x", "s": '),
+            *lines[2:],
+        ],
+        "unknown field": [lines[0], lines[1].replace('{"kind"', '{"colour": 1, "kind"'), *lines[2:]],
+        "status: expected one of": [lines[0], lines[1].replace('"passed"', '"fine"'), *lines[2:]],
+        "flags: missing": [lines[0], lines[1].replace('"flags"', '"flag"'), *lines[2:]],
+        "format: expected 1, got 9": [lines[0].replace('"format": 1', '"format": 9'), *lines[1:]],
+        "the footer counts 2, the file has 1": [lines[0], *lines[2:]],
+        "kind: expected header": lines[1:],
+        "kind: expected nothing more": [*lines, lines[-1]],
+        "the file is empty": [],
+    }
+    for message, wrong in damaged.items():
+        path.write_text("\n".join(wrong))
+        with pytest.raises(report.ReportError, match=f"{path}.*{message.replace('line 2', ':2: expected')}"):
+            report.read(path)
+
+
+def test_a_run_of_no_cases_is_no_success(bad):
+    assert not report.close({}, [], 0.0, []).good
+
+
+def oracle(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "oracle", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_command_line(tmp_path):
+    good = oracle(
+        "run",
+        "--impl",
+        "oracle.conformance.model:Model",
+        "--cases",
+        "fn/seed",
+        "--report",
+        str(tmp_path / "r"),
+    )
+    assert good.returncode == 0, good.stderr
+    assert "1 cases" in good.stdout
+    assert report.read(tmp_path / "r").header["name"] == "model"
+    wrong = oracle("run", "--impl", "oracle.conformance.mutants.arithmetic:NeverSilu", "--cases", "fn/se*")
+    assert wrong.returncode == 1
+    assert "WRONG_VALUE fn/seed" in wrong.stdout
+    assert (
+        "python -m oracle run --impl oracle.conformance.mutants.arithmetic:NeverSilu --cases fn/seed"
+        in wrong.stdout
+    )
+    for arguments in (
+        ("run", "--impl", "nowhere:x"),
+        ("run", "--impl", "oracle:CONTRACT_VERSION", "--cases", "zzz"),
+        ("nonsense",),
+    ):
+        failed = oracle(*arguments)
+        assert failed.returncode == 2
+        assert "error" in failed.stderr
+
+
+def test_lists(capsys):
+    assert commands.main(["list", "--cases", "fn/seed"]) == 0
+    assert "fn/seed" in capsys.readouterr().out
+    assert commands.main(["list", "--json"]) == 0
+    assert all(json.loads(line)["since"] == 1 for line in capsys.readouterr().out.splitlines())
+    assert commands.main(["list", "--features"]) == 0
+    assert "width:4" in capsys.readouterr().out.splitlines()
+    assert commands.main(["list", "--flags"]) == 0
+    assert "sequence-leak (boundary)" in capsys.readouterr().out
+    assert commands.main(["mutants", "--only", "taps-reversed"]) == 0
+    assert "1 mutants, 1 caught" in capsys.readouterr().out
+
+
+def test_numpy_functions_need_no_adapter_of_their_own(tmp_path):
+    """The reference itself, through the adapter for plain NumPy functions."""
+    result = runner.run("oracle.conformance.adapter:reference_adapter", select(CASES, tiers=["core"]))
+    assert result.good, result.failures
+
+
+def test_reports_and_adapters_know_every_operation():
+    fields = report.schema.load("report_v1.json")["$defs"]["case"]["properties"]
+    assert set(fields["op"]["enum"]) == set(OPS) == {case.op for case in CASES}
+    assert set(ARRAY_ARGUMENTS) == set(SERVING_ARRAYS) == set(OPS)
+
+
+def conflict(case):
+    """What the value checks say of a slot or buffer that rows of a case share, if they do."""
+    arguments = inputs.build(case).typed()
+    try:
+        values.check_call(case.op, arguments, getattr(contract, f"check_{case.op}")(**arguments))
+    except ValueError as error:  # of other bad values there are plenty, with defined results
+        return str(error) if "distinct" in str(error) or "no other row reads" in str(error) else None
+    return None
+
+
+def test_no_case_expects_an_order_of_writes():
+    """Two rows that write one slot give what comes last, which on a GPU may be either."""
+    judged = [
+        case
+        for case in CASES
+        if case.expect == "value" and case.tier != "large" and case.op in (catalogue.FN, catalogue.UPDATE)
+    ]
+    assert len(judged) > 500
+    assert {case.id: found for case in judged if (found := conflict(case))} == {}
+    near = next(case for case in judged if case.id == "fn/snapshot-near-start")
+    shared = replace(near, axes={**near.axes, "snapshot_indices": ((9, 3), (9, 4), (11, 5))})
+    assert "distinct" in conflict(shared)

@@ -1,0 +1,81 @@
+"""The backward kernels of the JAX twin compiled to machine code with no GPU, where a CUDA build of JAX and ptxas are
+installed; skipped elsewhere, as in test_compile.py."""
+
+import importlib.util
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_impl.functional import causal_conv1d
+
+PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
+pytestmark = [
+    pytest.mark.skipif(not PLUGINS, reason="needs a CUDA build of JAX (no GPU): run `make test-compile`"),
+    pytest.mark.skipif(not shutil.which("ptxas"), reason="needs ptxas on PATH: run `make test-compile`"),
+]
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    from jax.experimental import topologies
+
+    (device,) = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices
+    mesh = jax.sharding.Mesh(np.array([device]), ("one",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "schedule", "states", "most_registers"),
+    [(4, "bfloat16", "flat", False, 64), (4, "bfloat16", "per_sequence", True, 72), (1, "float16", "flat", True, 64),
+     (8, "float32", "flat", True, 96), (8, "bfloat16", "per_sequence", True, 96)],
+)  # fmt: skip
+def test_two_kernels_without_spills(
+    sharding, monkeypatch, capfd, width, dtype, schedule, states, most_registers
+):
+    """XLA adds only the slices of the sums and their casts; three programs fit on a multiprocessor."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    batch, tokens, dim = 8, 16384, 8192
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=sharding)
+
+    def gradient(x, weight, bias, initial, starts, dout, dfinal):
+        def forward(x, weight, bias, initial):
+            result = causal_conv1d(
+                x, weight, bias, initial, starts,
+                activation="silu", schedule=schedule, backend="mosaic_gpu", max_seqlen=2048,
+            )  # fmt: skip
+            return tuple(result) if states else result.out
+
+        return jax.vjp(forward, x, weight, bias, initial)[1]((dout, dfinal) if states else dout)
+
+    state = shape(batch, width - 1, dim)
+    arguments = (
+        shape(tokens, dim), shape(dim, width), shape(dim), state if states else None,
+        shape(batch + 1, dtype="int32"), shape(tokens, dim), state,
+    )  # fmt: skip
+    executable = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    printed = capfd.readouterr().out
+    assert {int(n) for n in re.findall(r"(\d+) bytes spill", printed)} == {0}
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", printed)]
+    assert len(registers) == 2
+    assert max(registers) <= most_registers
+    entry = executable.as_text().split("ENTRY")[1]
+    assert len(re.findall(r"custom-call\(", entry)) == 2
+    workspace = (tokens // (256 // jnp.dtype(dtype).itemsize) + batch + 1) * (width + 1) * dim * 4
+    assert executable.memory_analysis().temp_size_in_bytes <= workspace + 2**20

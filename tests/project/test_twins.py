@@ -1,0 +1,220 @@
+"""The twins are alike: signatures, files, exports and import arrows, read from the syntax trees.
+
+No framework is imported, so this runs anywhere. A serving engine broke because two implementations of this very
+function took different keyword arguments; the checks below are each shown to fail on damaged source.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TWINS = ("triton_impl", "pallas_impl")
+SHARED_FILES = {
+    "__init__.py", "adapter.py", "api.py", "backward.py", "config.py", "functional.py", "prefill.py", "update.py",
+}  # fmt: skip
+OPERATIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+FUNCTIONAL = ("causal_conv1d",)  # the differentiable form
+SPECULATION = ("commit_windows", "tree_parents_from_links")
+SPECULATION_FILES = {"triton_impl": "api.py", "pallas_impl": "speculative.py"}
+
+# What each package's files may import beside the standard library.
+MAY_IMPORT = {
+    "oracle": {"numpy", "oracle"},
+    "triton_impl": {"numpy", "torch", "triton", "triton_impl", "oracle.contract"},
+    "pallas_impl": {"numpy", "jax", "jaxlib", "absl", "ml_dtypes", "pallas_impl", "oracle.contract"},
+}
+FILES_MAY_IMPORT = {
+    "oracle/conformance/pytest_suite.py": {"pytest"},
+    "oracle/conformance/strategies.py": {"hypothesis"},
+    # an adapter speaks the oracle's array type and its names of gradients; operations never do
+    "triton_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
+    "pallas_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
+    "pallas_impl/modules/nnx.py": {"flax"},
+    "pallas_impl/modules/equinox.py": {"equinox"},
+}
+
+
+def read(path):
+    return (ROOT / path).read_text()
+
+
+def files_of(package):
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py"))
+
+
+def signatures(source, prefix="", operations=OPERATIONS):
+    """Returns {operation: [(parameter, kind, default as text), ...]} of the functions named `prefix + operation`."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name.removeprefix(prefix) in operations:
+            found[node.name.removeprefix(prefix)] = parameters(node.args)
+    return found
+
+
+def parameters(args):
+    plain = [*args.posonlyargs, *args.args]
+    kinds = ["positional only"] * len(args.posonlyargs) + ["positional"] * len(args.args)
+    defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
+    rows = list(zip(plain, kinds, defaults, strict=True))
+    rows += [(args.vararg, "*", None)] if args.vararg else []
+    rows += [
+        (arg, "keyword only", default) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    ]
+    rows += [(args.kwarg, "**", None)] if args.kwarg else []
+    return [(arg.arg, kind, None if default is None else ast.unparse(default)) for arg, kind, default in rows]
+
+
+def imports(source, package):
+    """Returns every module that a file imports, in functions too; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module or ""]))
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def forbidden_imports(source, package, allowed):
+    def fits(module):
+        return module.partition(".")[0] in sys.stdlib_module_names or any(
+            module == name or module.startswith(name + ".") for name in allowed
+        )
+
+    return sorted(module for module in imports(source, package) if not fits(module))
+
+
+def asserts(source):
+    return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+
+
+def exports(source):
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+CONTRACT = read("oracle/contract.py")
+
+
+@pytest.mark.parametrize(
+    ("path", "operations"),
+    [("oracle/reference.py", OPERATIONS), *((f"{twin}/api.py", OPERATIONS) for twin in TWINS),
+     ("oracle/reference_grad.py", FUNCTIONAL), *((f"{twin}/functional.py", FUNCTIONAL) for twin in TWINS),
+     ("oracle/reference.py", SPECULATION),
+     *((f"{twin}/{file}", SPECULATION) for twin, file in SPECULATION_FILES.items())],
+)  # fmt: skip
+def test_signatures_are_the_contracts(path, operations):
+    wanted = signatures(CONTRACT, "check_", operations)
+    assert set(wanted) == set(operations)
+    assert signatures(read(path), operations=operations) == wanted
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_files_and_exports(twin):
+    assert SHARED_FILES - {Path(file).name for file in files_of(twin)} == set()
+    results = {"ConvOutput", "ConvWindowOutput", "Unsupported"}
+    assert exports(read(f"{twin}/__init__.py")) == {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *results}
+
+
+@pytest.mark.parametrize(
+    ("twin", "file", "operations"),
+    [(twin, file, operations) for twin in TWINS
+     for file, operations in (("api.py", OPERATIONS), ("functional.py", FUNCTIONAL), (SPECULATION_FILES[twin], SPECULATION))],
+)  # fmt: skip
+def test_public_operations_have_docstrings(twin, file, operations):
+    tree = ast.parse(read(f"{twin}/{file}"))
+    docs = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for operation in operations:
+        for part in ("Args:", "Returns:", "Raises:"):
+            assert part in (docs[operation] or ""), f"{twin}.{operation}: no {part} in its docstring"
+
+
+@pytest.mark.parametrize("file", [file for package in MAY_IMPORT for file in files_of(package)])
+def test_import_arrows(file):
+    package = file.partition("/")[0]
+    allowed = MAY_IMPORT[package] | FILES_MAY_IMPORT.get(file, set())
+    if file.startswith("oracle/conformance/peers/"):
+        allowed |= {"torch", "jax"}  # in functions: tests/project/test_imports.py loads these files with NumPy alone
+    assert forbidden_imports(read(file), package, allowed) == []
+
+
+@pytest.mark.parametrize("file", ["oracle/contract.py", *(f"{twin}/config.py" for twin in TWINS)])
+def test_standard_library_only(file):
+    """The contract serves every library; a config is a pure function of integers."""
+    assert forbidden_imports(read(file), file.partition("/")[0], set()) == []
+
+
+@pytest.mark.parametrize("file", [file for twin in TWINS for file in files_of(twin)])
+def test_no_assert_on_input(file):
+    """`python -O` deletes an assert: bad input must raise the contract's errors."""
+    assert asserts(read(file)) == []
+
+
+# Each check fails on damaged source.
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("has_initial_state=None", "initial_states_mask=None"),  # another name
+        ("    x,\n    weight,", "    weight,\n    x,"),  # another order
+        ("pad_slot_id=-1", "pad_slot_id=0"),  # another default
+        ('    backend="auto",\n', ""),  # one parameter less
+        ("    split_sizes=None,\n", "    split_sizes=None,\n    **ignored,\n"),  # one more, in disguise
+        ("    window_out=None,\n    window_indices=None,", "    window_indices=None,\n    window_out=None,"),
+        ("    *,\n", ""),  # keyword only no longer
+        ("    bias,\n", "    bias,\n    /,\n"),  # positional only
+    ],
+)
+def test_a_changed_signature_is_seen(old, new):
+    assert old in CONTRACT
+    changed = signatures(CONTRACT.replace(old, new), prefix="check_")
+    assert changed != signatures(CONTRACT, prefix="check_")
+
+
+def test_a_missing_operation_is_seen():
+    changed = CONTRACT.replace("def check_causal_conv1d_update", "def check_causal_conv1d_step")
+    assert set(signatures(changed, prefix="check_")) == {"causal_conv1d_fn"}
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("import jax", "triton_impl"),
+        ("import torch", "pallas_impl"),
+        ("import torch", "oracle"),
+        ("from pallas_impl import api", "triton_impl"),
+        ("from triton_impl.config import prefill_config", "pallas_impl"),
+        ("from triton_impl import api", "oracle"),
+        ("from oracle import reference", "pallas_impl"),
+        ("from oracle.tolerance import bound", "triton_impl"),
+        ("from oracle.numerics import TypedArray", "pallas_impl"),
+        ("import oracle", "triton_impl"),
+        ("def late():\n    import scipy.signal", "oracle"),
+        ("import torchvision", "triton_impl"),
+    ],
+)
+def test_a_forbidden_import_is_seen(line, package):
+    assert forbidden_imports(line, package, MAY_IMPORT[package])
+
+
+def test_a_relative_import_stays_at_home():
+    assert imports("from . import config\nfrom .taps import load", "triton_impl") == {
+        "triton_impl.config",
+        "triton_impl.taps.load",
+    }
+
+
+def test_an_assert_is_seen():
+    assert asserts("def launch(x):\n    assert x.ndim == 2\n") == [2]
+
+
+def test_a_missing_export_is_seen():
+    assert exports('__all__ = ["causal_conv1d_fn"]') == {"causal_conv1d_fn"}
+    assert exports("x = 1") == set()

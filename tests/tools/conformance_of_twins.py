@@ -1,0 +1,127 @@
+"""The twins, kernels and plain paths, through the conformance suite: one process each, one test a case.
+
+The tests of tests/triton/test_conformance.py and tests/pallas/test_conformance.py, which name the IMPLEMENTATIONS they run: two
+files, so that they run side by side, and the second one under each JAX. The kernels run in their interpreters here
+and so take the core tier; `python -m oracle run --device cuda` runs every tier compiled.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from oracle.conformance import ledger, report, runner
+from oracle.conformance.cases import select
+from oracle.conformance.catalogue import catalogue
+from tests.conftest import QUICK_COMPILE, patch_once
+from tests.tools.covering import cover
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORTS = ROOT / "reports"
+KNOWN_FAILURES = {"pallas-exact": ROOT / "pallas_impl" / "known_failures_interpreter.toml"}
+SPECIFICATIONS = {
+    "triton": ("tests.conformance_of_twins:triton", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
+    "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {"TRITON_INTERPRET": "0"}),
+    "pallas": ("pallas_impl.adapter:adapter", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),
+    "pallas-exact": ("pallas_impl.adapter:adapter", "jax", ("core",), {}),
+    "xla": (
+        "pallas_impl.adapter:xla",
+        "jax",
+        ("core",),
+        {},
+    ),  # as users compile it: one case for every feature
+    "xla-quick": ("pallas_impl.adapter:xla", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),  # the others
+}
+SUBNORMAL = (
+    "nan_payload",
+    "tiny",
+)  # data that quickly compiled code of JAX 0.10 flushes: "pallas-exact" takes it
+
+
+def triton(device=None):
+    """The kernels' adapter, in an interpreter that patches once."""
+    from triton_impl.adapter import adapter
+
+    found = adapter(device)
+    patch_once()
+    return found
+
+
+@functools.cache
+def cases_of(name):
+    """The cases of an implementation's tiers; under a second JAX those that `one_for_every_feature` leaves."""
+    cases = select(catalogue(), tiers=SPECIFICATIONS[name][2])
+    if os.environ.get("SECOND_JAX") == "1":
+        chosen = one_for_every_feature(cases)
+        cases = [case for case in cases if case in chosen or case.data in SUBNORMAL]
+    if name.startswith("xla"):
+        as_usual = one_for_every_feature(cases)
+        cases = [c for c in cases if (c in as_usual or c.data in SUBNORMAL) == (name == "xla")]
+    if name.startswith("pallas"):
+        cases = [case for case in cases if (case.data in SUBNORMAL) == (name == "pallas-exact")]
+    return cases
+
+
+def one_for_every_feature(cases):
+    """Few cases, taken greedily, in which each operation meets every feature, dtype and option that it has in any.
+
+    What rests on our code alone is judged by all cases, under the first JAX: relations between calls, and strides,
+    which JAX arrays do not have. Besides, every dim of more than 128 channels: the interpreter of JAX 0.11 clips
+    boxes as TMA does, that of 0.10 is given padded arrays.
+    """
+
+    def features(case):
+        found = {(case.op, feature) for feature in case.features if ".layout:" not in feature}
+        return found | ({(case.op, case.axes["dim"])} if case.axes.get("dim", 0) > 128 else set())
+
+    return cover([case for case in cases if case.relation is None], features)
+
+
+@functools.cache
+def judged(name):
+    """The report of one implementation, run once."""
+    impl, framework, _, environment = SPECIFICATIONS[name]
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    result = runner.run(impl, cases_of(name), device="cpu", environment=environment)
+    if name in KNOWN_FAILURES:
+        result = ledger.apply(result, ledger.read(KNOWN_FAILURES[name]))
+    REPORTS.mkdir(exist_ok=True)
+    report.write(
+        result, REPORTS / f"conformance-{name}-py{sys.version_info.major}{sys.version_info.minor}.jsonl"
+    )
+    return result
+
+
+def pytest_generate_tests(metafunc):
+    names = metafunc.module.IMPLEMENTATIONS
+    if "case_id" in metafunc.fixturenames:
+        pairs = [(name, c.id) for name in names for c in cases_of(name)]
+        metafunc.parametrize(("name", "case_id"), pairs, ids=[f"{name}-{case_id}" for name, case_id in pairs])
+    else:
+        metafunc.parametrize("name", names)
+
+
+@pytest.mark.timeout(900)  # the first test of an implementation runs all its cases
+def test_case(name, case_id):
+    (record,) = [case for case in judged(name).cases if case["id"] == case_id]
+    if record["status"] == "unsupported":
+        pytest.skip(record["detail"])
+    if record["status"] == "xfailed":
+        pytest.xfail(record["detail"])
+    assert record["status"] == "passed", f"{record['status']}: {record['detail']}\n{record['command']}"
+
+
+@pytest.mark.timeout(900)
+def test_capabilities_are_true(name):
+    assert judged(name).footer["findings"] == []
+
+
+@pytest.mark.timeout(900)
+def test_little_is_unsupported(name):
+    """A denial must not empty the suite."""
+    counts = judged(name).footer["counts"]
+    assert counts.get("unsupported", 0) <= 0.05 * sum(counts.values()), counts

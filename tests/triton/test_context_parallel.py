@@ -1,0 +1,125 @@
+"""Context parallel prefill in Torch, on a CPU: several processes, gloo, every bit as on one device."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import triton_impl
+from oracle.contract import Unsupported
+from triton_impl import context_parallel
+
+WORKER = Path(__file__).parents[1] / "tools/context_parallel_torch.py"
+# Imports once, and becomes as many ranks: imports took half of the time.
+LAUNCHER = """
+import os, runpy, sys
+worker, first, ranks, folder, *rest = sys.argv[1:]
+main = runpy.run_path(worker)["main"]
+exec(first)
+if os.environ["TRITON_INTERPRET"] == "1":
+    from tests.conftest import patch_once
+    patch_once()
+children = []
+for rank in range(int(ranks)):
+    children.append(os.fork())
+    if not children[-1]:
+        text = os.open(f"{folder}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(text, 1)
+        os.dup2(text, 2)
+        sys.exit(main(rank, ranks, f"{folder}/rendezvous", *rest))
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def run_ranks(worker, ranks, folder, backend, *rest, first=""):
+    """Runs the worker's ranks, which the code `first` may change before they part; returns (exit codes, texts)."""
+    launched = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(worker), first, str(ranks), str(folder), "cpu", backend, *rest],
+        cwd=worker.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": str(int(backend == "triton"))},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    texts = [(folder / f"{rank}.txt").read_text() for rank in range(ranks)]
+    return list(map(int, launched.stdout.split())), texts
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "eager"), (4, "eager"), (2, "triton")])
+def test_same_bits_as_one_device(ranks, backend, tmp_path):
+    codes, texts = run_ranks(WORKER, ranks, tmp_path, backend)
+    assert codes == [0] * ranks, "\n".join(texts)
+    assert all("agreed: 13" in text for text in texts)
+
+
+MUTANTS = {
+    "the halo never arrives": "c._receive_halo = lambda x, history, *rest: x.new_zeros(history, x.shape[1])",
+    "the pool keeps its old windows": "c._write = lambda *args: None",
+    "the first rank's tokens are cut short": (
+        "real = c._receive_halo\n"
+        "def late(x, history, *rest):\n    halo = real(x, history, *rest); halo[0] = 0; return halo\n"
+        "c._receive_halo = late"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_exchange_is_seen(name, tmp_path):
+    damage = "from triton_impl import context_parallel as c\n" + MUTANTS[name]
+    codes, texts = run_ranks(WORKER, 2, tmp_path, "eager", first=damage)
+    assert any(codes)
+    assert any("differ" in text for text in texts), "\n".join(texts)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def arguments():
+    return dict(
+        x=torch.ones(3, 2), weight=torch.ones(2, 4), bias=None, conv_states=torch.zeros(1, 3, 2),
+        query_start_loc=torch.tensor([0, 3]),
+    )  # fmt: skip
+
+
+def test_a_group_of_one(alone):
+    wanted = triton_impl.causal_conv1d_fn(**arguments())
+    got = context_parallel.causal_conv1d_fn(**arguments())
+    assert got.out.tolist() == wanted.out.tolist()
+    assert got.conv_states.tolist() == wanted.conv_states.tolist()
+
+
+def test_bad_arguments(alone):
+    with pytest.raises(
+        ValueError, match=r"part_lengths: expected 1 lengths, one a rank, all >= 0, got \[3, 4\]"
+    ):
+        context_parallel.causal_conv1d_fn(**arguments(), part_lengths=[3, 4])
+    with pytest.raises(ValueError, match="part_lengths: expected 3, the tokens of x, for rank 0, got 5"):
+        context_parallel.causal_conv1d_fn(**arguments(), part_lengths=[5])
+    with pytest.raises(Unsupported, match="validate"):
+        context_parallel.causal_conv1d_fn(**arguments(), validate=True)
+    with pytest.raises(ValueError, match="width 1 to 8"):
+        context_parallel.causal_conv1d_fn(**arguments() | {"weight": torch.ones(2, 9)})
+    for name, value in {
+        "state_layout": "back",
+        "write_indices": torch.zeros(1),
+        "split_sizes": (1, 1),
+    }.items():
+        with pytest.raises(Unsupported, match=f"{name}: expected its default"):
+            context_parallel.causal_conv1d_fn(**arguments(), **{name: value})
+
+
+def test_the_signature_adds_the_group():
+    plain = dict(inspect.signature(triton_impl.causal_conv1d_fn).parameters)
+    split = dict(inspect.signature(context_parallel.causal_conv1d_fn).parameters)
+    assert split.keys() - plain.keys() == {"group", "part_lengths"}
+    assert {name: split[name] for name in plain} == plain
