@@ -145,7 +145,13 @@ def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_s
     out = run.fn(
         rows, weight, bias, pool, starts, None, has_state, activation, -1, longest, schedule, backend
     )
-    return _unfold(out, sizes.batch) if folds else out.view(x.shape), states
+    out = _unfold(out, sizes.batch) if folds else out.view(x.shape)
+    return _owned(out), _owned(states)
+
+
+def _owned(result):
+    """A tensor of its own on the memory of `result`: autograd lets nobody change a view among several results in place."""
+    return result.new_empty(0).set_(result) if result._is_view() else result
 
 
 def _backward(

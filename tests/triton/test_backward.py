@@ -457,6 +457,28 @@ def test_nothing_is_mutated_and_no_result_shares_memory():
             assert torch.equal(a.detach().nan_to_num(), before[name].nan_to_num())
 
 
+@pytest.mark.parametrize("options", [{"backend": "eager"}, KERNELS[0]], ids=["eager", "triton"])
+@pytest.mark.parametrize("layout", ["channel_last", "channel_first", "packed"])
+@pytest.mark.parametrize("with_states", [False, True])
+def test_results_may_be_changed_in_place(with_states, layout, options):
+    """`out += residual` and the like, as of any operation of PyTorch, and gradients go through it."""
+    x = torch.randn(2, 5, 3) if layout == "channel_last" else torch.randn(2, 3, 5).mT
+    starts = torch.tensor([0, 5, 10]) if layout == "packed" else None
+    x = (x.reshape(10, 3) if layout == "packed" else x).requires_grad_()
+    weight = torch.randn(3, 4, requires_grad=True)
+    initial = torch.randn(2, 3, 3, requires_grad=True) if with_states else None
+    leaves = [leaf for leaf in (x, weight, initial) if leaf is not None]
+
+    def gradients_of(change):
+        out, states = causal_conv1d(x, weight, None, initial, starts, **options)
+        out, states = change(out), change(states)
+        return torch.autograd.grad(out.sum() + states.square().sum(), leaves)
+
+    changed = gradients_of(lambda result: result.mul_(3).add_(1))
+    for got, want in zip(changed, gradients_of(lambda result: result * 3 + 1), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.filterwarnings("ignore:Input .* is not a double precision:UserWarning")
 @pytest.mark.parametrize(
     ("options", "activation", "fast"),
