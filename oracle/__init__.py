@@ -6,4 +6,6 @@ without NumPy. See `oracle.contract` for the operations and `oracle.reference` f
 
 from oracle.contract import CONTRACT_VERSION
 
-__all__ = ["CONTRACT_VERSION"]
+__version__ = "0.1.0"  # of the distribution and all three packages
+
+__all__ = ["CONTRACT_VERSION", "__version__"]

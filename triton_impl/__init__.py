@@ -6,7 +6,18 @@ decoding. `causal_conv1d` is the differentiable form, for training.
 The contract is in `oracle.contract`.
 """
 
-from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
+try:
+    from oracle import __version__
+    from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
+except ImportError as error:
+    import sys
+
+    _found = getattr(sys.modules.get("oracle"), "__file__", None)
+    raise ImportError(
+        f"triton_impl needs the package oracle, which is installed with it, but `import oracle` "
+        + (f"finds {_found}, which hides it; rename that file" if _found else "finds none")
+    ) from error
+
 from triton_impl.api import (
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -19,6 +30,7 @@ __all__ = [
     "ConvOutput",
     "ConvWindowOutput",
     "Unsupported",
+    "__version__",
     "causal_conv1d",
     "causal_conv1d_fn",
     "causal_conv1d_update",

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -13,14 +14,21 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import oracle
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("oracle", "triton_impl", "pallas_impl")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+VERSION = oracle.__version__
 
 
 def test_metadata():
-    assert (PROJECT["name"], PROJECT["version"]) == ("twinconv", importlib.metadata.version("twinconv"))
+    assert PROJECT["name"] == "twinconv"
+    assert VERSION == importlib.metadata.version("twinconv")
+    assert {"Homepage", "Issues", "Changelog"} <= set(PROJECT["urls"])
+    assert PROJECT["scripts"] == {"twinconv": "twinconv:main"}
+    assert "Typing :: Typed" in PROJECT["classifiers"]
     assert [Requirement(text).name for text in PROJECT["dependencies"]] == ["numpy"]
     assert set(EXTRAS) == {"triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint"}
     assert not {Requirement(text).name for text in EXTRAS["triton"]} & {"jax", "jaxlib"}
@@ -61,15 +69,25 @@ def test_make_installs_nothing_unconstrained():
     assert len(re.findall(r"pip install", text)) == 1  # the definition of PIP_INSTALL
 
 
+def copy_sources(target):
+    """Copies what the project's own files are, as a clone would hold them."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    ignored = {".venv", ".venv312", ".git", "reports", "build", "dist", ".trees"}
+    if listed.returncode == 0 and listed.stdout:
+        names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    else:  # no checkout, such as an unpacked source distribution
+        files = [file.relative_to(ROOT) for file in ROOT.rglob("*") if file.is_file()]
+        names = [str(file) for file in files if not ignored & set(file.parts) and "__pycache__" not in file.parts]
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Builds the wheel from a copy, so that no build output lands in the checkout."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in (*PACKAGES, "tests", "docs", "benchmarks"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_sources(source)
     command = [
         sys.executable,
         "-m",
@@ -85,8 +103,8 @@ def wheel(tmp_path_factory):
     return file
 
 
-def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
-    assert wheel.name == f"twinconv-{PROJECT['version']}-py3-none-any.whl"
+def test_the_wheel_holds_the_three_packages_their_roof_and_nothing_else(wheel):
+    assert wheel.name == f"twinconv-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     wanted = {
@@ -94,8 +112,8 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
         if file.is_file() and file.suffix != ".pyc"
-    }
-    info = f"twinconv-{PROJECT['version']}.dist-info/"
+    } | {"twinconv.py"}
+    info = f"twinconv-{VERSION}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == wanted
     assert info + "licenses/LICENSE" in names
 
@@ -114,6 +132,54 @@ def test_the_oracle_runs_from_the_wheel(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 50
+
+
+def test_a_wheel_checker_finds_nothing(wheel):
+    command = [sys.executable, "-m", "check_wheel_contents", "--config", ROOT / "pyproject.toml", wheel]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_source_distribution_holds_what_git_holds(tmp_path):
+    """So its tests run from it: every file that they read is there."""
+    source, target = tmp_path / "source", tmp_path / "dist"
+    copy_sources(source)
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(target)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=source, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = target.glob("*.tar.gz")
+    assert file.name == f"twinconv-{VERSION}.tar.gz"
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    wanted = {name for name in wanted if not name.startswith((".github/", "twinconv.egg-info/", "build/"))}
+    assert wanted <= names
+
+
+def test_one_version_everywhere():
+    for package in PACKAGES:
+        code = f"import {package}, twinconv; print({package}.__version__, twinconv.__version__, twinconv.{package}.__name__)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.stdout == f"{VERSION} {VERSION} {package}\n", done.stderr
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## {re.escape(VERSION)} \(\d{{4}}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("text", ["", "__version__ = '7'\n"], ids=["empty", "versioned"])
+@pytest.mark.parametrize("name", ["twinconv.oracle", "triton_impl", "pallas_impl"])
+def test_a_users_own_oracle_is_named_as_what_hides_ours(name, text, tmp_path):
+    (tmp_path / "oracle.py").write_text(text)
+    code = f"import twinconv, importlib; {name} if '.' in {name!r} else importlib.import_module({name!r})"
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: "), done.stderr
+    assert str(tmp_path / "oracle.py") in last
+    assert "rename" in last
 
 
 def test_ci_runs_the_suite_and_passes_its_verdict_on(tmp_path):

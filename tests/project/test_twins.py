@@ -23,8 +23,8 @@ SPECULATION_FILES = {"triton_impl": "api.py", "pallas_impl": "speculative.py"}
 # What each package's files may import beside the standard library.
 MAY_IMPORT = {
     "oracle": {"numpy", "oracle"},
-    "triton_impl": {"numpy", "torch", "triton", "triton_impl", "oracle.contract"},
-    "pallas_impl": {"numpy", "jax", "jaxlib", "absl", "ml_dtypes", "pallas_impl", "oracle.contract"},
+    "triton_impl": {"numpy", "torch", "triton", "triton_impl", "oracle.contract", "oracle.__version__"},
+    "pallas_impl": {"numpy", "jax", "jaxlib", "absl", "ml_dtypes", "pallas_impl", "oracle.contract", "oracle.__version__"},
 }
 FILES_MAY_IMPORT = {
     "oracle/conformance/pytest_suite.py": {"pytest"},
@@ -118,7 +118,7 @@ def test_signatures_are_the_contracts(path, operations):
 @pytest.mark.parametrize("twin", TWINS)
 def test_files_and_exports(twin):
     assert SHARED_FILES - {Path(file).name for file in files_of(twin)} == set()
-    results = {"ConvOutput", "ConvWindowOutput", "Unsupported"}
+    results = {"ConvOutput", "ConvWindowOutput", "Unsupported", "__version__"}
     assert exports(read(f"{twin}/__init__.py")) == {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *results}
 
 
