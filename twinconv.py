@@ -12,7 +12,7 @@ from types import ModuleType
 
 PACKAGES = ("oracle", "pallas_impl", "triton_impl")
 
-__all__ = ["PACKAGES", "__version__", "main", *PACKAGES]  # noqa: PLE0604  (names of packages)
+__all__ = ["PACKAGES", "main"]
 
 
 def _load(name: str) -> ModuleType:

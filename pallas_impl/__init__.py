@@ -14,7 +14,7 @@ except ImportError as error:
 
     _found = getattr(sys.modules.get("oracle"), "__file__", None)
     raise ImportError(
-        f"pallas_impl needs the package oracle, which is installed with it, but `import oracle` "
+        "pallas_impl needs the package oracle, which is installed with it, but `import oracle` "
         + (f"finds {_found}, which hides it; rename that file" if _found else "finds none")
     ) from error
 

@@ -25,7 +25,7 @@ VERSION = oracle.__version__
 
 def test_metadata():
     assert PROJECT["name"] == "twinconv"
-    assert VERSION == importlib.metadata.version("twinconv")
+    assert importlib.metadata.version("twinconv") == VERSION
     assert {"Homepage", "Issues", "Changelog"} <= set(PROJECT["urls"])
     assert PROJECT["scripts"] == {"twinconv": "twinconv:main"}
     assert "Typing :: Typed" in PROJECT["classifiers"]
@@ -77,7 +77,9 @@ def copy_sources(target):
         names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     else:  # no checkout, such as an unpacked source distribution
         files = [file.relative_to(ROOT) for file in ROOT.rglob("*") if file.is_file()]
-        names = [str(file) for file in files if not ignored & set(file.parts) and "__pycache__" not in file.parts]
+        names = [
+            str(file) for file in files if not ignored & set(file.parts) and "__pycache__" not in file.parts
+        ]
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)
@@ -161,10 +163,14 @@ def test_the_source_distribution_holds_what_git_holds(tmp_path):
 def test_one_version_everywhere():
     for package in PACKAGES:
         code = f"import {package}, twinconv; print({package}.__version__, twinconv.__version__, twinconv.{package}.__name__)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
         assert done.stdout == f"{VERSION} {VERSION} {package}\n", done.stderr
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
-    assert re.search(rf"^## {re.escape(VERSION)} \(\d{{4}}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert re.search(
+        rf"^## {re.escape(VERSION)} \(\d{{4}}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
 
 
 @pytest.mark.parametrize("text", ["", "__version__ = '7'\n"], ids=["empty", "versioned"])
@@ -174,7 +180,12 @@ def test_a_users_own_oracle_is_named_as_what_hides_ours(name, text, tmp_path):
     code = f"import twinconv, importlib; {name} if '.' in {name!r} else importlib.import_module({name!r})"
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: "), done.stderr

@@ -24,7 +24,16 @@ SPECULATION_FILES = {"triton_impl": "api.py", "pallas_impl": "speculative.py"}
 MAY_IMPORT = {
     "oracle": {"numpy", "oracle"},
     "triton_impl": {"numpy", "torch", "triton", "triton_impl", "oracle.contract", "oracle.__version__"},
-    "pallas_impl": {"numpy", "jax", "jaxlib", "absl", "ml_dtypes", "pallas_impl", "oracle.contract", "oracle.__version__"},
+    "pallas_impl": {
+        "numpy",
+        "jax",
+        "jaxlib",
+        "absl",
+        "ml_dtypes",
+        "pallas_impl",
+        "oracle.contract",
+        "oracle.__version__",
+    },
 }
 FILES_MAY_IMPORT = {
     "oracle/conformance/pytest_suite.py": {"pytest"},
@@ -140,7 +149,10 @@ def test_import_arrows(file):
     package = file.partition("/")[0]
     allowed = MAY_IMPORT[package] | FILES_MAY_IMPORT.get(file, set())
     if file.startswith("oracle/conformance/peers/"):
-        allowed |= {"torch", "jax"}  # in functions: tests/project/test_imports.py loads these files with NumPy alone
+        allowed |= {
+            "torch",
+            "jax",
+        }  # in functions: tests/project/test_imports.py loads these files with NumPy alone
     assert forbidden_imports(read(file), package, allowed) == []
 
 
