@@ -1,0 +1,222 @@
+"""Calls of the public operations whose machine code is looked at, without data: what `same_code.py` compiles.
+
+They name arguments of the contract alone, so they are calls of both twins, before and after any change of the inside.
+"""
+
+from typing import Any, NamedTuple
+
+PLAIN = ("bfloat16", "float16", "float32")
+TWINS = ("triton", "pallas")
+
+
+class Array(NamedTuple):
+    """An argument's shape and dtype; `channel_first`: the last axis but one has unit stride; `odd`: 2 bytes off 16."""
+
+    shape: tuple
+    dtype: str = "bfloat16"
+    channel_first: bool = False
+    odd: bool = False
+
+
+class Call(NamedTuple):
+    """A call: name of a public operation, its arrays by argument, its other arguments, the twins it is a call of.
+
+    `operation` may be "gradient": forward and backward of `causal_conv1d`.
+    """
+
+    operation: str
+    arrays: dict[str, Array]
+    options: dict[str, Any]
+    twins: tuple[str, ...] = TWINS
+
+    def options_on(self, backend):
+        """The other arguments, where the operation runs on this backend."""
+        return (
+            self.options
+            if self.operation == "tree_parents_from_links"
+            else self.options | {"backend": backend}
+        )
+
+
+def indices(*shape):
+    return Array(shape, "int32")
+
+
+def prefill(
+    tokens=16384, batch=8, dim=8192, width=4, columns=None, dtype="bfloat16", pool=None, wide=0, channel_first=False,
+    without=(), twins=TWINS, **given,
+):  # fmt: skip
+    """A prefill of `batch` rows; `given`: more arrays and options, `without`: arguments to leave out."""
+    arrays = dict(
+        x=Array((tokens, dim + wide), dtype, channel_first),
+        weight=Array((dim, width), dtype),
+        bias=Array((dim,), dtype),
+        conv_states=Array((256, width - 1 if columns is None else columns, dim), pool or dtype),
+        query_start_loc=indices(batch + 1),
+        cache_indices=indices(batch),
+        has_initial_state=Array((batch,), "bool"),
+    )
+    return _call("causal_conv1d_fn", arrays, dict(activation="silu"), without, twins, given)
+
+
+def update(
+    batch=256, seqlen=None, dim=8192, width=4, columns=None, dtype="bfloat16", pool=None, wide=0, packed=None,
+    without=(), twins=TWINS, **given,
+):  # fmt: skip
+    """A step of one token a row, of `seqlen`, or of `packed` tokens a row at most."""
+    middle = () if seqlen is None else (seqlen,)
+    first = batch if packed is None else batch * packed
+    arrays = dict(
+        x=Array((first, *middle, dim + wide), dtype),
+        weight=Array((dim, width), dtype),
+        bias=Array((dim,), dtype),
+        conv_states=Array((2048, width - 1 if columns is None else columns, dim), pool or dtype),
+        cache_indices=indices(batch),
+    )
+    options = dict(activation="silu")
+    if packed is not None:
+        arrays["query_start_loc"] = indices(batch + 1)
+        options["max_seqlen"] = packed
+    return _call("causal_conv1d_update", arrays, options, without, twins, given)
+
+
+def verify(batch=64, steps=4, dim=8192, width=4, dtype="bfloat16", **given):
+    """A step that keeps the window after every token and commits none."""
+    windows = Array((batch, steps, width - 1, dim), dtype)
+    tokens = dict(packed=steps) if given.pop("pack", False) else dict(seqlen=steps)
+    return update(
+        batch, dim=dim, width=width, dtype=dtype, commit=False, window_out=windows, window_indices=indices(batch),
+        **tokens, **given,
+    )  # fmt: skip
+
+
+def commit(batch=64, steps=4, dim=8192, width=4, pool="bfloat16", **given):
+    arrays = dict(
+        conv_states=Array((256, width - 1, dim), pool),
+        window_out=Array((batch, steps, width - 1, dim)),
+        accepted_steps=indices(batch),
+        cache_indices=indices(batch),
+        window_indices=indices(batch),
+    )
+    return _call("commit_windows", arrays, {}, (), TWINS, given)
+
+
+def gradient(tokens=16384, batch=8, dim=8192, width=4, dtype="bfloat16", states=True, **given):
+    """Forward and backward; `seqlen` makes x dense."""
+    seqlen, channel_first = given.pop("seqlen", None), given.pop("channel_first", False)
+    twins = ("triton",) if channel_first else TWINS
+    shape = (tokens, dim) if seqlen is None else (batch, seqlen, dim)
+    arrays = dict(
+        x=Array(shape, dtype, channel_first), weight=Array((dim, width), dtype), bias=Array((dim,), dtype)
+    )
+    if states:
+        arrays["initial_states"] = Array((batch, width - 1, dim), dtype)
+    if seqlen is None:
+        arrays["query_start_loc"] = indices(batch + 1)
+    return _call("gradient", arrays, dict(activation="silu"), (), twins, given)
+
+
+REQUIRED = {"causal_conv1d_fn": ("bias", "conv_states"), "causal_conv1d_update": ("bias",)}  # or None
+
+
+def _call(operation, arrays, options, without, twins, given):
+    arrays = arrays | {name: value for name, value in given.items() if isinstance(value, Array)}
+    options = options | {name: value for name, value in given.items() if not isinstance(value, Array)}
+    kept = {name: array for name, array in arrays.items() if name not in without}
+    options |= {name: None for name in REQUIRED.get(operation, ()) if name not in kept}
+    return Call(operation, kept, options, twins)
+
+
+QKV = (2048, 2048, 4096)
+POOL = ("conv_states", "cache_indices", "has_initial_state")
+T = ("triton",)  # x with unit stride along tokens, or off its 16 bytes, is nothing that JAX has
+
+CALLS = {
+    "prefill flat": prefill(schedule="flat"),
+    "prefill per_sequence": prefill(schedule="per_sequence", max_seqlen=2048),
+    "prefill small": prefill(tokens=33, batch=5, max_seqlen=17),
+    "prefill small flat": prefill(tokens=33, batch=5, schedule="flat"),
+    "prefill short rows": prefill(tokens=2176, batch=129),
+    "prefill short rows per_sequence": prefill(
+        tokens=2176, batch=129, schedule="per_sequence", max_seqlen=2048
+    ),
+    "prefill one token a row": prefill(tokens=4096, batch=4096, dim=2048),
+    "prefill many rows": prefill(
+        tokens=200000, batch=70000, dim=1024, schedule="per_sequence", max_seqlen=16
+    ),
+    "prefill float32": prefill(dtype="float32"),
+    "prefill float16 width 3": prefill(dtype="float16", width=3),
+    "prefill width 1": prefill(width=1),
+    "prefill width 2 no activation": prefill(width=2, activation=None),
+    "prefill width 5": prefill(width=5),
+    "prefill width 8": prefill(width=8),
+    "prefill no pool": prefill(without=POOL),
+    "prefill no bias": prefill(without=("bias",)),
+    "prefill no flags": prefill(without=("has_initial_state",)),
+    "prefill pool float32": prefill(pool="float32"),
+    "prefill dim 640": prefill(dim=640),
+    "prefill dim 8190": prefill(dim=8190),
+    "prefill channel-first": prefill(channel_first=True, twins=T),
+    "prefill channel-first uneven": prefill(tokens=16381, channel_first=True, twins=T),
+    "prefill channel-first float32 width 8": prefill(dtype="float32", width=8, channel_first=True, twins=T),
+    "prefill channel-first short rows": prefill(tokens=2176, batch=129, channel_first=True, twins=T),
+    "prefill channel-first parts": prefill(
+        channel_first=True, twins=T, residual=Array((16384, 8192), channel_first=True), split_sizes=QKV
+    ),
+    "prefill channel-first ring": prefill(
+        channel_first=True, twins=T, columns=5, state_layout="ring", cache_seqlens=indices(8)
+    ),
+    "prefill off 16 bytes": prefill(twins=T)._replace(
+        arrays=prefill().arrays | dict(x=Array((16384, 8192), odd=True))
+    ),
+    "prefill parts": prefill(split_sizes=QKV),
+    "prefill residual": prefill(residual=Array((16384, 8192))),
+    "prefill part of a wider x": prefill(wide=4096, channel_offset=1024, split_sizes=QKV),
+    "prefill back": prefill(columns=4, state_layout="back", write_indices=indices(8)),
+    "prefill ring": prefill(columns=5, state_layout="ring", cache_seqlens=indices(8)),
+    "prefill snapshots": prefill(
+        snapshot_indices=indices(8, 64), snapshot_block_size=64, num_computed_tokens=indices(8)
+    ),
+    "prefill tracks": prefill(track_indices=indices(8), track_lengths=indices(8), empty_rows="apply"),
+    "update 1 row": update(batch=1),
+    "update 256 rows": update(),
+    "update 1024 rows": update(batch=1024),
+    "update many rows": update(batch=140000, dim=256),
+    "update float32 width 3": update(dtype="float32", width=3),
+    "update width 8": update(width=8),
+    "update dim 8190": update(dim=8190),
+    "update pool float32": update(pool="float32"),
+    "update no bias no slots": update(without=("bias", "cache_indices")),
+    "update part of a wider x": update(wide=4096, channel_offset=1024, split_sizes=QKV),
+    "update residual": update(residual=Array((256, 8192))),
+    "update 4 tokens": update(batch=64, seqlen=4),
+    "update packed": update(batch=64, packed=4),
+    "update rolling": update(batch=64, seqlen=4, columns=9, num_accepted_tokens=indices(64)),
+    "update rolling packed": update(batch=64, packed=4, columns=9, num_accepted_tokens=indices(64)),
+    "update rolling writes": update(
+        batch=64, seqlen=4, columns=9, num_accepted_tokens=indices(64), write_indices=indices(64)
+    ),
+    "update back": update(columns=4, state_layout="back"),
+    "update ring": update(columns=4, state_layout="ring", cache_seqlens=indices(256)),
+    "update writes and tracks": update(write_indices=indices(256), track_indices=indices(256)),
+    "verify": verify(),
+    "verify commits": verify()._replace(options=dict(activation="silu")),
+    "verify packed": verify(pack=True),
+    "verify width 8": verify(width=8),
+    "verify float32": verify(dtype="float32"),
+    "verify ring": verify(columns=9, state_layout="ring", cache_seqlens=indices(64)),
+    "verify parts residual": verify(split_sizes=QKV, residual=Array((64, 4, 8192))),
+    "tree": verify(steps=8, tree_parents=indices(64, 8)),
+    "tree width 8": verify(steps=8, width=8, tree_parents=indices(64, 8)),
+    "commit": commit(),
+    "commit pool float32": commit(pool="float32"),
+    "links": Call(
+        "tree_parents_from_links", dict(next_token=indices(64, 8), next_sibling=indices(64, 8)), {}
+    ),
+    "gradient flat": gradient(schedule="flat"),
+    "gradient per_sequence": gradient(schedule="per_sequence", max_seqlen=2048, states=False),
+    "gradient dense": gradient(batch=4, seqlen=2048, dim=4096),
+    "gradient float32 width 8": gradient(dtype="float32", width=8),
+    "gradient channel-first": gradient(batch=4, seqlen=2048, dim=4096, channel_first=True),
+    "gradient channel-first packed": gradient(tokens=4096, dim=2048, channel_first=True),
+}

@@ -1,0 +1,216 @@
+"""Triton kernels as a call launches them, compiled without a GPU.
+
+A call of a public operation runs on CPU tensors up to Triton's own launcher, which finds types, constants and attributes
+as for a GPU of the target; there the launch is recorded and nothing runs. Import `triton_impl` after `pretend` only:
+it looks at the device when it is imported.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+
+class Launch(NamedTuple):
+    """What one launch asks Triton to compile, and the grid it starts."""
+
+    kernel: Any
+    grid: tuple
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: dict
+    target: GPUTarget
+
+    @property
+    def name(self):
+        return self.kernel.__name__
+
+    def compile(self):
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        with _without_dumps():
+            return triton.compile(source, target=self.target, options=self.options)
+
+
+@contextlib.contextmanager
+def _without_dumps():
+    """The compiler writes a failing module, thousands of lines, to the process' stderr before it raises."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class _Driver:
+    """As much of a driver as a launch asks before it compiles."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+def pretend(target):
+    """Makes torch and Triton of this process those of such a device, for good."""
+    torch.version.hip = "6.0" if target.backend == "hip" else None
+
+
+@contextlib.contextmanager
+def recorded(target):
+    """A list of the launches made within, for such a device; the kernels do not run."""
+    launches, grids = [], []
+    run, do_compile = JITFunction.run, JITFunction._do_compile
+
+    def run_recorded(kernel, *args, grid, **kwargs):
+        kernel.device_caches.clear()  # they know the target
+        grids.append(grid)
+        return run(kernel, *args, grid=grid, **kwargs)
+
+    def record(kernel, key, signature, device, constants, options, attributes, warmup):
+        launches.append(
+            Launch(kernel, grids[-1], signature, constants, attributes, dict(options.__dict__), target)
+        )
+
+    interpreted = triton.knobs.runtime.interpret
+    JITFunction.run, JITFunction._do_compile = run_recorded, record
+    driver.set_active(_Driver(target))
+    triton.knobs.runtime.interpret = True  # so that backend="triton" takes tensors of a CPU
+    try:
+        yield launches
+    finally:
+        JITFunction.run, JITFunction._do_compile = run, do_compile
+        driver._active = None
+        triton.knobs.runtime.interpret = interpreted
+
+
+def tensor(array):
+    """An uninitialised tensor; its memory is never touched."""
+    shape, dtype = array.shape, getattr(torch, array.dtype)
+    if array.channel_first:
+        return torch.empty(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
+    if array.odd:
+        rows, dim = shape
+        return torch.empty(rows * dim + 1, dtype=dtype)[1:].view(rows, dim)
+    return torch.empty(shape, dtype=dtype)
+
+
+def make(call):
+    """Runs a `code_calls.Call` of the package that is imported."""
+    import triton_impl
+
+    arrays = {name: tensor(array) for name, array in call.arrays.items()}
+    options = call.options_on("triton")
+    if call.operation == "gradient":
+        wanted = [a for a in arrays.values() if a is not None and a.is_floating_point()]
+        for a in wanted:
+            a.requires_grad_()
+        out, states = triton_impl.causal_conv1d(**arrays, **options)
+        return torch.autograd.grad((out, states), wanted, (torch.empty_like(out), torch.empty_like(states)))
+    with torch.inference_mode():
+        return getattr(triton_impl, call.operation)(**arrays, **options)
+
+
+def launches_of(call, target):
+    """The launches of a call."""
+    with recorded(target) as launches:
+        make(call)
+    return launches
+
+
+def tool(name, *arguments):
+    """What a program of the CUDA toolkit that Triton brings prints."""
+    path = Path(triton.knobs.nvidia.ptxas.path).with_name(name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(binary):
+    """(registers a thread, bytes spilled a thread)"""
+    if "amdgcn" in binary.asm:
+        text = binary.asm["amdgcn"]
+        spilled = sum(map(int, re.findall(r"_spill_count:\s*(\d+)", text)))
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)), spilled
+    with _cubin(binary) as path:
+        report = tool("cuobjdump", "-res-usage", path)
+    # no kernel has arrays of its own, so a stack holds nothing but what was spilled
+    return int(re.search(r"REG:(\d+)", report).group(1)), int(re.search(r"STACK:(\d+)", report).group(1))
+
+
+def machine_opcodes(binary):
+    """How often each machine instruction occurs, by its name without modifiers but the width of a memory access."""
+    if "amdgcn" in binary.asm:
+        return Counter(re.findall(r"^\t([a-z]\w+)", binary.asm["amdgcn"], re.MULTILINE))
+    with _cubin(binary) as path:
+        text = tool("cuobjdump", "-sass", path)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
+    return Counter(_short(name) for name in found if name != "NOP")
+
+
+def _short(name):
+    """LDG.E.128.CONSTANT -> LDG.128; FFMA.FTZ -> FFMA."""
+    first, *rest = name.split(".")
+    width = [part for part in rest if part in ("U8", "U16", "64", "128")]
+    return ".".join([first, *(width if first[:2] in ("LD", "ST") else ())])
+
+
+def ptx_opcodes(binary):
+    """How often each PTX instruction occurs."""
+    text = re.sub(r"//[^\n]*", "", binary.asm.get("ptx", ""))
+    return Counter(re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s[^;{]*;", text, re.MULTILINE))
+
+
+@contextlib.contextmanager
+def _cubin(binary):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        yield file.name
+
+
+def facts(call, target):
+    """What a call launches: name, programs, threads, registers, spills, shared memory, opcodes, of each launch."""
+    found = []
+    for launch in launches_of(call, target):
+        try:
+            binary = launch.compile()
+        except Exception as error:  # the compiler's own, of any kind
+            found.append(dict(kernel=launch.name, failed=str(error).strip().splitlines()[0][:200]))
+            continue
+        registers, spilled = resources(binary)
+        found.append(
+            dict(
+                kernel=launch.name,
+                grid=list(launch.grid),
+                threads=launch.options["num_warps"] * target.warp_size,
+                registers=registers,
+                spilled=spilled,
+                shared=binary.metadata.shared,
+                opcodes=machine_opcodes(binary),
+                ptx=ptx_opcodes(binary),
+            )
+        )
+    return found
