@@ -1,10 +1,9 @@
 """The contract of the operations: signatures, axes, dtypes, limits, errors and their one validation.
 
 Standard library only. The checks read nothing but shapes, dtypes and host values, so the same code
-serves NumPy arrays, Torch tensors, fake tensors and JAX tracers. `check_causal_conv1d_fn` and
-`check_causal_conv1d_update` carry *the* signatures; every implementation repeats them exactly. So do
-`check_commit_windows` and `check_tree_parents_from_links`, and `check_causal_conv1d`, of the differentiable
-form for training.
+serves NumPy arrays, Torch tensors, fake tensors and JAX tracers. One record stands for a call of each operation:
+its fields are *the* arguments, in the order and with the defaults of the signature, which every implementation
+repeats exactly; its docstring says what they mean, `check()` whether they fit. See `RECORDS`.
 
 The value. With `e = window ++ x` of a row (`window` = zeros when the row has no state):
 
@@ -35,8 +34,10 @@ that slot, "back" and "ring" all of them, a rolling step all that it keeps. `sna
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
+
+from oracle import contract_values
 
 CONTRACT_VERSION = 1
 
@@ -120,6 +121,13 @@ class CommitSizes(NamedTuple):
     dim: int
 
 
+class LinksSizes(NamedTuple):
+    """Sizes of a checked `tree_parents_from_links` call."""
+
+    batch: int
+    nodes: int
+
+
 class RowSizes(NamedTuple):
     """Sizes of a checked `causal_conv1d` call; `tokens` is batch * seqlen for `x` of three axes."""
 
@@ -129,37 +137,62 @@ class RowSizes(NamedTuple):
     batch: int
 
 
-def check_causal_conv1d_fn(
-    x,
-    weight,
-    bias,
-    conv_states,
-    query_start_loc,
-    cache_indices=None,
-    has_initial_state=None,
-    *,
-    activation=None,
-    pad_slot_id=-1,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    empty_rows="skip",
-    snapshot_indices=None,
-    snapshot_block_size=None,
-    num_computed_tokens=None,
-    track_indices=None,
-    track_lengths=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
-) -> FnSizes:
-    """Checks the shapes, dtypes and options of a packed prefill; reads no data.
+# What a field of a record is. In the records below "array" is read, never kept on the host; "index array" holds
+# offsets, slots, counts or flags, which `check_values` reads; "written array" is updated by the call; "integer" is a
+# host integer; "size" and "sizes" are host integers that may be a tracer's symbols; others are Python's own types.
+Array: TypeAlias = Annotated[Any, "array"]
+IndexArray: TypeAlias = Annotated[Any, "index array"]
+WrittenArray: TypeAlias = Annotated[Any, "written array"]
+Integer: TypeAlias = Annotated[Any, "integer"]
+Size: TypeAlias = Annotated[Any, "size"]
+Sizes: TypeAlias = Annotated[Any, "sizes"]
 
-    Args:
+RECORDS: dict[str, Any] = {}  # the record of each operation, by the operation's name
+
+_Record = TypeVar("_Record", bound=Any)
+OnHost: TypeAlias = Callable[[str, Any], Any]
+
+
+def _record(operation: str, *, positional: int) -> Callable[[_Record], _Record]:
+    """Registers a record and says, from the annotations of its fields, which arguments of the call are what.
+
+    The record gets these attributes, all but the first two tuples of field names in the signature's order:
+
+      OPERATION: the operation's name.
+      POSITIONAL: how many arguments are positional; the others are keyword only.
+      ARRAYS: every array; WRITTEN: those that the call updates; INDICES: those that `check_values` reads.
+      OPTIONS: everything else.
+      OPTIONAL: fields that may be None.
+      KINDS: not a tuple but {field: kind}, a kind being "array", "index array", "written array", "integer", "size",
+        "sizes", "str" or "bool".
+    """
+
+    def register(record: Any) -> Any:
+        hints = get_type_hints(record, globals(), include_extras=True)
+        kinds, optional = {}, []
+        for name in record._fields:
+            hint = hints[name]
+            if type(None) in get_args(hint):
+                optional.append(name)
+                hint = get_args(hint)[0]
+            kinds[name] = hint.__metadata__[0] if hasattr(hint, "__metadata__") else hint.__name__
+        record.OPERATION, record.POSITIONAL = operation, positional
+        record.KINDS, record.OPTIONAL = kinds, tuple(optional)
+        record.ARRAYS = tuple(name for name, kind in kinds.items() if kind.endswith("array"))
+        record.WRITTEN = tuple(name for name, kind in kinds.items() if kind == "written array")
+        record.INDICES = tuple(name for name, kind in kinds.items() if kind == "index array")
+        record.OPTIONS = tuple(name for name in kinds if name not in record.ARRAYS)
+        RECORDS[operation] = record
+        return record
+
+    return register
+
+
+@_record("causal_conv1d_fn", positional=7)
+class FnCall(NamedTuple):
+    """A packed prefill.
+
+    Attributes:
       x: [tokens, dim] float32, float16 or bfloat16; the rows of all sequences, packed.
       weight: [dim, width] float; `weight[:, width-1]` meets the newest token; width 1..8.
       bias: [dim] float, or None.
@@ -173,7 +206,7 @@ def check_causal_conv1d_fn(
       pad_slot_id: the slot number that marks a padding row.
       max_seqlen: host int, an upper bound of the longest row, or None.
       schedule: "auto", "per_sequence" or "flat".
-      backend: "auto" or a name of the implementation (checked by `check_backend`).
+      backend: "auto" or a name of the implementation (`check_backend`).
       validate: True to let the implementation read the index data and reject bad values.
       state_layout: "front", "back" or "ring": where the window lies in a slot.
       cache_seqlens: [batch] integer, tokens of each row before this call; with "ring", and only there. Below 0
@@ -193,88 +226,109 @@ def check_causal_conv1d_fn(
       residual: [tokens, dim] float, added in float32 after the activation, before the one rounding; or None.
       channel_offset: host int o: x has any number of channels, and o to o+dim are the input; None: x has dim.
       split_sizes: 1 to 8 host ints >= 1 that add up to dim, in a tuple: `out` is a tuple of arrays, one per size.
-
-    Raises:
-      ValueError: a shape or an option is wrong.
-      TypeError: a dtype or the type of an option is wrong.
     """
-    tokens, dim = _shape("x", x, ("tokens", "dim"))
-    if channel_offset is not None:
-        dim = _check_channels(dim, weight, channel_offset)
-    _dtype("x", x, FLOAT_DTYPES)
-    width = _check_weight(weight, bias, dim)
-    num_slots, state_len = (0, 0) if conv_states is None else _check_pool(conv_states, dim, width)
 
-    batch = _check_offsets(query_start_loc)
+    x: Array
+    weight: Array
+    bias: Array | None
+    conv_states: WrittenArray | None
+    query_start_loc: IndexArray
+    cache_indices: IndexArray | None = None
+    has_initial_state: IndexArray | None = None
+    activation: str | None = None
+    pad_slot_id: Integer = -1
+    max_seqlen: Size | None = None
+    schedule: str = "auto"
+    backend: str = "auto"
+    validate: bool = False
+    state_layout: str = "front"
+    cache_seqlens: IndexArray | None = None
+    write_indices: IndexArray | None = None
+    empty_rows: str = "skip"
+    snapshot_indices: IndexArray | None = None
+    snapshot_block_size: Size | None = None
+    num_computed_tokens: IndexArray | None = None
+    track_indices: IndexArray | None = None
+    track_lengths: IndexArray | None = None
+    residual: Array | None = None
+    channel_offset: Size | None = None
+    split_sizes: Sizes | None = None
 
-    if conv_states is None:
-        for name, value in (
-            ("cache_indices", cache_indices), ("has_initial_state", has_initial_state),
-            ("cache_seqlens", cache_seqlens), ("write_indices", write_indices),
-            ("snapshot_indices", snapshot_indices), ("track_indices", track_indices),
-        ):  # fmt: skip
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected None, since conv_states is None and there is no slot to name"
-                )
-    _check_indices(cache_indices, batch, num_slots, conv_states is not None)
-    if has_initial_state is not None:
-        _shape("has_initial_state", has_initial_state, ("batch",), (batch,))
-        _dtype("has_initial_state", has_initial_state, MASK_DTYPES)
+    def check(self) -> FnSizes:
+        """Checks the shapes, dtypes and options; reads no data.
 
-    _check_options(activation, pad_slot_id, validate)
-    _check_schedule(max_seqlen, schedule)
-    if state_layout != "front" or cache_seqlens is not None:
-        _check_layout(state_layout, cache_seqlens, batch)
-    if write_indices is not None:
-        _check_integers("write_indices", write_indices, batch)
-    if empty_rows not in EMPTY_ROWS:
-        raise ValueError(f"empty_rows: expected one of {EMPTY_ROWS}, got {empty_rows!r}")
-    if snapshot_indices is not None or snapshot_block_size is not None or num_computed_tokens is not None:
-        _check_snapshots(snapshot_indices, snapshot_block_size, num_computed_tokens, state_layout, batch)
-    if track_indices is not None:
-        _check_track(track_indices, state_layout, batch)
-    if track_lengths is not None:
-        if track_indices is None:
-            raise ValueError("track_lengths: expected None, since track_indices is None")
-        _check_integers("track_lengths", track_lengths, batch)
-    if residual is not None:
-        _shape("residual", residual, ("tokens", "dim"), (tokens, dim))
-        _dtype("residual", residual, FLOAT_DTYPES)
-    if split_sizes is not None:
-        _check_split(split_sizes, dim)
-    return FnSizes(tokens, dim, width, batch, num_slots, state_len)
+        Raises:
+          ValueError: a shape or an option is wrong.
+          TypeError: a dtype or the type of an option is wrong.
+        """
+        tokens, dim = _shape("x", self.x, ("tokens", "dim"))
+        if self.channel_offset is not None:
+            dim = _check_channels(dim, self.weight, self.channel_offset)
+        _dtype("x", self.x, FLOAT_DTYPES)
+        width = _check_weight(self.weight, self.bias, dim)
+        pooled = self.conv_states is not None
+        num_slots, state_len = _check_pool(self.conv_states, dim, width) if pooled else (0, 0)
+        batch = _check_offsets(self.query_start_loc)
+        if not pooled:
+            for name in (
+                "cache_indices", "has_initial_state", "cache_seqlens", "write_indices", "snapshot_indices", "track_indices",
+            ):  # fmt: skip
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: expected None, since conv_states is None and there is no slot to name"
+                    )
+        _check_indices(self.cache_indices, batch, num_slots, pooled)
+        if self.has_initial_state is not None:
+            _shape("has_initial_state", self.has_initial_state, ("batch",), (batch,))
+            _dtype("has_initial_state", self.has_initial_state, MASK_DTYPES)
+        _check_options(self.activation, self.pad_slot_id, self.validate)
+        _check_schedule(self.max_seqlen, self.schedule)
+        _check_layout(self.state_layout, self.cache_seqlens, batch)
+        if self.write_indices is not None:
+            _check_integers("write_indices", self.write_indices, batch)
+        if self.empty_rows not in EMPTY_ROWS:
+            raise ValueError(f"empty_rows: expected one of {EMPTY_ROWS}, got {self.empty_rows!r}")
+        self._check_snapshots(batch)
+        if self.track_indices is not None:
+            _check_track(self.track_indices, self.state_layout, batch)
+        if self.track_lengths is not None:
+            if self.track_indices is None:
+                raise ValueError("track_lengths: expected None, since track_indices is None")
+            _check_integers("track_lengths", self.track_lengths, batch)
+        if self.residual is not None:
+            _shape("residual", self.residual, ("tokens", "dim"), (tokens, dim))
+            _dtype("residual", self.residual, FLOAT_DTYPES)
+        if self.split_sizes is not None:
+            _check_split(self.split_sizes, dim)
+        return FnSizes(tokens, dim, width, batch, num_slots, state_len)
+
+    def check_values(self, sizes: FnSizes, on_host: OnHost) -> None:
+        """Checks the index data; see `contract_values.check_fn`. `on_host(name, array)` reads one as (nested) lists."""
+        contract_values.check_fn(_on_host(self, on_host), sizes)
+
+    def _check_snapshots(self, batch: int) -> None:
+        if self.snapshot_indices is None:
+            for name in ("snapshot_block_size", "num_computed_tokens"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected None, since snapshot_indices is None")
+            return
+        if self.state_layout != "front":
+            raise ValueError(f"snapshot_indices: expected None, since state_layout is {self.state_layout!r}")
+        _shape("snapshot_indices", self.snapshot_indices, ("batch", "blocks"), (batch, None))
+        _dtype("snapshot_indices", self.snapshot_indices, INDEX_DTYPES)
+        if self.snapshot_block_size is None:
+            raise ValueError(
+                "snapshot_block_size: expected an integer, since snapshot_indices is given, got None"
+            )
+        if _host_int("snapshot_block_size", self.snapshot_block_size) < 1:
+            raise ValueError(f"snapshot_block_size: expected an integer >= 1, got {self.snapshot_block_size}")
+        if self.num_computed_tokens is not None:
+            _check_integers("num_computed_tokens", self.num_computed_tokens, batch)
 
 
-def check_causal_conv1d_update(
-    x,
-    weight,
-    bias,
-    conv_states,
-    cache_indices=None,
-    *,
-    query_start_loc=None,
-    num_accepted_tokens=None,
-    max_seqlen=None,
-    activation=None,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    track_indices=None,
-    window_out=None,
-    window_indices=None,
-    commit=True,
-    tree_parents=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
-) -> UpdateSizes:
-    """Checks the shapes, dtypes and options of a decode step; reads no data.
-
-    Every row continues from its slot (there is no `has_initial_state`).
+@_record("causal_conv1d_update", positional=5)
+class UpdateCall(NamedTuple):
+    """A decode step. Every row continues from its slot (there is no `has_initial_state`).
 
     Without `num_accepted_tokens` all tokens are committed: the slot's columns 0 .. width-2 hold the last
     width-1 inputs afterwards. With it, the slot rolls, for speculative decoding: a row whose previous step
@@ -287,7 +341,7 @@ def check_causal_conv1d_update(
     the tokens of a row are nodes of a tree: the taps of node i meet i, its parent, its grandparent and so on, and
     behind the last of them the row's window, newest entry first.
 
-    Args:
+    Attributes:
       x: [batch, dim], [batch, seqlen, dim] for several tokens a row, or [tokens, dim] with `query_start_loc`;
         float32, float16 or bfloat16.
       weight: [dim, width] float; width 1..8.
@@ -302,9 +356,9 @@ def check_causal_conv1d_update(
         with `num_accepted_tokens`.
       activation: None, "silu" or "swish".
       pad_slot_id: the slot number that marks a padding row.
-      backend: "auto" or a name of the implementation (checked by `check_backend`).
+      backend: "auto" or a name of the implementation (`check_backend`).
       validate: True to let the implementation read the index data and reject bad values.
-      state_layout, cache_seqlens, write_indices, channel_offset, split_sizes: as in `check_causal_conv1d_fn`;
+      state_layout, cache_seqlens, write_indices, channel_offset, split_sizes: as in `FnCall`;
         layouts other than "front" only without `num_accepted_tokens`.
       track_indices: [batch] integer slots, "front" only, that receive the final windows as well.
       window_out: [buffers, steps, width-1, dim] float: after token t of a row, `window_out[buffer, t]` gets the
@@ -315,184 +369,220 @@ def check_causal_conv1d_update(
       commit: False leaves `conv_states` as it is; several rows may then read one slot.
       tree_parents: [batch, seqlen] integer, with x [batch, seqlen, dim] and `commit=False`: the parent of node i, of
         which the smaller of it and i-1 is used; below 0, node i continues the row's window.
-      residual: float, in the shape of `out`; as in `check_causal_conv1d_fn`.
-
-    Raises:
-      ValueError: a shape or an option is wrong.
-      TypeError: a dtype or the type of an option is wrong.
+      residual: float, in the shape of `out`; as in `FnCall`.
     """
-    shape = _shape_of("x", x)
-    if query_start_loc is not None:
-        tokens, dim = _shape("x", x, ("tokens", "dim"))
-        batch = _check_offsets(query_start_loc)
-        seqlen = None
-    elif len(shape) == 2:
-        (batch, dim), seqlen, tokens = shape, 1, shape[0]
-    elif len(shape) == 3:
-        batch, seqlen, dim = shape
-        tokens = batch * seqlen
+
+    x: Array
+    weight: Array
+    bias: Array | None
+    conv_states: WrittenArray
+    cache_indices: IndexArray | None = None
+    query_start_loc: IndexArray | None = None
+    num_accepted_tokens: IndexArray | None = None
+    max_seqlen: Size | None = None
+    activation: str | None = None
+    pad_slot_id: Integer = -1
+    backend: str = "auto"
+    validate: bool = False
+    state_layout: str = "front"
+    cache_seqlens: IndexArray | None = None
+    write_indices: IndexArray | None = None
+    track_indices: IndexArray | None = None
+    window_out: WrittenArray | None = None
+    window_indices: IndexArray | None = None
+    commit: bool = True
+    tree_parents: IndexArray | None = None
+    residual: Array | None = None
+    channel_offset: Size | None = None
+    split_sizes: Sizes | None = None
+
+    def check(self) -> UpdateSizes:
+        """Checks the shapes, dtypes and options; reads no data.
+
+        Raises:
+          ValueError: a shape or an option is wrong.
+          TypeError: a dtype or the type of an option is wrong.
+        """
+        shape = _shape_of("x", self.x)
+        if self.query_start_loc is not None:
+            tokens, dim = _shape("x", self.x, ("tokens", "dim"))
+            batch = _check_offsets(self.query_start_loc)
+            seqlen = None
+        elif len(shape) == 2:
+            (batch, dim), seqlen, tokens = shape, 1, shape[0]
+        elif len(shape) == 3:
+            batch, seqlen, dim = shape
+            tokens = batch * seqlen
+            if dim < 1:
+                raise ValueError(f"x: expected shape [batch, seqlen, dim] with dim >= 1, got {list(shape)}")
+        else:
+            raise ValueError(f"x: expected shape [batch, dim] or [batch, seqlen, dim], got {list(shape)}")
         if dim < 1:
-            raise ValueError(f"x: expected shape [batch, seqlen, dim] with dim >= 1, got {list(shape)}")
-    else:
-        raise ValueError(f"x: expected shape [batch, dim] or [batch, seqlen, dim], got {list(shape)}")
-    if dim < 1:
-        raise ValueError(f"x: expected dim >= 1, got shape {list(shape)}")
-    if channel_offset is not None:
-        dim = _check_channels(dim, weight, channel_offset)
-    _dtype("x", x, FLOAT_DTYPES)
-    width = _check_weight(weight, bias, dim)
-    if conv_states is None:
-        raise ValueError(
-            "conv_states: expected shape [num_slots, state_len, dim], got None "
-            "(an update continues from a state; a stateless call is causal_conv1d_fn)"
-        )
-    num_slots, state_len = _check_pool(conv_states, dim, width)
-    _check_indices(cache_indices, batch, num_slots, True)
-    if max_seqlen is not None:
-        if query_start_loc is None:
-            raise ValueError(f"max_seqlen: expected None, since query_start_loc is None, got {max_seqlen!r}")
-        if _host_int("max_seqlen", max_seqlen) < 0:
-            raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
-    if num_accepted_tokens is not None:
-        _shape("num_accepted_tokens", num_accepted_tokens, ("batch",), (batch,))
-        _dtype("num_accepted_tokens", num_accepted_tokens, INDEX_DTYPES)
-        longest = max_seqlen if seqlen is None else seqlen
-        if longest is None:
+            raise ValueError(f"x: expected dim >= 1, got shape {list(shape)}")
+        if self.channel_offset is not None:
+            dim = _check_channels(dim, self.weight, self.channel_offset)
+        _dtype("x", self.x, FLOAT_DTYPES)
+        width = _check_weight(self.weight, self.bias, dim)
+        if self.conv_states is None:
             raise ValueError(
-                "max_seqlen: expected an integer, since query_start_loc and num_accepted_tokens are given "
-                "(a slot must be wide enough for the longest row), got None"
+                "conv_states: expected shape [num_slots, state_len, dim], got None "
+                "(an update continues from a state; a stateless call is causal_conv1d_fn)"
             )
-        if width > 1 and state_len < width - 2 + longest:
+        num_slots, state_len = _check_pool(self.conv_states, dim, width)
+        _check_indices(self.cache_indices, batch, num_slots, True)
+        if self.max_seqlen is not None:
+            if self.query_start_loc is None:
+                raise ValueError(
+                    f"max_seqlen: expected None, since query_start_loc is None, got {self.max_seqlen!r}"
+                )
+            if _host_int("max_seqlen", self.max_seqlen) < 0:
+                raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {self.max_seqlen}")
+        if self.num_accepted_tokens is not None:
+            _shape("num_accepted_tokens", self.num_accepted_tokens, ("batch",), (batch,))
+            _dtype("num_accepted_tokens", self.num_accepted_tokens, INDEX_DTYPES)
+            longest = self.max_seqlen if seqlen is None else seqlen
+            if longest is None:
+                raise ValueError(
+                    "max_seqlen: expected an integer, since query_start_loc and num_accepted_tokens are given "
+                    "(a slot must be wide enough for the longest row), got None"
+                )
+            if width > 1 and state_len < width - 2 + longest:
+                raise ValueError(
+                    f"conv_states: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 1 for "
+                    f"rows of up to {longest} tokens with num_accepted_tokens, got {state_len}"
+                )
+        _check_options(self.activation, self.pad_slot_id, self.validate)
+        _check_layout(self.state_layout, self.cache_seqlens, batch)
+        if self.num_accepted_tokens is not None and self.state_layout != "front":
             raise ValueError(
-                f"conv_states: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 1 for "
-                f"rows of up to {longest} tokens with num_accepted_tokens, got {state_len}"
+                f"state_layout: expected 'front', since num_accepted_tokens is given, got {self.state_layout!r}"
             )
-    _check_options(activation, pad_slot_id, validate)
-    if state_layout != "front" or cache_seqlens is not None:
-        _check_layout(state_layout, cache_seqlens, batch)
-        if num_accepted_tokens is not None:
-            raise ValueError(
-                f"state_layout: expected 'front', since num_accepted_tokens is given, got {state_layout!r}"
-            )
-    if write_indices is not None:
-        _check_integers("write_indices", write_indices, batch)
-    if track_indices is not None:
-        _check_track(track_indices, state_layout, batch)
-    if window_out is not None:
-        longest = max_seqlen if seqlen is None else seqlen
-        if longest is None:
-            raise ValueError(
-                "max_seqlen: expected an integer, since query_start_loc and window_out are given "
-                "(window_out must have steps enough for the longest row), got None"
-            )
-        _check_window_out(window_out, window_indices, batch, width, dim, longest)
-    elif window_indices is not None:
-        raise ValueError("window_indices: expected None, since window_out is None")
-    if commit is not True:
-        _check_no_commit(commit, write_indices, track_indices)
-    if num_accepted_tokens is not None and (window_out is not None or not commit):
-        other = "commit is False" if window_out is None else "window_out is given"
-        raise ValueError(f"num_accepted_tokens: expected None, since {other}")
-    if tree_parents is not None:
-        _check_tree(tree_parents, shape, query_start_loc, num_accepted_tokens, commit)
-    if residual is not None:
-        axes = ("batch", "seqlen", "dim") if len(shape) == 3 else ("tokens", "dim")
-        _shape("residual", residual, axes, (*shape[:-1], dim))
-        _dtype("residual", residual, FLOAT_DTYPES)
-    if split_sizes is not None:
-        _check_split(split_sizes, dim)
-    return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len, tokens)
+        if self.write_indices is not None:
+            _check_integers("write_indices", self.write_indices, batch)
+        if self.track_indices is not None:
+            _check_track(self.track_indices, self.state_layout, batch)
+        if self.window_out is not None:
+            longest = self.max_seqlen if seqlen is None else seqlen
+            if longest is None:
+                raise ValueError(
+                    "max_seqlen: expected an integer, since query_start_loc and window_out are given "
+                    "(window_out must have steps enough for the longest row), got None"
+                )
+            _check_window_out(self.window_out, self.window_indices, batch, width, dim, longest)
+        elif self.window_indices is not None:
+            raise ValueError("window_indices: expected None, since window_out is None")
+        if self.commit is not True:
+            _check_no_commit(self.commit, self.write_indices, self.track_indices)
+        if self.num_accepted_tokens is not None and (self.window_out is not None or not self.commit):
+            other = "commit is False" if self.window_out is None else "window_out is given"
+            raise ValueError(f"num_accepted_tokens: expected None, since {other}")
+        if self.tree_parents is not None:
+            _check_tree(self.tree_parents, shape, self.query_start_loc, self.num_accepted_tokens, self.commit)
+        if self.residual is not None:
+            axes = ("batch", "seqlen", "dim") if len(shape) == 3 else ("tokens", "dim")
+            _shape("residual", self.residual, axes, (*shape[:-1], dim))
+            _dtype("residual", self.residual, FLOAT_DTYPES)
+        if self.split_sizes is not None:
+            _check_split(self.split_sizes, dim)
+        return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len, tokens)
+
+    def check_values(self, sizes: UpdateSizes, on_host: OnHost) -> None:
+        """Checks the index data; see `contract_values.check_update`, and `FnCall.check_values`."""
+        contract_values.check_update(_on_host(self, on_host), sizes)
 
 
-def check_commit_windows(
-    conv_states,
-    window_out,
-    accepted_steps,
-    cache_indices=None,
-    window_indices=None,
-    *,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-) -> CommitSizes:
-    """Checks the shapes, dtypes and options of a commit of accepted windows; reads no data.
+@_record("commit_windows", positional=5)
+class CommitCall(NamedTuple):
+    """A commit of accepted windows.
 
     `conv_states[cache_indices[row], :width-1] = window_out[window_indices[row], accepted_steps[row]]`, cast once
     if the dtypes differ. A row whose step lies outside [0, steps), or whose slot or buffer is `pad_slot_id` or out
     of range, is left alone. Torch: in place, the same tensor is returned. JAX and NumPy: a new array.
 
-    Args:
+    Attributes:
       conv_states: [num_slots, state_len, dim] float, state_len >= width-1.
       window_out: [buffers, steps, width-1, dim] float, as `causal_conv1d_update` left it.
       accepted_steps: [batch] integer, the last accepted token of each row, from 0.
       cache_indices: [batch] integer slots, or None: row i uses slot i.
       window_indices: [batch] integer buffers, or None: row i uses buffer i.
       pad_slot_id: the slot (and buffer) number that marks a padding row.
-      backend: "auto" or a name of the implementation (checked by `check_backend`).
+      backend: "auto" or a name of the implementation (`check_backend`).
       validate: True to let the implementation read the index data and reject bad values.
-
-    Raises:
-      ValueError: a shape or an option is wrong.
-      TypeError: a dtype or the type of an option is wrong.
     """
-    axes = ("buffers", "steps", "width-1", "dim")
-    num_buffers, steps, history, dim = _shape("window_out", window_out, axes)
-    _dtype("window_out", window_out, FLOAT_DTYPES)
-    num_slots, state_len = _check_pool(conv_states, dim, history + 1)
-    (batch,) = _shape("accepted_steps", accepted_steps, ("batch",))
-    _dtype("accepted_steps", accepted_steps, INDEX_DTYPES)
-    _check_indices(cache_indices, batch, num_slots, True)
-    _check_buffers(window_indices, batch, num_buffers)
-    _check_options(None, pad_slot_id, validate)
-    return CommitSizes(batch, num_slots, state_len, num_buffers, steps, history, dim)
+
+    conv_states: WrittenArray
+    window_out: Array
+    accepted_steps: IndexArray
+    cache_indices: IndexArray | None = None
+    window_indices: IndexArray | None = None
+    pad_slot_id: Integer = -1
+    backend: str = "auto"
+    validate: bool = False
+
+    def check(self) -> CommitSizes:
+        """Checks the shapes, dtypes and options; reads no data.
+
+        Raises:
+          ValueError: a shape or an option is wrong.
+          TypeError: a dtype or the type of an option is wrong.
+        """
+        axes = ("buffers", "steps", "width-1", "dim")
+        num_buffers, steps, history, dim = _shape("window_out", self.window_out, axes)
+        _dtype("window_out", self.window_out, FLOAT_DTYPES)
+        num_slots, state_len = _check_pool(self.conv_states, dim, history + 1)
+        (batch,) = _shape("accepted_steps", self.accepted_steps, ("batch",))
+        _dtype("accepted_steps", self.accepted_steps, INDEX_DTYPES)
+        _check_indices(self.cache_indices, batch, num_slots, True)
+        _check_buffers(self.window_indices, batch, num_buffers)
+        _check_options(None, self.pad_slot_id, self.validate)
+        return CommitSizes(batch, num_slots, state_len, num_buffers, steps, history, dim)
+
+    def check_values(self, sizes: CommitSizes, on_host: OnHost) -> None:
+        """Checks the index data; see `contract_values.check_commit`, and `FnCall.check_values`."""
+        contract_values.check_commit(_on_host(self, on_host), sizes)
 
 
-def check_tree_parents_from_links(next_token, next_sibling) -> tuple[int, int]:
-    """Checks the shapes and dtypes of a conversion of links to parents; reads no data.
+@_record("tree_parents_from_links", positional=2)
+class LinksCall(NamedTuple):
+    """A conversion of links to parents.
 
     The result is int32 [batch, n], as `tree_parents` of `causal_conv1d_update`. Node 0 is the root, its parent
     -1. A first child's parent is the node that names it; a sibling's parent is its sibling's; a node that
     nobody names has parent 0, and one that two links name the parent that either gives it.
 
-    Args:
+    Attributes:
       next_token: [batch, n] integer: the first child of each node, larger than the node; any value outside
         (node, n) means none.
       next_sibling: [batch, n] integer: its next sibling, by the same rules.
-
-    Returns:
-      (batch, n).
-
-    Raises:
-      ValueError: a shape is wrong.
-      TypeError: a dtype is wrong.
     """
-    batch, nodes = _shape("next_token", next_token, ("batch", "n"))
-    _dtype("next_token", next_token, INDEX_DTYPES)
-    _shape("next_sibling", next_sibling, ("batch", "n"), (batch, nodes))
-    _dtype("next_sibling", next_sibling, INDEX_DTYPES)
-    return batch, nodes
+
+    next_token: IndexArray
+    next_sibling: IndexArray
+
+    def check(self) -> LinksSizes:
+        """Checks the shapes and dtypes; reads no data.
+
+        Raises:
+          ValueError: a shape is wrong.
+          TypeError: a dtype is wrong.
+        """
+        batch, nodes = _shape("next_token", self.next_token, ("batch", "n"))
+        _dtype("next_token", self.next_token, INDEX_DTYPES)
+        _shape("next_sibling", self.next_sibling, ("batch", "n"), (batch, nodes))
+        _dtype("next_sibling", self.next_sibling, INDEX_DTYPES)
+        return LinksSizes(batch, nodes)
 
 
-def check_causal_conv1d(
-    x,
-    weight,
-    bias=None,
-    initial_states=None,
-    query_start_loc=None,
-    *,
-    activation=None,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-) -> RowSizes:
-    """Checks the shapes, dtypes and options of the differentiable form; reads no data.
+@_record("causal_conv1d", positional=5)
+class RowsCall(NamedTuple):
+    """The differentiable form.
 
     It mutates nothing. Its value is that of `causal_conv1d_fn` with a state of its own for every row, and its
     second result is the new states: `[batch, width-1, dim]` in the dtype of `initial_states`, or of x without
     them. A row of zero tokens returns its initial state. It is differentiable in x, weight, bias and
     initial_states, through both results; tokens at or after `query_start_loc[-1]` have gradient zero.
 
-    Args:
+    Attributes:
       x: [tokens, dim] with `query_start_loc`, or [batch, seqlen, dim] without; float32, float16 or bfloat16.
       weight: [dim, width] float; width 1..8.
       bias: [dim] float, or None.
@@ -501,32 +591,74 @@ def check_causal_conv1d(
       activation: None, "silu" or "swish".
       max_seqlen: host int, an upper bound of the longest row, or None; ignored without `query_start_loc`.
       schedule: "auto", "per_sequence" or "flat".
-      backend: "auto" or a name of the implementation (checked by `check_backend`).
-
-    Raises:
-      ValueError: a shape or an option is wrong.
-      TypeError: a dtype or the type of an option is wrong.
+      backend: "auto" or a name of the implementation (`check_backend`).
     """
-    if query_start_loc is None:
-        shape = _shape_of("x", x)
-        if len(shape) != 3 or shape[2] < 1:
-            raise ValueError(
-                "x: expected shape [batch, seqlen, dim] with dim >= 1, since query_start_loc is None, "
-                f"got {list(shape)}"
+
+    x: Array
+    weight: Array
+    bias: Array | None = None
+    initial_states: Array | None = None
+    query_start_loc: IndexArray | None = None
+    activation: str | None = None
+    max_seqlen: Size | None = None
+    schedule: str = "auto"
+    backend: str = "auto"
+
+    def check(self) -> RowSizes:
+        """Checks the shapes, dtypes and options; reads no data.
+
+        Raises:
+          ValueError: a shape or an option is wrong.
+          TypeError: a dtype or the type of an option is wrong.
+        """
+        if self.query_start_loc is None:
+            shape = _shape_of("x", self.x)
+            if len(shape) != 3 or shape[2] < 1:
+                raise ValueError(
+                    "x: expected shape [batch, seqlen, dim] with dim >= 1, since query_start_loc is None, "
+                    f"got {list(shape)}"
+                )
+            batch, seqlen, dim = shape
+            tokens = batch * seqlen
+        else:
+            tokens, dim = _shape("x", self.x, ("tokens", "dim"))
+            batch = _check_offsets(self.query_start_loc)
+        _dtype("x", self.x, FLOAT_DTYPES)
+        width = _check_weight(self.weight, self.bias, dim)
+        if self.initial_states is not None:
+            _shape(
+                "initial_states", self.initial_states, ("batch", "width-1", "dim"), (batch, width - 1, dim)
             )
-        batch, seqlen, dim = shape
-        tokens = batch * seqlen
-    else:
-        tokens, dim = _shape("x", x, ("tokens", "dim"))
-        batch = _check_offsets(query_start_loc)
-    _dtype("x", x, FLOAT_DTYPES)
-    width = _check_weight(weight, bias, dim)
-    if initial_states is not None:
-        _shape("initial_states", initial_states, ("batch", "width-1", "dim"), (batch, width - 1, dim))
-        _dtype("initial_states", initial_states, FLOAT_DTYPES)
-    _check_activation(activation)
-    _check_schedule(max_seqlen, schedule)
-    return RowSizes(tokens, dim, width, batch)
+            _dtype("initial_states", self.initial_states, FLOAT_DTYPES)
+        _check_activation(self.activation)
+        _check_schedule(self.max_seqlen, self.schedule)
+        return RowSizes(tokens, dim, width, batch)
+
+
+def normalised(call: _Record) -> _Record:
+    """A checked call as implementations take it: its host integers are plain ints, or symbols; sizes are a tuple."""
+    plain: dict[str, Any] = {}
+    for name, kind in call.KINDS.items():
+        value = getattr(call, name)
+        if value is None or type(value) is int:
+            continue
+        if kind in ("integer", "size"):
+            plain[name] = _host_int(name, value)
+        elif kind == "sizes":
+            plain[name] = tuple(_host_int(name, size) for size in value)
+    return call._replace(**plain) if plain else call
+
+
+def given_arrays(call: Any) -> dict[str, Any]:
+    """The arrays of a call by name, in the signature's order, without those that are None."""
+    arrays = {name: getattr(call, name) for name in call.ARRAYS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _on_host(call: _Record, on_host: OnHost) -> _Record:
+    """The call with lists for its index arrays."""
+    arrays = {name: getattr(call, name) for name in call.INDICES}
+    return call._replace(**{name: on_host(name, a) for name, a in arrays.items() if a is not None})
 
 
 def refuse_serving(why: str, *, state_layout: Any, empty_rows: Any, **arguments: Any) -> None:
@@ -542,147 +674,6 @@ def check_backend(backend, names: Sequence[str]) -> None:
     """Raises ValueError unless `backend` is "auto" or one of an implementation's `names`."""
     if backend != "auto" and backend not in names:
         raise ValueError(f"backend: expected one of {('auto', *names)}, got {backend!r}")
-
-
-def check_fn_values(
-    query_start_loc: Sequence[int],
-    cache_indices: Sequence[int] | None,
-    tokens: int,
-    num_slots: int | None,
-    pad_slot_id: int,
-    max_seqlen: int | None,
-    *,
-    has_initial_state: Sequence[bool] | None = None,
-    cache_seqlens: Sequence[int] | None = None,
-    write_indices: Sequence[int] | None = None,
-    empty_rows: str = "skip",
-    snapshot_indices: Sequence[Sequence[int]] | None = None,
-    snapshot_block_size: int = 1,
-    num_computed_tokens: Sequence[int] | None = None,
-    track_indices: Sequence[int] | None = None,
-    track_lengths: Sequence[int] | None = None,
-) -> None:
-    """Checks the index data of a packed prefill, read to the host; `num_slots` is None without a pool.
-
-    Raises:
-      ValueError: offsets that do not start at 0, decrease or exceed `tokens`; a row longer than
-        `max_seqlen`; a slot that is neither `pad_slot_id` nor in range; a slot that two live rows write, or one
-        writes and another reads; a counter of a live row below 0; a tracked length beyond its row.
-    """
-    lengths = _row_lengths(query_start_loc, tokens, max_seqlen)
-    if num_slots is None:
-        return
-    batch, apply = len(lengths), empty_rows == "apply"
-    slots = range(batch) if cache_indices is None else cache_indices
-    has = [False] * batch if has_initial_state is None else has_initial_state
-    for name, counters in (("cache_seqlens", cache_seqlens), ("num_computed_tokens", num_computed_tokens)):
-        if counters is not None:
-            _check_counters(name, counters, slots, lengths, pad_slot_id)
-    extra = []
-    for row, length in enumerate(lengths):
-        if slots[row] == pad_slot_id:
-            continue
-        if snapshot_indices is not None:
-            before = 0 if num_computed_tokens is None else num_computed_tokens[row]
-            first, end = before // snapshot_block_size, (before + length) // snapshot_block_size
-            extra += [("snapshot_indices", row, slot) for slot in snapshot_indices[row][first:end]]
-        if track_indices is not None and (length or apply):
-            extra.append(("track_indices", row, track_indices[row]))
-            if track_lengths is not None and not 0 <= track_lengths[row] <= length:
-                raise ValueError(
-                    f"track_lengths: expected 0 to {length}, the length of the row, in row {row}, "
-                    f"got {track_lengths[row]}"
-                )
-    reads = [bool(has[row] and (length or apply)) for row, length in enumerate(lengths)]
-    # A row of no tokens that has a state writes it only where it is not.
-    writes = [
-        bool(
-            length
-            or (apply and not (has[row] and (write_indices is None or write_indices[row] == slots[row])))
-        )
-        for row, length in enumerate(lengths)
-    ]
-    _check_slot_values(cache_indices, write_indices, reads, writes, extra, num_slots, pad_slot_id)
-
-
-def check_update_values(
-    cache_indices: Sequence[int] | None,
-    sizes: UpdateSizes,
-    pad_slot_id: int,
-    query_start_loc: Sequence[int] | None = None,
-    num_accepted_tokens: Sequence[int] | None = None,
-    max_seqlen: int | None = None,
-    *,
-    cache_seqlens: Sequence[int] | None = None,
-    write_indices: Sequence[int] | None = None,
-    track_indices: Sequence[int] | None = None,
-    num_buffers: int | None = None,
-    window_indices: Sequence[int] | None = None,
-    commit: bool = True,
-    tree_parents: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """Checks the index data of a decode step, read to the host; `num_buffers` is None without `window_out`.
-
-    Raises:
-      ValueError: as `check_fn_values`; a count of a live row below 1, or beyond what its slot can hold; a buffer
-        that is neither `pad_slot_id` nor in range, or of two live rows; a node that does not follow its parent.
-    """
-    if query_start_loc is None:
-        lengths = [sizes.seqlen or 0] * sizes.batch
-    else:
-        lengths = _row_lengths(query_start_loc, sizes.tokens, max_seqlen)
-    slots = range(sizes.batch) if cache_indices is None else cache_indices
-    live = [bool(length and slot != pad_slot_id) for length, slot in zip(lengths, slots, strict=True)]
-    extra = [] if track_indices is None else [
-        ("track_indices", row, slot) for row, slot in enumerate(track_indices) if live[row]
-    ]  # fmt: skip
-    reads = [length > 0 for length in lengths]
-    writes = reads if commit else [False] * sizes.batch
-    _check_slot_values(cache_indices, write_indices, reads, writes, extra, sizes.num_slots, pad_slot_id)
-    if cache_seqlens is not None:
-        _check_counters("cache_seqlens", cache_seqlens, slots, lengths, pad_slot_id)
-    if num_buffers is not None:
-        _check_buffer_values(window_indices, live, num_buffers, pad_slot_id)
-    for row, parents in enumerate(tree_parents or ()):
-        for node, parent in enumerate(parents):
-            if live[row] and parent >= node:
-                raise ValueError(
-                    f"tree_parents: expected a number below {node}, the node's own, at [{row}, {node}], got {parent}"
-                )
-    if num_accepted_tokens is None:
-        return
-    largest = sizes.state_len - sizes.width + 2
-    for row, count in enumerate(num_accepted_tokens):
-        if live[row] and not 1 <= count <= largest:
-            raise ValueError(
-                f"num_accepted_tokens: expected 1 to {largest}, which slots of state_len={sizes.state_len} can "
-                f"hold, in row {row}, got {count}"
-            )
-
-
-def check_commit_values(
-    accepted_steps: Sequence[int],
-    cache_indices: Sequence[int] | None,
-    window_indices: Sequence[int] | None,
-    sizes: CommitSizes,
-    pad_slot_id: int,
-) -> None:
-    """Checks the index data of a commit, read to the host. A step below 0 leaves its row alone.
-
-    Raises:
-      ValueError: a step at or past `steps`; a slot or buffer that is neither `pad_slot_id` nor in range; two
-        rows that write one slot.
-    """
-    slots = range(sizes.batch) if cache_indices is None else cache_indices
-    for row, step in enumerate(accepted_steps):
-        if slots[row] != pad_slot_id and step >= sizes.steps:
-            raise ValueError(
-                f"accepted_steps: expected less than {sizes.steps} steps in row {row}, got {step}"
-            )
-    writes = [step >= 0 for step in accepted_steps]
-    _check_slot_values(cache_indices, None, [False] * sizes.batch, writes, [], sizes.num_slots, pad_slot_id)
-    for row, buffer in enumerate(() if window_indices is None else window_indices):
-        _check_in_range("window_indices", "a buffer", buffer, row, sizes.num_buffers, pad_slot_id)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -810,26 +801,6 @@ def _check_track(track_indices: Any, state_layout: str, batch: int) -> None:
     _check_integers("track_indices", track_indices, batch)
 
 
-def _check_snapshots(
-    snapshot_indices: Any, snapshot_block_size: Any, num_computed_tokens: Any, state_layout: str, batch: int
-) -> None:
-    if snapshot_indices is None:
-        name = "num_computed_tokens" if snapshot_block_size is None else "snapshot_block_size"
-        raise ValueError(f"{name}: expected None, since snapshot_indices is None")
-    if state_layout != "front":
-        raise ValueError(f"snapshot_indices: expected None, since state_layout is {state_layout!r}")
-    _shape("snapshot_indices", snapshot_indices, ("batch", "blocks"), (batch, None))
-    _dtype("snapshot_indices", snapshot_indices, INDEX_DTYPES)
-    if snapshot_block_size is None:
-        raise ValueError(
-            "snapshot_block_size: expected an integer, since snapshot_indices is given, got None"
-        )
-    if _host_int("snapshot_block_size", snapshot_block_size) < 1:
-        raise ValueError(f"snapshot_block_size: expected an integer >= 1, got {snapshot_block_size}")
-    if num_computed_tokens is not None:
-        _check_integers("num_computed_tokens", num_computed_tokens, batch)
-
-
 def _check_channels(channels: int, weight: Any, channel_offset: Any) -> int:
     """Returns how many channels of x are the input: those of the weight."""
     dim, _ = _shape("weight", weight, ("dim", "width"))
@@ -911,86 +882,53 @@ def _host_int(name: str, value: Any) -> int:
         raise TypeError(f"{name}: expected an integer known on the host, got {value!r}") from None
 
 
-def _row_lengths(query_start_loc: Sequence[int], tokens: int, max_seqlen: int | None) -> list[int]:
-    if query_start_loc[0] != 0:
-        raise ValueError(f"query_start_loc: expected entry 0 to be 0, got {query_start_loc[0]}")
-    lengths = []
-    for row in range(len(query_start_loc) - 1):
-        start, end = query_start_loc[row], query_start_loc[row + 1]
-        if not start <= end <= tokens:
-            raise ValueError(
-                f"query_start_loc: expected row {row} to end between its start {start} and tokens={tokens}, got {end}"
-            )
-        if max_seqlen is not None and end - start > max_seqlen:
-            raise ValueError(
-                f"max_seqlen: expected at least {end - start}, the length of row {row}, got {max_seqlen}"
-            )
-        lengths.append(end - start)
-    return lengths
+# The checks under their names of before there were records; they go when nobody calls them.
 
 
-def _check_counters(
-    name: str, counters: Sequence[int], slots: Sequence[int], lengths: Sequence[int], pad_slot_id: int
+def check_causal_conv1d_fn(*args, **options) -> FnSizes:
+    return FnCall(*args, **options).check()
+
+
+def check_causal_conv1d_update(*args, **options) -> UpdateSizes:
+    return UpdateCall(*args, **options).check()
+
+
+def check_commit_windows(*args, **options) -> CommitSizes:
+    return CommitCall(*args, **options).check()
+
+
+def check_tree_parents_from_links(*args, **options) -> LinksSizes:
+    return LinksCall(*args, **options).check()
+
+
+def check_causal_conv1d(*args, **options) -> RowSizes:
+    return RowsCall(*args, **options).check()
+
+
+def check_fn_values(
+    query_start_loc, cache_indices, tokens, num_slots, pad_slot_id, max_seqlen, **rest
 ) -> None:
-    for row, count in enumerate(counters):
-        if lengths[row] and slots[row] != pad_slot_id and count < 0:
-            raise ValueError(f"{name}: expected at least 0 in row {row}, got {count}")
+    pool = None if num_slots is None else ()
+    call = FnCall(None, None, None, pool, query_start_loc, cache_indices, max_seqlen=max_seqlen, **rest)
+    sizes = FnSizes(tokens, 0, 0, len(query_start_loc) - 1, num_slots or 0, 0)
+    contract_values.check_fn(call._replace(pad_slot_id=pad_slot_id), sizes)
 
 
-def _check_in_range(name: str, what: str, value: int, row: int, end: int, pad_slot_id: int) -> None:
-    if value != pad_slot_id and not 0 <= value < end:
-        raise ValueError(
-            f"{name}: expected pad_slot_id={pad_slot_id} or {what} in [0, {end}) in row {row}, got {value}"
-        )
+def check_update_values(
+    cache_indices, sizes, pad_slot_id, query_start_loc=None, num_accepted_tokens=None, max_seqlen=None,
+    *, num_buffers=None, **rest,
+) -> None:  # fmt: skip
+    call = UpdateCall(
+        None, None, None, (), cache_indices, query_start_loc, num_accepted_tokens, max_seqlen,
+        pad_slot_id=pad_slot_id, window_out=None if num_buffers is None else _Buffers((num_buffers,)), **rest,
+    )  # fmt: skip
+    contract_values.check_update(call, sizes)
 
 
-def _check_slot_values(
-    cache_indices: Sequence[int] | None,
-    write_indices: Sequence[int] | None,
-    reads: Sequence[bool],
-    writes: Sequence[bool],
-    extra: Sequence[tuple[str, int, int]],
-    num_slots: int,
-    pad_slot_id: int,
-) -> None:
-    """Checks that slots are in range, and that nothing that is written is written twice or read by another row.
-
-    `reads` and `writes` tell of each row whether it does; `extra` lists (argument, row, slot) of further windows.
-    """
-    slots = range(len(writes)) if cache_indices is None else cache_indices
-    for row, slot in enumerate(slots):
-        _check_in_range("cache_indices", "a slot", slot, row, num_slots, pad_slot_id)
-    target, targets = ("cache_indices", slots) if write_indices is None else ("write_indices", write_indices)
-    stores = [
-        (target, row, slot) for row, slot in enumerate(targets) if writes[row] and slots[row] != pad_slot_id
-    ]
-    owner: dict[int, tuple[str, int]] = {}
-    for name, row, slot in [*stores, *extra]:
-        _check_in_range(name, "a slot", slot, row, num_slots, pad_slot_id)
-        if slot == pad_slot_id:
-            continue
-        if slot in owner:
-            rows = f"rows {owner[slot][1]} and {row}"
-            raise ValueError(f"{name}: expected distinct slots for live rows, got {slot} in {rows}")
-        owner[slot] = name, row
-    for row, slot in enumerate(slots):
-        name, other = owner.get(slot, (target, row))
-        if reads[row] and (name, other) != (target, row):
-            raise ValueError(
-                f"{name}: expected a slot that no other row reads, got {slot} in row {other}, which row {row} reads"
-            )
+def check_commit_values(accepted_steps, cache_indices, window_indices, sizes, pad_slot_id) -> None:
+    call = CommitCall((), (), accepted_steps, cache_indices, window_indices, pad_slot_id)
+    contract_values.check_commit(call, sizes)
 
 
-def _check_buffer_values(
-    window_indices: Sequence[int] | None, live: Sequence[bool], num_buffers: int, pad_slot_id: int
-) -> None:
-    owner: dict[int, int] = {}
-    for row, buffer in enumerate(range(len(live)) if window_indices is None else window_indices):
-        _check_in_range("window_indices", "a buffer", buffer, row, num_buffers, pad_slot_id)
-        if not live[row] or buffer == pad_slot_id:
-            continue
-        if buffer in owner:
-            raise ValueError(
-                f"window_indices: expected distinct buffers for live rows, got {buffer} in rows {owner[buffer]} and {row}"
-            )
-        owner[buffer] = row
+class _Buffers(NamedTuple):
+    shape: tuple
