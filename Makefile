@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env312 demo test test-compile test-gpu test-multi-gpu lint bench clean
+.PHONY: help env env312 site demo test test-compile test-gpu test-multi-gpu lint bench clean
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
@@ -30,7 +30,7 @@ env: .venv/.installed env312 ## make or update the environments
 	  if [ -z "$$python" ]; then echo "make: expected Python 3.11 or later with venv on PATH, found none" >&2; exit 1; fi; \
 	  echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "installing into .venv (requirements/cpu-jax-0.10.txt)"
-	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)flax$(comma)equinox$(comma)test$(comma)models$(comma)bench$(comma)lint)
+	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)flax$(comma)equinox$(comma)test$(comma)models$(comma)bench$(comma)lint$(comma)docs)
 	@touch $@
 
 # Never fails for want of an interpreter: the newer JAX is an addition.
@@ -77,6 +77,9 @@ lint: .venv/.installed ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+site: .venv/.installed ## the documentation site, into build/site
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 
 bench: ## benchmarks, with PYTHON=the interpreter that holds the CUDA builds; BENCH="options"
 	$(on_gpu) -m benchmarks.run $(BENCH)

@@ -30,7 +30,7 @@ def test_metadata():
     assert PROJECT["scripts"] == {"twinconv": "twinconv:main"}
     assert "Typing :: Typed" in PROJECT["classifiers"]
     assert [Requirement(text).name for text in PROJECT["dependencies"]] == ["numpy"]
-    assert set(EXTRAS) == {"triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint"}
+    assert set(EXTRAS) == {"triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint", "docs"}
     assert not {Requirement(text).name for text in EXTRAS["triton"]} & {"jax", "jaxlib"}
     assert not {Requirement(text).name for text in EXTRAS["pallas"]} & {"torch", "triton"}
 
@@ -48,7 +48,7 @@ def pins(file):
 @pytest.mark.parametrize(
     ("file", "extras"),
     [
-        ("cpu-jax-0.10.txt", ("triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint")),
+        ("cpu-jax-0.10.txt", ("triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint", "docs")),
         ("cpu-jax-0.11.txt", ("pallas", "flax", "equinox", "test")),
     ],
 )
