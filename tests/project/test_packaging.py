@@ -48,7 +48,10 @@ def pins(file):
 @pytest.mark.parametrize(
     ("file", "extras"),
     [
-        ("cpu-jax-0.10.txt", ("triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint", "docs")),
+        (
+            "cpu-jax-0.10.txt",
+            ("triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint", "docs"),
+        ),
         ("cpu-jax-0.11.txt", ("pallas", "flax", "equinox", "test")),
     ],
 )
