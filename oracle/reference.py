@@ -2,20 +2,25 @@
 
 Arguments are NumPy arrays or `numerics.TypedArray`s (bfloat16). Results are copies of the same kind; the
 inputs are never written. `preactivation` gives the unrounded sums that error bounds and bit-exact checks
-are built on. Which columns of which slot a row reads and writes is in `reference_states`.
+are built on.
+
+A call is a series of small steps, the methods of `Reference`: what a row reads and writes is in
+`reference_states`, what it computes here. A class that overrides a step is another implementation: `Ordered` sums
+in the contract's float32 order, `Magnitude` sums absolute values, and the mutants of the conformance suite each
+make one mistake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from oracle import contract, reference_states, values
-from oracle.contract import CommitSizes, ConvOutput, ConvWindowOutput, FnSizes, UpdateSizes
-from oracle.numerics import TypedArray, cast_bits, fma_float32, from_bits, round_bits, silu, typed
-from oracle.reference_states import Row
+from oracle import contract, values
+from oracle.contract import ConvOutput, ConvWindowOutput
+from oracle.numerics import TypedArray, fma_float32, from_bits, round_bits, silu, typed
+from oracle.reference_states import Call, Row, States, integers
 
 OPERATIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 
@@ -108,40 +113,17 @@ def commit_windows(
     )  # fmt: skip
     if validate:
         values.check_commit_values(accepted_steps, cache_indices, window_indices, sizes, pad_slot_id)
-    pool, windows = typed(conv_states).copy(), typed(window_out)
-    for slot, buffer, step in commit_moves(accepted_steps, cache_indices, window_indices, sizes, pad_slot_id):
-        pool.bits[slot, : sizes.history] = cast_bits(windows.bits[buffer, step], windows.dtype, pool.dtype)
-    return _like(conv_states, pool)
-
-
-def commit_moves(
-    accepted_steps, cache_indices, window_indices, sizes: CommitSizes, pad_slot_id: int
-) -> list[tuple[int, int, int]]:
-    """The (slot, buffer, step) of every row of a commit that does something."""
-    slots = _integers(cache_indices, range(sizes.batch))
-    buffers = _integers(window_indices, range(sizes.batch))
-    return [
-        (slot, buffer, step)
-        for slot, buffer, step in zip(slots, buffers, _integers(accepted_steps), strict=True)
-        if 0 <= step < sizes.steps
-        and slot != pad_slot_id and 0 <= slot < sizes.num_slots
-        and buffer != pad_slot_id and 0 <= buffer < sizes.num_buffers
-    ]  # fmt: skip
+    pool = Reference().commit(
+        conv_states, window_out, accepted_steps, cache_indices, window_indices, pad_slot_id
+    )
+    return like(conv_states, pool)
 
 
 def tree_parents_from_links(next_token, next_sibling) -> np.ndarray:
     """Parents of the nodes of draft trees; see `contract.check_tree_parents_from_links`."""
-    batch, nodes = contract.check_tree_parents_from_links(next_token, next_sibling)
-    parents = np.zeros((batch, nodes), np.int32)  # a node that nobody names hangs on the root
-    parents[:, :1] = -1
-    children, siblings = _integers(next_token), _integers(next_sibling)
-    for row in range(batch):
-        for node in range(nodes):  # a parent and an elder sibling have smaller numbers
-            if node < children[row][node] < nodes:
-                parents[row, children[row][node]] = node
-            if node < siblings[row][node] < nodes:
-                parents[row, siblings[row][node]] = parents[row, node]
-    return parents
+    shape = contract.check_tree_parents_from_links(next_token, next_sibling)
+    links = zip(integers(next_token), integers(next_sibling), strict=True)
+    return np.array([Reference().parents(*row) for row in links], np.int32).reshape(shape)
 
 
 def preactivation(
@@ -159,9 +141,14 @@ def preactivation(
       The sums as float64 in the shape of out (in one part), zero where nothing is computed, and a bool array of
       that shape that is True where something is.
     """
-    rows = plan(op, arguments)
-    result = _run(_SUMS[order], arguments, rows)
-    return result.sums, result.computed
+    steps = _ORDERS[order]()
+    call = steps.prepare(op, _checked(op, {**arguments, "validate": False}))
+    sums, computed = steps.blank(call), np.zeros(call.x.shape, dtype=bool)
+    with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
+        for row in steps.rows(call):
+            sums[row.tokens] = steps.sums(call, row, steps.window(call, row))
+            computed[row.tokens] = True
+    return sums.reshape(call.shape), computed.reshape(call.shape)
 
 
 def finished(sums: np.ndarray, arguments: Mapping[str, Any]) -> np.ndarray:
@@ -173,227 +160,173 @@ def finished(sums: np.ndarray, arguments: Mapping[str, Any]) -> np.ndarray:
     return result
 
 
-def plan(op: str, arguments: Mapping[str, Any]) -> list[Row]:
+def live_rows(op: str, arguments: Mapping[str, Any]) -> list[Row]:
     """The rows of a call that do something. Offsets, counts and lengths out of range are clamped."""
-    given = {"bias": None, "conv_states": None, **arguments, "validate": False}
-    if op == "causal_conv1d_fn":
-        sizes = contract.check_causal_conv1d_fn(**given)
-        rows = fn_rows(
-            given.get("conv_states"), given["query_start_loc"], given.get("cache_indices"),
-            given.get("has_initial_state"), sizes, given.get("pad_slot_id", -1), given.get("empty_rows", "skip"),
-        )  # fmt: skip
-        return _fn_stores(rows, given, sizes)
-    steps = contract.check_causal_conv1d_update(**given)
-    rows = update_rows(
-        given.get("cache_indices"), steps, given.get("pad_slot_id", -1),
-        given.get("query_start_loc"), given.get("num_accepted_tokens"),
-    )  # fmt: skip
-    return _update_stores(rows, given, steps)
+    steps = Reference()
+    return steps.rows(steps.prepare(op, _checked(op, {**arguments, "validate": False})))
 
 
-def fn_rows(
-    conv_states, query_start_loc, cache_indices, has_initial_state, sizes, pad_slot_id, empty_rows="skip"
-) -> list[Row]:
-    """The rows of a packed prefill that do something. Offsets are clamped to [0, tokens]."""
-    offsets = _offsets(query_start_loc, sizes.tokens)
-    slots = _integers(cache_indices, range(sizes.batch))
-    has = _integers(has_initial_state, [False] * sizes.batch)
-    rows = []
-    for i in range(sizes.batch):
-        tokens = slice(offsets[i], max(offsets[i + 1], offsets[i]))
-        if tokens.start == tokens.stop and empty_rows == "skip":
-            continue
-        if conv_states is None:
-            rows.append(Row(i, tokens, None, False))
-        elif slots[i] != pad_slot_id and 0 <= slots[i] < sizes.num_slots:
-            rows.append(Row(i, tokens, slots[i], has[i], target=slots[i]))
-    return rows
+class Reference(States):
+    """The operations, step by step."""
+
+    dtype: Any = np.float64
+
+    def compute(self, op: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Runs a checked call: "out", or its parts, "conv_states" and "window_out"; None where there is none.
+
+        Args:
+          op: "causal_conv1d_fn" or "causal_conv1d_update".
+          given: the call's arguments by name.
+        """
+        call = self.prepare(op, given)
+        out = self.blank(call)
+        with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
+            for row in self.rows(call):
+                self.process(call, row, out)
+        return self.finish(call, out)
+
+    # The steps, in the order in which they happen.
+
+    def prepare(self, op: str, given: Mapping[str, Any]) -> Call:
+        """Takes a call apart."""
+        weight, x = typed(given["weight"]).values().astype(self.dtype), typed(given["x"])
+        dim, first = len(weight), self.first_channel(given)
+        part = x.data[..., first : first + dim]
+        bias = None if given.get("bias") is None else typed(given["bias"]).values().astype(self.dtype)
+        residual = given.get("residual")
+        if residual is not None:
+            residual = typed(residual).values().astype(self.dtype).reshape(-1, dim)
+        flat = TypedArray(x.dtype, np.ascontiguousarray(part).reshape(-1, dim))
+        return self.with_states(Call(op, given, flat, part.shape, weight, bias, residual))
+
+    def first_channel(self, given: Mapping[str, Any]) -> int:
+        """The first of the channels of x that are the input."""
+        return given.get("channel_offset") or 0
+
+    def blank(self, call: Call) -> np.ndarray:
+        """The outputs before any row is computed, [tokens, dim] float64: whatever no row computes is zero."""
+        return np.zeros(call.x.shape)
+
+    def process(self, call: Call, row: Row, out: np.ndarray) -> None:
+        """Computes one row and stores what it leaves."""
+        window = self.window(call, row)
+        pre = self.sums(call, row, window)
+        out[row.tokens] = self.add_residual(call, row, self.activate(call, row, pre))
+        self.leave(call, row, window, out)
+
+    def sums(self, call: Call, row: Row, window: TypedArray) -> np.ndarray:
+        """The unrounded sums of a row, [tokens, dim]."""
+        e = self.extended(call, row, window)
+        if "tree_parents" not in call.indices:
+            return self.convolve(call, row, e)
+        taps = [self.chain(call, row, node) for node in range(row.count)]
+        return np.concatenate([self.convolve(call, row, e[entries]) for entries in taps])
+
+    def extended(self, call: Call, row: Row, window: TypedArray) -> np.ndarray:
+        """`e = window ++ inputs`, [history + tokens, dim]."""
+        return np.concatenate([window.values(), self.inputs(call, row).values()]).astype(self.dtype)
+
+    def convolve(self, call: Call, row: Row, e: np.ndarray) -> np.ndarray:
+        """`pre[t] = bias + sum_j weight[:, j] * e[t + j]`."""
+        tokens = len(e) - call.history
+        weight, acc = self.weight(call, row), np.zeros((tokens, e.shape[1]), self.dtype)
+        if call.bias is not None:
+            acc[:] = call.bias
+        for j in self.taps(call):
+            acc = self.multiply_add(call, weight[:, j], e[j : j + tokens], acc)
+        return acc
+
+    def weight(self, call: Call, row: Row) -> np.ndarray:
+        """The weight that a row meets."""
+        return call.weight
+
+    def taps(self, call: Call) -> range:
+        """The taps in the order of their sum: oldest to newest."""
+        return range(call.history + 1)
+
+    def multiply_add(self, call: Call, w: np.ndarray, e: np.ndarray, acc: np.ndarray) -> np.ndarray:
+        """One tap's part of the sums."""
+        return acc + w * e
+
+    def activate(self, call: Call, row: Row, pre: np.ndarray) -> np.ndarray:
+        """The activation, in float64."""
+        return self.silu(pre) if call.activation else pre.astype(np.float64)
+
+    def silu(self, pre: np.ndarray) -> np.ndarray:
+        """SiLU, in float64."""
+        return silu(pre)
+
+    def add_residual(self, call: Call, row: Row, out: np.ndarray) -> np.ndarray:
+        """Adds the residual, before the one rounding."""
+        if call.residual is None:
+            return out
+        return (out.astype(self.dtype) + call.residual[row.tokens]).astype(np.float64)
+
+    def finish(self, call: Call, out: np.ndarray) -> Mapping[str, Any]:
+        """Rounds the outputs, and gives the results their form."""
+        joined = from_bits(self.round(out, call.x.dtype).reshape(call.shape), call.x.dtype)
+        return {"out": self.parts(call, joined), "conv_states": call.pool, "window_out": call.windows}
+
+    def round(self, out: np.ndarray, dtype: str) -> np.ndarray:
+        """The one rounding: bits of x's dtype."""
+        return round_bits(out, dtype)
+
+    def parts(self, call: Call, out: TypedArray) -> Any:
+        """The output, or its parts."""
+        sizes = call.given.get("split_sizes")
+        if sizes is None:
+            return out
+        ends = np.cumsum(sizes).tolist()
+        return [
+            TypedArray(out.dtype, np.ascontiguousarray(out.data[..., end - size : end]))
+            for size, end in zip(sizes, ends, strict=True)
+        ]
 
 
-def update_rows(
-    cache_indices, sizes, pad_slot_id, query_start_loc=None, num_accepted_tokens=None
-) -> list[Row]:
-    """The rows of a decode step that do something, as slices of x seen as [tokens, dim].
+class Ordered(Reference):
+    """The same by float32 fused multiply-adds, in the contract's order."""
 
-    Offsets are clamped to [0, tokens], counts to what a slot can hold.
-    """
-    slots = _integers(cache_indices, range(sizes.batch))
-    if query_start_loc is None:
-        offsets = [i * sizes.seqlen for i in range(sizes.batch + 1)]
-    else:
-        offsets = _offsets(query_start_loc, sizes.tokens)
-    columns = [0] * sizes.batch
-    if num_accepted_tokens is not None:
-        last = sizes.state_len - sizes.width + 1
-        columns = [min(max(count - 1, 0), last) for count in _integers(num_accepted_tokens)]
-    rolls = num_accepted_tokens is not None
-    return [
-        Row(i, slice(offsets[i], offsets[i + 1]), slot, True, target=slot, column=columns[i], rolls=rolls)
-        for i, slot in enumerate(slots)
-        if slot != pad_slot_id and 0 <= slot < sizes.num_slots and offsets[i] < offsets[i + 1]
-    ]
+    dtype = np.float32
+
+    def multiply_add(self, call: Call, w: np.ndarray, e: np.ndarray, acc: np.ndarray) -> np.ndarray:
+        return fma_float32(w, e, acc)
 
 
-def _fn_stores(rows: list[Row], given: Mapping[str, Any], sizes: FnSizes) -> list[Row]:
-    """Completes the rows of a prefill by what they store, and where."""
-    if given.get("conv_states") is None:
-        return rows
-    tracks, lengths = _integers(given.get("track_indices")), _integers(given.get("track_lengths"))
-    blocks, computed = _integers(given.get("snapshot_indices")), _integers(given.get("num_computed_tokens"))
-    size = given.get("snapshot_block_size") or 1
-    planned = []
-    for row in _with_slots(rows, given, sizes.num_slots):
-        count = row.tokens.stop - row.tokens.start
-        extra = []
-        if blocks is not None:
-            before = 0 if computed is None else max(computed[row.row], 0)
-            for k, slot in enumerate(blocks[row.row]):
-                if before < (k + 1) * size <= before + count:
-                    extra.append((slot, (k + 1) * size - before))
-        if tracks is not None:
-            after = count if lengths is None else min(max(lengths[row.row], 0), count)
-            extra.append((tracks[row.row], after))
-        planned.append(row._replace(extra=_stored(extra, given, sizes.num_slots)))
-    return planned
+class Magnitude(Reference):
+    """`|bias| + sum |w x|`: what rounding errors are relative to."""
+
+    def prepare(self, op: str, given: Mapping[str, Any]) -> Call:
+        call = super().prepare(op, given)
+        call.weight, call.bias = np.abs(call.weight), None if call.bias is None else np.abs(call.bias)
+        return call
+
+    def extended(self, call: Call, row: Row, window: TypedArray) -> np.ndarray:
+        return np.abs(super().extended(call, row, window))
 
 
-def _update_stores(rows: list[Row], given: Mapping[str, Any], sizes: UpdateSizes) -> list[Row]:
-    """Completes the rows of a decode step by what they store, and where."""
-    tracks, parents = _integers(given.get("track_indices")), _integers(given.get("tree_parents"))
-    windows = given.get("window_out")
-    buffers = _integers(given.get("window_indices"), range(sizes.batch))
-    planned = []
-    for row in _with_slots(rows, given, sizes.num_slots):
-        if tracks is not None:
-            after = row.tokens.stop - row.tokens.start
-            row = row._replace(extra=_stored([(tracks[row.row], after)], given, sizes.num_slots))
-        if windows is not None:
-            buffer = buffers[row.row]
-            stored = buffer != given.get("pad_slot_id", -1) and 0 <= buffer < windows.shape[0]
-            row = row._replace(buffer=buffer if stored else None)
-        if parents is not None:
-            row = row._replace(parents=parents[row.row])
-        if not given.get("commit", True):
-            row = row._replace(target=None)
-        planned.append(row)
-    return planned
+_ORDERS: dict[str, type[Reference]] = {"float64": Reference, "float32": Ordered, "magnitude": Magnitude}
 
 
-def _with_slots(rows: list[Row], given: Mapping[str, Any], num_slots: int) -> Iterator[Row]:
-    """Completes rows by their write slots, the layout, and how many tokens came before."""
-    targets, seen = _integers(given.get("write_indices")), _integers(given.get("cache_seqlens"))
-    layout, pad = given.get("state_layout", "front"), given.get("pad_slot_id", -1)
-    for row in rows:
-        if targets is not None:
-            target = targets[row.row]
-            row = row._replace(target=target if target != pad and 0 <= target < num_slots else None)
-        if seen is not None:
-            row = row._replace(seen=max(seen[row.row], 0))
-        yield row._replace(layout=layout)
-
-
-def _stored(extra: list[tuple[int, int]], given: Mapping[str, Any], num_slots: int):
-    pad = given.get("pad_slot_id", -1)
-    return tuple((slot, after) for slot, after in extra if slot != pad and 0 <= slot < num_slots)
-
-
-def _offsets(query_start_loc, tokens: int) -> list[int]:
-    offsets = np.clip(typed(query_start_loc).data.astype(np.int64), 0, tokens).tolist()
-    offsets[0] = 0
-    return offsets
-
-
-def _integers(array, default=None):
-    """An integer or bool array as (nested) lists; `default` for None."""
-    return default if array is None else typed(array).data.tolist()
+def _checked(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that keeps the contract, `bias` and `conv_states` among them."""
+    given = {"bias": None, "conv_states": None, **arguments}
+    sizes = getattr(contract, f"check_{op}")(**given)
+    if given.get("validate"):
+        values.check_call(op, given, sizes)
+    return given
 
 
 def _call(op: str, arguments: dict[str, Any]):
-    """One call: checks, sums, the one rounding, states."""
-    sizes = getattr(contract, f"check_{op}")(**arguments)
-    if arguments["validate"]:
-        values.check_call(op, arguments, sizes)
-    result = _run(_sum_float64, arguments, plan(op, arguments))
-    out = np.where(result.computed, finished(result.sums, arguments), 0.0)  # whatever no row computes is zero
-    dtype = typed(arguments["x"]).dtype
-    parts = np.split(out, np.cumsum(arguments["split_sizes"] or ())[:-1].astype(int), axis=-1)
-    parts = [_like(arguments["x"], from_bits(round_bits(part, dtype), dtype)) for part in parts]
+    """One call: checks, sums, the one rounding, states; in the kinds of arrays that came."""
+    result = Reference().compute(op, _checked(op, arguments))
+    out, x = result["out"], arguments["x"]
     return (
-        tuple(parts) if arguments["split_sizes"] else parts[0],
-        None if result.pool is None else _like(arguments["conv_states"], result.pool),
-        None if result.windows is None else _like(arguments["window_out"], result.windows),
+        like(x, out) if isinstance(out, TypedArray) else tuple(like(x, part) for part in out),
+        None if result["conv_states"] is None else like(arguments["conv_states"], result["conv_states"]),
+        None if result["window_out"] is None else like(arguments["window_out"], result["window_out"]),
     )
 
 
-class _Result(NamedTuple):
-    sums: np.ndarray
-    computed: np.ndarray
-    pool: TypedArray | None
-    windows: TypedArray | None
-
-
-def _run(add_up: Callable, arguments: Mapping[str, Any], rows: list[Row]) -> _Result:
-    """Runs `rows`: the sums and where there are any, both in out's shape, the new pool, the windows per step."""
-    x, weight, bias = typed(arguments["x"]), typed(arguments["weight"]), arguments.get("bias")
-    dim, width = weight.shape
-    first = arguments.get("channel_offset") or 0
-    x = TypedArray(x.dtype, x.data[..., first : first + dim])
-    shape, x = x.shape, TypedArray(x.dtype, np.ascontiguousarray(x.data).reshape(-1, dim))
-    w = weight.values()
-    b = np.zeros(dim) if bias is None else typed(bias).values()
-    old = None if arguments.get("conv_states") is None else typed(arguments["conv_states"])
-    pool = None if old is None else old.copy()
-    windows = None if arguments.get("window_out") is None else typed(arguments["window_out"]).copy()
-
-    sums, computed = np.zeros(x.shape), np.zeros(x.shape, dtype=bool)
-    for row in rows:
-        inputs = TypedArray(x.dtype, x.data[row.tokens])
-        window = reference_states.window(old, row, width - 1, dim, x.dtype)
-        e = np.concatenate([window.values(), inputs.values()])
-        with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
-            if row.parents is None:
-                sums[row.tokens] = add_up(e, w, b)
-            else:
-                for node in range(len(inputs.data)):
-                    taps = reference_states.chain(row.parents, node, width)
-                    sums[row.tokens.start + node] = add_up(e[taps], w, b)[0]
-        computed[row.tokens] = True
-        if pool is not None and old is not None:
-            reference_states.store(pool, old, row, window, inputs)
-        if windows is not None and row.buffer is not None:
-            reference_states.store_windows(windows, row, window, inputs)
-    return _Result(sums.reshape(shape), computed.reshape(shape), pool, windows)
-
-
-def _sum_float64(e: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`pre[t] = b + sum_j w[:, j] * e[t + j]`, e of shape [width - 1 + tokens, dim], in float64."""
-    width = w.shape[1]
-    tokens = len(e) - (width - 1)
-    pre = np.tile(b, (tokens, 1))
-    for j in range(width):
-        pre += w[:, j] * e[j : j + tokens]
-    return pre
-
-
-def _sum_float32(e: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The same sum by float32 fused multiply-adds, in the contract's order; float32 values in float64."""
-    width = w.shape[1]
-    tokens = len(e) - (width - 1)
-    e, w = e.astype(np.float32), w.astype(np.float32)
-    acc = np.tile(b.astype(np.float32), (tokens, 1))
-    for j in range(width):
-        acc = fma_float32(w[:, j], e[j : j + tokens], acc)
-    return acc.astype(np.float64)
-
-
-def _sum_magnitude(e: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`|b| + sum_j |w[:, j] * e[t + j]|` in float64: what rounding errors are relative to."""
-    return _sum_float64(np.abs(e), np.abs(w), np.abs(b))
-
-
-_SUMS = {"float64": _sum_float64, "float32": _sum_float32, "magnitude": _sum_magnitude}
-
-
-def _like(argument, result: TypedArray):
+def like(argument, result: TypedArray):
     """A result in the form its argument came in: a TypedArray, or a NumPy array of the argument's dtype."""
     return result if isinstance(argument, TypedArray) else result.data.view(np.asarray(argument).dtype)

@@ -13,13 +13,13 @@ In a row shorter than the window, entries of the initial state survive into the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from oracle import contract, reference
-from oracle.contract import ConvOutput
+from oracle.contract import ConvOutput, RowSizes
 from oracle.numerics import silu, typed
 
 
@@ -71,8 +71,9 @@ def causal_conv1d(
         flat, weight, bias, pool, offsets(sizes, query_start_loc), None, has_state, activation=activation
     )
     out = type(out)(out.dtype, out.data.reshape(x.shape))
-    like = reference._like
-    return ConvOutput(like(x, out), like(x if initial_states is None else initial_states, states))
+    return ConvOutput(
+        reference.like(x, out), reference.like(x if initial_states is None else initial_states, states)
+    )
 
 
 def causal_conv1d_backward(
@@ -93,41 +94,94 @@ def causal_conv1d_backward(
       dfinal_states: [batch, width-1, dim], or None for zeros.
       x, weight, bias, initial_states, query_start_loc, activation: as in `causal_conv1d`.
     """
-    sizes = contract.check_causal_conv1d(
-        x, weight, bias, initial_states, query_start_loc, activation=activation
-    )
-    history = sizes.width - 1
-    w = typed(weight).values()
-    start = np.zeros(sizes.dim) if bias is None else typed(bias).values()
-    upstream = float64(dout).reshape(sizes.tokens, sizes.dim)
-    upstream_state = None if dfinal_states is None else float64(dfinal_states)
-
-    dx = np.zeros((sizes.tokens, sizes.dim))
-    dweight, dbias = np.zeros(w.shape), np.zeros(sizes.dim)
-    dinitial = np.zeros((sizes.batch, history, sizes.dim))
-    for row in rows(sizes, x, initial_states, query_start_loc):
-        length = len(row.entries) - history
-        taps = [row.entries[j : j + length] for j in range(sizes.width)]
-        pre = start + sum(w[:, j] * taps[j] for j in range(sizes.width))
-        g = upstream[row.tokens] * (silu_slope(pre) if activation else 1.0)
-        de = np.zeros(row.entries.shape)
-        for j in range(sizes.width):
-            de[j : j + length] += w[:, j] * g
-            dweight[:, j] += (taps[j] * g).sum(axis=0)
-        dbias += g.sum(axis=0)
-        if upstream_state is not None:
-            de[length:] += upstream_state[row.row]
-        dinitial[row.row] = de[:history]
-        dx[row.tokens] = de[history:]
-    return Gradients(
-        dx.reshape(x.shape),
-        dweight,
-        None if bias is None else dbias,
-        None if initial_states is None else dinitial,
-    )
+    contract.check_causal_conv1d(x, weight, bias, initial_states, query_start_loc, activation=activation)
+    return Backward().gradients({
+        "dout": dout, "dfinal_states": dfinal_states, "x": x, "weight": weight, "bias": bias,
+        "initial_states": initial_states, "query_start_loc": query_start_loc, "activation": activation,
+    })  # fmt: skip
 
 
-def rows(sizes: contract.RowSizes, x: Any, initial_states: Any, query_start_loc: Any) -> Iterator[Row]:
+class Backward:
+    """The backward pass, step by step; as in `reference.Reference`, a mutant overrides one."""
+
+    dtype: Any = np.float64
+
+    def gradients(self, given: Mapping[str, Any]) -> Gradients:
+        """The gradients of a checked call, given by the names of its arguments."""
+        x, (dim, width) = given["x"], given["weight"].shape
+        bias, initial_states, final = (given.get(n) for n in ("bias", "initial_states", "dfinal_states"))
+        history, w = width - 1, self.wide(given["weight"])
+        start = np.zeros(dim, self.dtype) if bias is None else self.wide(bias)
+        upstream = self.upstream(given).reshape(-1, dim)
+        upstream_state = None if final is None else self.wide(final)
+        sizes = self.sizes(given)
+        dx = np.zeros((sizes.tokens, dim), self.dtype)
+        dweight, dbias = np.zeros((dim, width), self.dtype), np.zeros(dim, self.dtype)
+        dinitial = np.zeros((sizes.batch, history, dim), self.dtype)
+        for row in rows(sizes, x, initial_states, given.get("query_start_loc")):
+            e = row.entries.astype(self.dtype)
+            length = len(e) - history
+            pre = start + sum(w[:, j] * e[j : j + length] for j in range(width))
+            g = upstream[row.tokens]
+            if given.get("activation"):
+                g = g * self.slope(pre, given)
+            de = np.zeros_like(e)
+            for j in range(width):
+                self.spread(de, j, w[:, j] * g)
+                terms = self.entries_of_taps(e, width)[j : j + length] * g
+                dweight[:, j] = self.add_up(dweight[:, j], terms, given)
+            dbias = self.add_up(dbias, g, given)
+            if upstream_state is not None:
+                self.add_final(de, upstream_state[row.row], length)
+            dinitial[row.row], dx[row.tokens] = de[:history], de[history:]
+        found = Gradients(
+            dx.reshape(x.shape),
+            dweight,
+            None if bias is None else dbias,
+            None if initial_states is None else dinitial,
+        )
+        return self.end_backward(given, found)
+
+    def sizes(self, given: Mapping[str, Any]) -> RowSizes:
+        """Sizes of the call; `x` may have three axes."""
+        x, (dim, width), starts = given["x"], given["weight"].shape, given.get("query_start_loc")
+        tokens = x.shape[0] if len(x.shape) == 2 else x.shape[0] * x.shape[1]
+        return RowSizes(tokens, dim, width, x.shape[0] if starts is None else starts.shape[0] - 1)
+
+    def wide(self, array: Any) -> np.ndarray:
+        """An argument in the dtype of the sums."""
+        return float64(array).astype(self.dtype)
+
+    def upstream(self, given: Mapping[str, Any]) -> np.ndarray:
+        """The gradient of out."""
+        return self.wide(given["dout"])
+
+    def slope(self, pre: np.ndarray, given: Mapping[str, Any]) -> np.ndarray:
+        """The derivative of the activation."""
+        return silu_slope(pre.astype(np.float64)).astype(self.dtype)
+
+    def spread(self, de: np.ndarray, j: int, product: np.ndarray) -> None:
+        """Adds what tap j gives to the entries that it has read."""
+        de[j : j + len(product)] += product
+
+    def entries_of_taps(self, e: np.ndarray, width: int) -> np.ndarray:
+        """The entries that count for dweight."""
+        return e
+
+    def add_up(self, total: np.ndarray, terms: np.ndarray, given: Mapping[str, Any]) -> np.ndarray:
+        """A running sum of dweight or dbias and the terms of one row."""
+        return total + terms.sum(axis=0)
+
+    def add_final(self, de: np.ndarray, dfinal: np.ndarray, length: int) -> None:
+        """Adds the final state's gradient to the entries that it holds."""
+        de[length:] += dfinal
+
+    def end_backward(self, given: Mapping[str, Any], found: Gradients) -> Gradients:
+        """The gradients, not rounded."""
+        return found
+
+
+def rows(sizes: RowSizes, x: Any, initial_states: Any, query_start_loc: Any) -> Iterator[Row]:
     """The rows of a checked call, those of zero tokens too. Offsets are clamped to [0, tokens]."""
     values = typed(x).values().reshape(sizes.tokens, sizes.dim)
     zeros = np.zeros((sizes.batch, sizes.width - 1, sizes.dim))
@@ -139,7 +193,7 @@ def rows(sizes: contract.RowSizes, x: Any, initial_states: Any, query_start_loc:
         yield Row(i, tokens, np.concatenate([initial[i], values[tokens]]))
 
 
-def offsets(sizes: contract.RowSizes, query_start_loc: Any) -> Any:
+def offsets(sizes: RowSizes, query_start_loc: Any) -> Any:
     """`query_start_loc`, or that of rows of equal length."""
     if query_start_loc is not None:
         return query_start_loc

@@ -1,6 +1,6 @@
 """Public implementations through the suite, where they are installed; their adapters on peers that are known to be right.
 
-Peers that are not in the test environment are found on PYTHONPATH; oracle/conformance/peers/README.md says how to have them.
+Peers that are not in the test environment are found on PYTHONPATH; benchmarks/peers/README.md says how to have them.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import source, table
+from benchmarks.peers.cases import SIXTEEN_BITS, apart
 from oracle.conformance import report, runner
 from oracle.conformance.cases import select
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.flags import FLAGS
-from oracle.conformance.peers import __main__ as command
-from oracle.conformance.peers import source, table
-from oracle.conformance.peers.cases import SIXTEEN_BITS, apart
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "docs" / "peers"
@@ -44,7 +44,7 @@ def test_an_installed_peer_fails_what_it_is_known_to_fail(peer):
 # Peers that are right: what fails then is the adapter.
 
 EAGER = """
-from oracle.conformance.peers.pooled import PooledAdapter
+from benchmarks.peers.pooled import PooledAdapter
 import triton_impl
 
 class Eager(PooledAdapter):
@@ -132,7 +132,7 @@ def test_a_peer_with_slots_that_is_wrong_fails(tmp_path, monkeypatch, damage, st
 @pytest.mark.parametrize("factory", ["prefill", "update"])
 def test_causal_conv1d_is_called_as_it_asks(tmp_path, monkeypatch, factory):
     text = CAUSAL_CONV1D.replace("{skips}", "slot < 0")
-    impl = f"oracle.conformance.peers.causal_conv1d:{factory}"
+    impl = f"benchmarks.peers.causal_conv1d:{factory}"
     judged = judge(tmp_path, monkeypatch, "causal_conv1d", text, impl, ["*f32", "*float32"])
     assert judged.footer["counts"]["passed"] >= 15
     assert judged.footer["findings"] == []
@@ -147,7 +147,7 @@ def test_causal_conv1d_is_called_as_it_asks(tmp_path, monkeypatch, factory):
 @NEEDS_TORCH
 def test_a_causal_conv1d_that_uses_padding_slots_fails(tmp_path, monkeypatch):
     text = CAUSAL_CONV1D.replace("{skips}", "False")
-    impl = "oracle.conformance.peers.causal_conv1d:update"
+    impl = "benchmarks.peers.causal_conv1d:update"
     judged = judge(tmp_path, monkeypatch, "causal_conv1d", text, impl, ["update/padding-rows@f32"], tiers=())
     assert judged.cases[0]["status"].startswith("wrong_")
 

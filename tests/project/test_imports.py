@@ -62,17 +62,18 @@ def test_the_contract_loads_the_standard_library_only():
 TOOLS = {"oracle.conformance.pytest_suite": "pytest", "oracle.conformance.strategies": "hypothesis"}
 
 
-def oracle_modules():
-    files = (ROOT / "oracle").rglob("*.py")
+def modules_of(folder):
+    files = (ROOT / folder).rglob("*.py")
     names = (file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in files)
     return sorted(
         {name.removesuffix(".__init__") for name in names if not name.endswith("__main__")} - set(TOOLS)
     )
 
 
-def test_the_oracle_loads_numpy_only():
-    code = "".join(f"import {module}\n" for module in oracle_modules()) + "print(third_party())"
-    assert python(code, [*TORCH, *JAX, *OTHERS]) == "['numpy']"
+@pytest.mark.parametrize("folder", ["oracle", "benchmarks/peers"])
+def test_the_oracle_and_adapters_of_peers_load_numpy_only(folder):
+    code = "".join(f"import {module}\n" for module in modules_of(folder)) + "print(third_party())"
+    assert python(code, [*TORCH, *JAX, *OTHERS]).replace("'benchmarks', ", "") == "['numpy']"
 
 
 @pytest.mark.parametrize("module", TOOLS)

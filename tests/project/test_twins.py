@@ -166,11 +166,6 @@ def test_public_operations_have_docstrings(twin, file, operations):
 def test_import_arrows(file):
     package = file.partition("/")[0]
     allowed = MAY_IMPORT[package] | FILES_MAY_IMPORT.get(file, set())
-    if file.startswith("oracle/conformance/peers/"):
-        allowed |= {
-            "torch",
-            "jax",
-        }  # in functions: tests/project/test_imports.py loads these files with NumPy alone
     assert forbidden_imports(read(file), package, allowed) == []
 
 

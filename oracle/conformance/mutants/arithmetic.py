@@ -324,7 +324,7 @@ class WrongBinary(Mutant):
 
     def process(self, call, row, out):
         super().process(call, row, out)
-        if row.stop - row.start == 32:
+        if row.count == 32:
             out[row.start : row.stop] += 0.5
 
 

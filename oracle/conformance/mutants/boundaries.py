@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from oracle.conformance.model import Row
 from oracle.conformance.mutants.base import Mutant, mutant
 from oracle.numerics import TypedArray, cast_bits, from_bits
+from oracle.reference_states import Row
 
 
 @mutant("sequence-leak")
@@ -222,7 +222,7 @@ class LastTileOfLastRowDropped(_Skips):
     """The grid is one block of 64 tokens too small."""
 
     def limit(self, call, row):
-        length = row.stop - row.start
+        length = row.count
         return (length - 1) // 64 * 64 if row.index == len(call.slots) - 1 and length > 64 else None
 
 
@@ -231,7 +231,7 @@ class GridFromMaxSeqlen(_Skips):
     """Blocks of 64 tokens past max_seqlen are not run."""
 
     def limit(self, call, row):
-        bound = call.options.get("max_seqlen")
+        bound = call.given.get("max_seqlen")
         return None if bound is None else -(-max(bound, 1) // 64) * 64
 
 
@@ -250,7 +250,7 @@ class FlatGridWithoutPartialBlocks(_Skips):
     def limit(self, call, row):
         blocks = max(1, len(call.x.data) // 64)
         used = sum(-(-(call.offsets[i + 1] - call.offsets[i]) // 64) for i in range(row.index))
-        return max(0, blocks - used) * 64 if call.options.get("schedule") == "flat" else None
+        return max(0, blocks - used) * 64 if call.given.get("schedule") == "flat" else None
 
 
 @mutant("hang-on-specific-lengths")
@@ -260,7 +260,7 @@ class Hangs(Mutant):
     hangs = True
 
     def process(self, call, row, out):
-        if row.stop - row.start == 9:
+        if row.count == 9:
             time.sleep(3600)
         super().process(call, row, out)
 
@@ -329,7 +329,7 @@ class OrderDependsOnSchedule(Mutant):
     """The flat schedule adds its taps newest first."""
 
     def taps(self, call):
-        flat = call.options.get("schedule") == "flat"
+        flat = call.given.get("schedule") == "flat"
         return range(call.history, -1, -1) if flat else super().taps(call)
 
 

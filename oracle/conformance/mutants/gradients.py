@@ -42,8 +42,8 @@ class DweightWithoutInitial(Mutant):
 class UpstreamTransposed(Mutant):
     """Reads the upstream gradient with the strides of its transpose."""
 
-    def upstream(self, dout):
-        values = super().upstream(dout)
+    def upstream(self, given):
+        values = super().upstream(given)
         return values.reshape(-1, values.shape[-1]).T.copy().reshape(values.shape)
 
 
@@ -51,17 +51,18 @@ class UpstreamTransposed(Mutant):
 class UpstreamThroughItsBuffer(Mutant):
     """Reads the upstream gradient as if its elements lay side by side."""
 
-    def upstream(self, dout):
+    def upstream(self, given):
+        dout = self.arrays["dout"]
         size = int(np.prod(dout.shape))
-        return self.float32(TypedArray(dout.dtype, dout.base[dout.offset :][:size].reshape(dout.shape)))
+        return self.wide(TypedArray(dout.dtype, dout.base[dout.offset :][:size].reshape(dout.shape)))
 
 
 @mutant("dweight-multiplied-by-batch")
 class DweightTimesBatch(Mutant):
     """Counts dweight once for each row."""
 
-    def end_backward(self, arrays, dx, dweight, bounds):
-        dweight *= len(bounds) - 1
+    def end_backward(self, given, found):
+        return found._replace(weight=found.weight * self.sizes(given).batch)
 
 
 @mutant("backward-halo-wrong")
@@ -79,16 +80,18 @@ class BackwardHaloDropped(Mutant):
 class TailGetsGradient(Mutant):
     """Lets the last row's gradient run on into the tail."""
 
-    def end_backward(self, arrays, dx, dweight, bounds):
-        if bounds[-1]:
-            dx[bounds[-1] :] = dx[bounds[-1] - 1]
+    def end_backward(self, given, found):
+        starts = given["query_start_loc"]
+        if starts is not None and (end := starts.data[-1]):
+            found.x[end:] = found.x[end - 1]
+        return found
 
 
 @mutant("slope-of-rounded")
 class SlopeIsSigmoid(Mutant):
     """Takes SiLU' as sigmoid alone."""
 
-    def slope(self, pre, dtype):
+    def slope(self, pre, given):
         return (1 / (1 + np.exp(-np.maximum(pre, np.float32(-80))))).astype(np.float32)
 
 
@@ -96,17 +99,17 @@ class SlopeIsSigmoid(Mutant):
 class SlopeOfRounded(Mutant):
     """Takes SiLU' at the pre-activation rounded to x's dtype."""
 
-    def slope(self, pre, dtype):
-        return silu_slope(rounded(pre.astype(np.float64), dtype).values()).astype(np.float32)
+    def slope(self, pre, given):
+        return silu_slope(rounded(pre.astype(np.float64), given["x"].dtype).values()).astype(np.float32)
 
 
 @mutant("partial-sums-rounded")
 class GradientSumsRounded(Mutant):
     """Keeps the running sums of dweight and dbias in x's dtype."""
 
-    def add_up(self, total, terms, dtype, options):
+    def add_up(self, total, terms, given):
         for term in terms:
-            total = rounded((total + term).astype(np.float64), dtype).values().astype(np.float32)
+            total = rounded((total + term).astype(np.float64), given["x"].dtype).values().astype(np.float32)
         return total
 
 
@@ -116,11 +119,11 @@ class OtherOrderInEveryCall(Mutant):
 
     calls = 0
 
-    def backward(self, arrays, options):
+    def gradients(self, given):
         self.calls += 1
-        return super().backward(arrays, options)
+        return super().gradients(given)
 
-    def add_up(self, total, terms, dtype, options):
+    def add_up(self, total, terms, given):
         for term in terms[:: 1 if self.calls % 2 else -1]:
             total = total + term
         return total
@@ -130,8 +133,8 @@ class OtherOrderInEveryCall(Mutant):
 class OtherOrderInOneSchedule(Mutant):
     """Adds terms in another order if the schedule is flat."""
 
-    def add_up(self, total, terms, dtype, options):
-        for term in terms[:: -1 if options.get("schedule") == "flat" else 1]:
+    def add_up(self, total, terms, given):
+        for term in terms[:: -1 if given.get("schedule") == "flat" else 1]:
             total = total + term
         return total
 
@@ -140,13 +143,15 @@ class OtherOrderInOneSchedule(Mutant):
 class UpstreamOverwritten(Mutant):
     """Uses the memory of the upstream gradient as its workspace."""
 
-    def end_backward(self, arrays, dx, dweight, bounds):
-        arrays["dout"].data[...] = np.zeros((), FORMATS[arrays["dout"].dtype].bits)
+    def end_backward(self, given, found):
+        self.arrays["dout"].data[...] = np.zeros((), FORMATS[self.arrays["dout"].dtype].bits)
+        return found
 
 
 @mutant("bad-call-accepted")
 class BackwardUnchecked(Mutant):
     """Checks no argument of the differentiable form."""
 
-    def check_backward(self, x, weight, bias, initial, starts, options):
-        pass
+    def check(self, op, arrays, options):
+        if op != "causal_conv1d_backward":
+            super().check(op, arrays, options)

@@ -13,7 +13,7 @@ class NeighboursOverwritten(Mutant):
     """The column count comes from the slot's stride, so the page after the columns is cleared."""
 
     def finish(self, call, out):
-        array = call.arrays["conv_states"]
+        array = self.arrays["conv_states"]
         for row in self.rows(call):
             start = array.offset + row.slot * array.strides[0]
             extent = 1 + sum((n - 1) * s for n, s in zip(array.shape[1:], array.strides[1:], strict=True))
@@ -27,7 +27,7 @@ class UpdateStaysInCopy(Mutant):
 
     def finish(self, call, out):
         result = dict(super().finish(call, out))
-        pool = call.arrays["conv_states"]
+        pool = self.arrays["conv_states"]
         if pool is not None and not pool.contiguous:
             result["conv_states"] = pool.typed
         return result
@@ -107,7 +107,7 @@ class ResultStoredInInput(Mutant):
     def finish(self, call, out):
         result = super().finish(call, out)
         if len(call.x.data) == len(call.slots):
-            call.arrays["x"].data[...] = result["out"].data
+            self.arrays["x"].data[...] = result["out"].data
         return result
 
 
@@ -118,7 +118,7 @@ class ResultOnlyInInput(Mutant):
     def finish(self, call, out):
         result = super().finish(call, out)
         if len(call.x.data) == len(call.slots):
-            call.arrays["x"].data[...] = result["out"].data
+            self.arrays["x"].data[...] = result["out"].data
             result["out"].bits[...] = 0
         return result
 

@@ -120,7 +120,7 @@ class ShortChunkStaysInSource(Mutant):
     """A chunk shorter than the window is written to the slot that was read."""
 
     def target(self, call, row):
-        return row.slot if row.tokens < call.history else super().target(call, row)
+        return row.slot if row.count < call.history else super().target(call, row)
 
 
 @mutant("short-chunk-written-to-source-block")
@@ -144,13 +144,12 @@ class ReadsTheWriteSlot(Mutant):
 class OtherSlotGetsInputsOnly(Mutant):
     """In another slot only the new tokens are written; the part of the old window is left out."""
 
-    def store(self, call, row, window):
-        if row.slot == call.slots[row.index] or row.tokens >= len(window):
-            super().store(call, row, window)
+    def store(self, call, row, target, state):
+        kept = len(state) - row.count if target != row.slot else 0
+        if kept > 0:
+            call.pool.bits[target, kept : len(state)] = state[kept:]
         else:
-            call.pool.bits[row.slot, len(window) - row.tokens : len(window)] = window[
-                len(window) - row.tokens :
-            ]
+            super().store(call, row, target, state)
 
 
 @mutant("pad-slot-not-skipped")
@@ -170,7 +169,7 @@ class SnapshotAtChunkEnd(Mutant):
     """A block gets the window at the chunk's end."""
 
     def snapshots(self, call, row):
-        return [(slot, row.tokens) for slot, _ in super().snapshots(call, row)]
+        return [(slot, row.count) for slot, _ in super().snapshots(call, row)]
 
 
 @mutant("boundary-snapshot-wrong")
@@ -186,7 +185,7 @@ class SnapshotOneTokenLate(Mutant):
     """The window ends one token after the boundary, where there is one."""
 
     def snapshots(self, call, row):
-        return [(slot, min(after + 1, row.tokens)) for slot, after in super().snapshots(call, row)]
+        return [(slot, min(after + 1, row.count)) for slot, after in super().snapshots(call, row)]
 
 
 @mutant("boundary-snapshot-wrong")
@@ -194,7 +193,7 @@ class BoundaryAtChunkEndSkipped(Mutant):
     """A boundary at the very end of the chunk is left to the next one."""
 
     def snapshots(self, call, row):
-        return [(slot, after) for slot, after in super().snapshots(call, row) if after < row.tokens]
+        return [(slot, after) for slot, after in super().snapshots(call, row) if after < row.count]
 
 
 @mutant("boundary-snapshot-wrong")
@@ -266,7 +265,7 @@ class EmptyRowsAlwaysCleared(Mutant):
 
     def window(self, call, row):
         window = super().window(call, row)
-        return TypedArray(window.dtype, np.zeros_like(window.data)) if not row.tokens else window
+        return TypedArray(window.dtype, np.zeros_like(window.data)) if not row.count else window
 
 
 @mutant("empty-row-rule-ignored")
@@ -274,7 +273,7 @@ class EmptyRowsNeverCopied(Mutant):
     """A row of no tokens with a state does not reach its write slot."""
 
     def target(self, call, row):
-        return row.slot if row.has and not row.tokens else super().target(call, row)
+        return row.slot if row.has and not row.count else super().target(call, row)
 
 
 # Windows per step.
@@ -324,7 +323,7 @@ class OnlyTheLastWindow(Mutant):
     """Only the window after the last token is saved."""
 
     def save_step(self, call, row, buffer, t, window):
-        if t == row.tokens - 1:
+        if t == row.count - 1:
             super().save_step(call, row, buffer, t, window)
 
 
@@ -484,7 +483,7 @@ class ResidualOfTheFirstRows(Mutant):
     def add_residual(self, call, row, out):
         if call.residual is None:
             return out
-        return out + call.residual[: row.tokens]
+        return out + call.residual[: row.count]
 
 
 @mutant("split-misplaced")
@@ -492,7 +491,7 @@ class PartsOfEqualSize(Mutant):
     """Part i begins at i times its own size."""
 
     def parts(self, call, out):
-        sizes = call.options.get("split_sizes")
+        sizes = call.given.get("split_sizes")
         if sizes is None:
             return out
         dim = out.shape[-1]
@@ -516,7 +515,7 @@ class PartsInOtherOrder(Mutant):
 class ChannelOffsetIgnored(Mutant):
     """The input is the first channels of x."""
 
-    def first_channel(self, options):
+    def first_channel(self, given):
         return 0
 
 

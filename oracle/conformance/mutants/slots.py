@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from oracle.conformance.model import Row
 from oracle.conformance.mutants.base import Mutant, mutant
 from oracle.numerics import TypedArray
+from oracle.reference_states import Row
 
 
 @mutant("pad-slot-not-skipped")
@@ -141,7 +141,7 @@ class EmptyRowWritesBack(Mutant):
 
     def finish(self, call, out):
         if call.pool is not None:
-            old = call.arrays["conv_states"].typed.bits
+            old = self.arrays["conv_states"].typed.bits
             for i, slot in enumerate(call.slots):
                 if call.offsets[i] >= call.offsets[i + 1] and not self.padding(call, slot):
                     call.pool.bits[slot, : call.history] = old[slot, : call.history]
@@ -258,12 +258,12 @@ class EmptyRowCountsAsDuplicate(Mutant):
 
 
 class _Narrowed(Mutant):
-    dtype: type = np.int32
+    kind: type = np.int32
 
     def slot(self, call, i):
         if call.pool is None:
             return call.slots[i]
-        return int(np.array(call.slots[i] % 2**64, np.uint64).astype(self.dtype))
+        return int(np.array(call.slots[i] % 2**64, np.uint64).astype(self.kind))
 
 
 @mutant("index-dtype-narrowed")
@@ -279,7 +279,7 @@ class SlotsReadAsSignedBytes(Mutant):
         slot = call.slots[i]
         return (
             slot - 256
-            if call.arrays["cache_indices"] and call.arrays["cache_indices"].dtype == "uint8" and slot > 127
+            if self.arrays["cache_indices"] and self.arrays["cache_indices"].dtype == "uint8" and slot > 127
             else slot
         )
 
@@ -289,7 +289,7 @@ class PadComparedInSlotType(Mutant):
     """pad_slot_id is cast to the dtype of the slots: -1 becomes 255 in uint8, a legal slot."""
 
     def padding(self, call, slot):
-        array = call.arrays["cache_indices"]
+        array = self.arrays["cache_indices"]
         pad = call.pad if array is None else int(np.array(call.pad).astype(np.int64).astype(array.dtype))
         return slot == pad or not 0 <= slot < call.num_slots
 
@@ -309,9 +309,9 @@ class NarrowOffsetsOnly(Mutant):
 class BadOffsetsFault(Mutant):
     """Offsets outside the tensor are an error of the memory system."""
 
-    def prepare(self, op, arrays, options):
-        call = super().prepare(op, arrays, options)
-        if call.fn and arrays["query_start_loc"].data.max() > len(call.x.data):
+    def prepare(self, op, given):
+        call = super().prepare(op, given)
+        if call.fn and self.arrays["query_start_loc"].data.max() > len(call.x.data):
             raise IndexError("illegal memory access")
         return call
 
@@ -321,7 +321,7 @@ class BadOffsetsClobber(Mutant):
     """With offsets past the end the last slot of the pool is overwritten."""
 
     def finish(self, call, out):
-        if call.fn and call.pool is not None and call.arrays["query_start_loc"].data.max() > len(call.x.data):
+        if call.fn and call.pool is not None and self.arrays["query_start_loc"].data.max() > len(call.x.data):
             call.pool.bits[-1] = 0
         return super().finish(call, out)
 

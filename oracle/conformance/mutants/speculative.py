@@ -97,9 +97,9 @@ class CountAboveStepRejected(Mutant):
 class RowsOfEqualLength(Mutant):
     """Row i of a packed step begins at i times the longest row."""
 
-    def prepare(self, op, arrays, options):
-        call = super().prepare(op, arrays, options)
-        if not call.fn and arrays.get("query_start_loc") is not None:
+    def prepare(self, op, given):
+        call = super().prepare(op, given)
+        if not call.fn and given.get("query_start_loc") is not None:
             longest = max(np.diff(call.offsets), default=0)
             call.offsets = [min(i * int(longest), call.x.shape[0]) for i in range(len(call.offsets))]
         return call
@@ -157,25 +157,25 @@ class ShiftFromHighToLow(Mutant):
 class TokensPastSlot(Mutant):
     """Tokens that the slot has no columns for go to where the next columns are."""
 
-    def store(self, call, row, window):
+    def store(self, call, row, target, state):
         if call.counts is None:
-            super().store(call, row, window)
+            super().store(call, row, target, state)
             return
         arrived = self.cast(call, self.inputs(call, row).bits)
         columns = call.pool.bits.reshape(-1, call.pool.shape[2])
-        first = row.slot * call.pool.shape[1]
-        window = np.concatenate([window[: call.history - 1], arrived])[: len(columns) - first]
-        columns[first : first + len(window)] = window
+        first = target * call.state_len
+        state = np.concatenate([state[: call.history - 1], arrived])[: len(columns) - first]
+        columns[first : first + len(state)] = state
 
 
 @mutant("wide-slot-window-misplaced")
 class ColumnsPastDraftsCleared(Mutant):
     """Columns of a rolling slot behind the new tokens become zero."""
 
-    def store(self, call, row, window):
-        super().store(call, row, window)
+    def store(self, call, row, target, state):
+        super().store(call, row, target, state)
         if call.counts is not None:
-            call.pool.bits[row.slot, len(window) :] = 0
+            call.pool.bits[target, len(state) :] = 0
 
 
 @mutant("empty-sequence-mishandled")
@@ -192,8 +192,8 @@ class EmptyStepRolls(Mutant):
 class TailJoinsLastRowOfStep(Mutant):
     """The last row of a packed step runs to the end of x."""
 
-    def prepare(self, op, arrays, options):
-        call = super().prepare(op, arrays, options)
+    def prepare(self, op, given):
+        call = super().prepare(op, given)
         if not call.fn and len(call.offsets) > 1:
             call.offsets[-1] = call.x.shape[0]
         return call

@@ -21,7 +21,7 @@ class HasNoneMeansAll(Mutant):
     """Without has_initial_state every row continues from its slot."""
 
     def has(self, call, i):
-        missing = call.fn and call.arrays["has_initial_state"] is None and call.pool is not None
+        missing = call.fn and self.arrays["has_initial_state"] is None and call.pool is not None
         return missing or super().has(call, i)
 
 
@@ -54,7 +54,7 @@ class StateIgnoredForTransposed(Mutant):
     """With unit stride along tokens the initial state is not read."""
 
     def has(self, call, i):
-        array = call.arrays["x"]
+        array = self.arrays["x"]
         return super().has(call, i) and not (array.strides[0] == 1 and array.shape[-1] > 1 and call.fn)
 
 
@@ -62,18 +62,18 @@ class StateIgnoredForTransposed(Mutant):
 class StateNotWritten(Mutant):
     """A prefill leaves the slot as it was."""
 
-    def store(self, call, row, window):
+    def store(self, call, row, target, state):
         if not call.fn:
-            super().store(call, row, window)
+            super().store(call, row, target, state)
 
 
 @mutant("state-not-written")
 class StateNotWrittenForManyTokens(Mutant):
     """A decode step of several tokens leaves the slot as it was."""
 
-    def store(self, call, row, window):
-        if call.fn or row.stop - row.start == 1:
-            super().store(call, row, window)
+    def store(self, call, row, target, state):
+        if call.fn or row.count == 1:
+            super().store(call, row, target, state)
 
 
 @mutant("undeclared-mutation")
@@ -83,7 +83,7 @@ class UpdateDiscarded(Mutant):
     def finish(self, call, out):
         return {
             **super().finish(call, out),
-            "conv_states": call.arrays["conv_states"] and call.arrays["conv_states"].typed,
+            "conv_states": self.arrays["conv_states"] and self.arrays["conv_states"].typed,
         }
 
 
@@ -130,7 +130,7 @@ class _ShortRow(Mutant):
 
     def new_window(self, call, row, window, out):
         new = super().new_window(call, row, window, out)
-        tokens = row.stop - row.start
+        tokens = row.count
         return self.short(call, row, window.bits, new, tokens) if tokens < call.history else new
 
     def short(self, call, row, old, new, tokens):
@@ -182,8 +182,8 @@ class ShortRowStaleLeft(_ShortRow):
 class WindowWrittenAtEnd(Mutant):
     """The window is written to the last columns of the slot."""
 
-    def store(self, call, row, window):
-        call.pool.bits[row.slot, call.pool.shape[1] - call.history :] = window
+    def store(self, call, row, target, state):
+        call.pool.bits[target, call.state_len - len(state) :] = state
 
 
 @mutant("wide-slot-window-misplaced")
@@ -201,19 +201,19 @@ class WindowReadAtEnd(Mutant):
 class SpareColumnsCleared(Mutant):
     """Columns after the window become zero."""
 
-    def store(self, call, row, window):
-        super().store(call, row, window)
-        call.pool.bits[row.slot, call.history :] = 0
+    def store(self, call, row, target, state):
+        super().store(call, row, target, state)
+        call.pool.bits[target, call.history :] = 0
 
 
 @mutant("wide-slot-window-misplaced")
 class WholeSlotShifted(Mutant):
     """All columns of the slot move left, spare ones too."""
 
-    def store(self, call, row, window):
-        tokens = min(row.stop - row.start, call.pool.shape[1])
-        call.pool.bits[row.slot] = np.roll(call.pool.bits[row.slot], -tokens, axis=0)
-        super().store(call, row, window)
+    def store(self, call, row, target, state):
+        tokens = min(row.count, call.state_len)
+        call.pool.bits[target] = np.roll(call.pool.bits[target], -tokens, axis=0)
+        super().store(call, row, target, state)
 
 
 @mutant("state-dtype-differs-from-input")
@@ -250,8 +250,8 @@ class MixedDtypesRefused(Mutant):
 class WeightsCastToInput(Mutant):
     """Weights and bias are rounded to x's dtype."""
 
-    def prepare(self, op, arrays, options):
-        call = super().prepare(op, arrays, options)
+    def prepare(self, op, given):
+        call = super().prepare(op, given)
         call.weight = (
             from_bits(round_bits(call.weight, call.x.dtype), call.x.dtype).values().astype(np.float32)
         )

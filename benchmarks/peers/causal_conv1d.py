@@ -13,10 +13,10 @@ from __future__ import annotations
 import importlib
 from typing import ClassVar
 
-from oracle.conformance.peers.dense import DenseAdapter
-from oracle.conformance.peers.pooled import PooledAdapter
-from oracle.conformance.peers.source import version_of
-from oracle.conformance.peers.torch_rows import to_torch, to_typed
+from benchmarks.peers.dense import DenseAdapter
+from benchmarks.peers.pooled import PooledAdapter
+from benchmarks.peers.source import version_of
+from benchmarks.peers.torch_rows import to_torch, to_typed
 from oracle.contract import Unsupported
 
 ONE_DTYPE = "states have the dtype of x, the bias that of the weight"

@@ -87,8 +87,8 @@ def label(report: Report) -> str:
 def write(reports: list[Report], known: list[Cause]) -> str:
     """The page, in Markdown."""
     lines = ["# Public implementations by failure modes", ""]
-    lines += ["Written by `python -m oracle.conformance.peers`; how to read it is in "
-              "[oracle/conformance/peers](../../oracle/conformance/peers/README.md).", ""]  # fmt: skip
+    lines += ["Written by `python -m benchmarks.peers`; how to read it is in "
+              "[benchmarks/peers](https://github.com/twinconv/twinconv/blob/main/benchmarks/peers/README.md).", ""]  # fmt: skip
     lines += ["| implementation | on | cases | passed | failed | cannot |", "|---|---|---|---|---|---|"]
     for report in reports:
         header, ran = report.header, report.cases

@@ -1,9 +1,9 @@
 """Judges the public implementations that are installed, and writes their reports and the table of all.
 
-python -m oracle.conformance.peers -o docs/peers                # all, on the CPU
-python -m oracle.conformance.peers sglang vllm --device cuda --jobs 8 --tier core -o FOLDER
-python -m oracle.conformance.peers vllm --cases 'fn/tail@f32'   # one case
-python -m oracle.conformance.peers --table docs/peers           # the table alone, of the reports in the folder
+python -m benchmarks.peers -o docs/peers                # all, on the CPU
+python -m benchmarks.peers sglang vllm --device cuda --jobs 8 --tier core -o FOLDER
+python -m benchmarks.peers vllm --cases 'fn/tail@f32'   # one case
+python -m benchmarks.peers --table docs/peers           # the table alone, of the reports in the folder
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from benchmarks.peers import table
+from benchmarks.peers.cases import apart
 from oracle.conformance import report as reports
 from oracle.conformance import runner
 from oracle.conformance.cases import TIERS, select
 from oracle.conformance.catalogue import catalogue
-from oracle.conformance.peers import table
-from oracle.conformance.peers.cases import apart
 
 PACKAGES = {
     "causal_conv1d_fn": "causal_conv1d",
@@ -39,7 +39,7 @@ TRITON = ("fla", "sglang", "vllm")
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses a command line and runs it. Failures of peers are results: the exit status is that of the judging."""
-    parser = argparse.ArgumentParser(prog="python -m oracle.conformance.peers", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument(
         "peers", nargs="*", metavar="PEER", help=f"of {', '.join(PACKAGES)}; default: what is installed"
@@ -111,7 +111,7 @@ def judge(
     if device == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
     result = runner.run(
-        f"oracle.conformance.peers.{factory}",
+        f"benchmarks.peers.{factory}",
         select(apart(catalogue()), patterns=patterns, tiers=tiers),
         device=device, environment=environment, jobs=jobs, progress=runner.Progress(peer),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def judge(
     for record in ran:
         extra = "" if device == "cpu" else f" --device {device}"
         record["command"] = (
-            f"python -m oracle.conformance.peers {peer}{extra} --cases {shlex.quote(record['id'])}"
+            f"python -m benchmarks.peers {peer}{extra} --cases {shlex.quote(record['id'])}"
         )
     return reports.close(result.header, ran, result.footer["seconds"], result.footer["findings"])
 

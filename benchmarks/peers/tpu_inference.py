@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from benchmarks.peers import source
+from benchmarks.peers.jax_rows import WIDE, device_of, to_jax, to_typed
 from oracle import contract
-from oracle.conformance.peers import source
-from oracle.conformance.peers.jax_rows import WIDE, device_of, to_jax, to_typed
 from oracle.contract import Unsupported
 from oracle.numerics import TypedArray
 

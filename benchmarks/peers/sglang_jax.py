@@ -15,9 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from oracle.conformance.peers import source
-from oracle.conformance.peers.dense import DenseAdapter
-from oracle.conformance.peers.jax_rows import device_of, to_jax, to_typed
+from benchmarks.peers import source
+from benchmarks.peers.dense import DenseAdapter
+from benchmarks.peers.jax_rows import device_of, to_jax, to_typed
 
 PACKAGE = "sgl_jax.srt"
 BATCH = f"{PACKAGE}.model_executor.forward_batch_info"

@@ -87,32 +87,24 @@ class DenseAdapter:
             names = ("x", "weight", "bias", "conv_states")
             if len(used := {values[n].dtype for n in names if values.get(n) is not None}) > 1:
                 raise Unsupported(f"dtypes: expected one, got {sorted(used)}")
-        pool, pad = values["conv_states"], options.get("pad_slot_id", -1)
+        pool = values["conv_states"]
         if op == "causal_conv1d_fn":
             offsets = values["query_start_loc"].data
             lengths = np.diff(offsets)
             if offsets[0] != 0 or (lengths < 0).any() or offsets[-1] != sizes.tokens:
                 raise Unsupported("query_start_loc: rows must fill x")
-            rows = reference.fn_rows(
-                pool,
-                values["query_start_loc"],
-                values["cache_indices"],
-                values["has_initial_state"],
-                sizes,
-                pad,
-            )
             busy = int((lengths > 0).sum())
         else:
-            rows = reference.update_rows(values["cache_indices"], sizes, pad)
             busy = sizes.batch if sizes.seqlen else 0
-        slots = [row.slot for row in rows]
-        self._check(arrays, sizes, busy, slots)
+        rows = reference.live_rows(op, {**values, **options})
+        slots = [] if pool is None else [row.slot for row in rows]
+        self._check(arrays, sizes, busy - len(rows), slots)
 
         x = values["x"].data.reshape(-1, sizes.dim)
         out = np.zeros(x.shape, storage_dtype(values["x"].dtype))
         parts = [TypedArray(values["x"].dtype, x[row.tokens]) for row in rows]
         windows = [
-            TypedArray(pool.dtype, pool.data[row.slot]) if pool is not None and row.has_state else None
+            TypedArray(pool.dtype, pool.data[row.slot]) if pool is not None and row.has else None
             for row in rows
         ]
         results = self.rows(op, parts, values["weight"], values["bias"], windows, options.get("activation"))
@@ -123,11 +115,11 @@ class DenseAdapter:
         return {"out": TypedArray(values["x"].dtype, out.reshape(values["x"].shape)), "conv_states": pool}
 
     def _check(
-        self, arrays: Mapping[str, Array | None], sizes: Any, busy: int, slots: list[int | None]
+        self, arrays: Mapping[str, Array | None], sizes: Any, padding: int, slots: list[int]
     ) -> None:
         if any(a is not None and (a.sparse or not a.contiguous) for a in arrays.values()):
             raise Unsupported("layout: the adapter copies its arguments")
-        if busy != len(slots) or (slots and slots[0] is not None and len(set(slots)) < len(slots)):
+        if padding or len(set(slots)) < len(slots):
             raise Unsupported("cache_indices: the peer has no padding rows and no shared slots")
         if sizes.width == 1:
             raise Unsupported("weight: the peer has no empty state")

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from oracle.conformance.peers.dense import DenseAdapter
+from benchmarks.peers.dense import DenseAdapter
 from oracle.contract import Unsupported
 from oracle.numerics import TypedArray
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from oracle.conformance.peers import source
-from oracle.conformance.peers.pooled import PooledAdapter
+from benchmarks.peers import source
+from benchmarks.peers.pooled import PooledAdapter
 from oracle.contract import Unsupported
 
 MODULES = (

@@ -11,8 +11,8 @@ import importlib
 from importlib.metadata import version
 from typing import ClassVar
 
-from oracle.conformance.peers.dense import DenseAdapter
-from oracle.conformance.peers.torch_rows import to_torch, to_typed
+from benchmarks.peers.dense import DenseAdapter
+from benchmarks.peers.torch_rows import to_torch, to_typed
 
 
 class TransformersFallback(DenseAdapter):

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from benchmarks.peers.torch_rows import base_of, to_typed
 from oracle import contract
 from oracle.conformance.arrays import Array
-from oracle.conformance.peers.torch_rows import base_of, to_typed
 from oracle.contract import Unsupported
 
 TRUSTS = "the peer trusts slots and offsets, so a bad one would reach memory of the judge; not run"

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from oracle.conformance.peers import source
-from oracle.conformance.peers.pooled import PooledAdapter
+from benchmarks.peers import source
+from benchmarks.peers.pooled import PooledAdapter
 
 MODULE = "vllm.model_executor.layers.mamba.ops.causal_conv1d"
 UTILS = "vllm.v1.attention.backends.utils"
