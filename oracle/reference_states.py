@@ -355,7 +355,9 @@ class States:
 
     def parents(self, children: list[int], siblings: list[int]) -> list[int]:
         """The parents of the nodes of one tree: a parent and an elder sibling have smaller numbers."""
-        parents = [-1] + [0] * (len(children) - 1) if children else []  # a node that nobody names hangs on the root
+        parents = (
+            [-1] + [0] * (len(children) - 1) if children else []
+        )  # a node that nobody names hangs on the root
         for node, (child, sibling) in enumerate(zip(children, siblings, strict=True)):
             if node < child < len(children):
                 parents[child] = node

@@ -118,9 +118,7 @@ def judge(
     ran = [case for case in result.cases if case["status"] != "unsupported"]
     for record in ran:
         extra = "" if device == "cpu" else f" --device {device}"
-        record["command"] = (
-            f"python -m benchmarks.peers {peer}{extra} --cases {shlex.quote(record['id'])}"
-        )
+        record["command"] = f"python -m benchmarks.peers {peer}{extra} --cases {shlex.quote(record['id'])}"
     return reports.close(result.header, ran, result.footer["seconds"], result.footer["findings"])
 
 

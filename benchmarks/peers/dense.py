@@ -114,9 +114,7 @@ class DenseAdapter:
                 pool.data[row.slot] = new.data
         return {"out": TypedArray(values["x"].dtype, out.reshape(values["x"].shape)), "conv_states": pool}
 
-    def _check(
-        self, arrays: Mapping[str, Array | None], sizes: Any, padding: int, slots: list[int]
-    ) -> None:
+    def _check(self, arrays: Mapping[str, Array | None], sizes: Any, padding: int, slots: list[int]) -> None:
         if any(a is not None and (a.sparse or not a.contiguous) for a in arrays.values()):
             raise Unsupported("layout: the adapter copies its arguments")
         if padding or len(set(slots)) < len(slots):

@@ -389,7 +389,11 @@ class WrittenOut:
         x, pool, windows = given.pop("x"), given.pop("conv_states"), given.get("window_out")
         flat = x.values().reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
         starts = given.pop("query_start_loc", None)
-        starts = np.arange(len(x.data) + 1) * (x.shape[1] if x.data.ndim == 3 else 1) if starts is None else starts.data
+        starts = (
+            np.arange(len(x.data) + 1) * (x.shape[1] if x.data.ndim == 3 else 1)
+            if starts is None
+            else starts.data
+        )
         has = given.pop("has_initial_state", None)
         if op == "causal_conv1d_fn":
             has = np.zeros(len(starts) - 1, bool) if has is None else has.data
@@ -404,7 +408,12 @@ class WrittenOut:
         out = numerics.silu(pre) if activation else pre
         if residual is not None:  # of the rows that are computed
             added = residual.values().reshape(pre.shape)
-            out = out + brute_force(0 * np.nan_to_num(flat), 0 * weight.values(), None, pool.values(), **call, residual=added)[0]
+            out = (
+                out
+                + brute_force(
+                    0 * np.nan_to_num(flat), 0 * weight.values(), None, pool.values(), **call, residual=added
+                )[0]
+            )
         result = numerics.rounded(out.reshape(*x.shape[:-1], pre.shape[1]), x.dtype)
         return {
             "out": result if sizes is None else [TypedArray(x.dtype, a) for a in np.split(result.data, np.cumsum(sizes)[:-1], -1)],
