@@ -1,17 +1,12 @@
 """Launching a kernel again with other tensors of the same shapes, strides and dtypes, at little host time."""
 
+import copy
+from typing import Any, NamedTuple
+
 import triton
 
 from triton_impl.config import MAX_GRID_YZ
 
-try:
-    from triton.backends.nvidia.driver import CudaLauncher
-except ImportError:  # a build of Triton without NVIDIA's backend
-    CudaLauncher = None
-
-_KNOWS_ENTRY = triton.__version__.startswith(
-    "3.6."
-)  # the C entry of its launcher; other versions' is not relied on
 _HOOKS = triton.knobs.runtime
 _ENTER, _EXIT = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
 
@@ -28,9 +23,6 @@ class Launch:
       values: the run-time arguments after the tensors.
       constants: the constexpr arguments by name, in the kernel's order.
       options: num_warps and other compiler options; None means the default.
-
-    Attributes:
-      result: a function that makes the tensor for the result, or None; the caller's to set.
     """
 
     def __init__(self, kernel, grid, values, constants, **options):
@@ -49,28 +41,75 @@ class Launch:
             hooked = _HOOKS.launch_enter_hook is not _ENTER or _HOOKS.launch_exit_hook is not _EXIT
             if self._entry is None or hooked or _ENTER.calls or _EXIT.calls:
                 self._again(*addresses, *self._rest)
+                return
+            launch, before, current_stream, device, after, packed = self._entry
+            if packed:
+                launch(*before, current_stream(device), *after, (*addresses, *self._rest))
             else:
-                entry, device, current_stream, middle = self._entry
-                entry(*self._grid, current_stream(device), *middle, *addresses, *self._rest)
+                launch(*before, current_stream(device), *after, *addresses, *self._rest)
             return
         compiled = self._kernel[self._grid](*tensors, *self._values, **self._constants, **self._options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
-            self._again, self._entry = compiled[self._grid], _entry(compiled)
+            self._again = compiled[self._grid]
+            self._entry = launcher_entry(compiled, self._grid, (*addresses, *self._rest))
 
 
-def _entry(compiled):
-    """What `compiled[grid]` comes down to without hooks, or None: the C function, device, its stream, what comes next."""
-    run = compiled.run
-    if not (_KNOWS_ENTRY and CudaLauncher is not None and type(run) is CudaLauncher):
+class Entry(NamedTuple):
+    """The function that a launcher ends in, and its arguments around the stream and the kernel's own.
+
+    It is called as `launch(*before, current_stream(device), *after, *arguments)`, with `packed` as
+    `launch(*before, current_stream(device), *after, arguments)`.
+    """
+
+    launch: Any
+    before: tuple
+    current_stream: Any
+    device: int
+    after: tuple
+    packed: bool
+
+
+def launcher_entry(compiled, grid, arguments):
+    """The Entry of a compiled kernel, or None where its launcher does anything else than to call one function.
+
+    Triton's launchers are Python around a C function, whose arguments differ by version and device. So a copy of the
+    launcher is called as Triton calls it, with a recorder in that function's place; nothing is launched. What it
+    handed over is taken for later calls only if each part of it is known: the grid, the stream, what belongs to the
+    kernel and to its launcher, and at the end the kernel's arguments, one by one or in one tuple. Scratch memory,
+    say, which is made anew for every launch, is none of these.
+
+    Args:
+      compiled: what a first call of a `triton.jit` function returned.
+      grid: three ints.
+      arguments: all arguments of the kernel, with addresses for its tensors.
+    """
+    recorded, stream = [], object()
+    try:
+        launcher = compiled.run
+        launch, probe = launcher.launch, copy.copy(launcher)
+        probe.launch = lambda *args: recorded.append(args)
+        probe(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        (args,) = recorded
+        known = (*grid, None, compiled.function, compiled.packed_metadata, *vars(launcher).values())
+        driver = triton.runtime.driver.active
+        current_stream, device = driver.get_current_stream, driver.get_current_device()
+    except Exception:  # no launcher that this knows: calls then go through it
         return None
-    if run.global_scratch_size or run.profile_scratch_size:
+    packed = type(args[-1]) is tuple and _same(args[-1], arguments)
+    if not packed and not _same(args[-len(arguments) :], arguments):
         return None
-    driver = triton.runtime.driver.active
-    middle = (
-        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
-        None, None, None,
-    )  # fmt: skip
-    return run.launch, driver.get_current_device(), driver.get_current_stream, middle
+    around = args[: -1 if packed else -len(arguments)]
+    places = [i for i, argument in enumerate(around) if argument is stream]
+    if len(places) != 1:
+        return None
+    before, after = around[: places[0]], around[places[0] + 1 :]
+    if not all(any(argument is k for k in known) for argument in (*before, *after)):
+        return None
+    return Entry(launch, before, current_stream, device, after, packed)
+
+
+def _same(some, others):
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def program_grid(channel_blocks, places, blocks=1):
