@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env312 site demo test test-compile test-gpu test-multi-gpu lint bench clean
+.PHONY: help env env312 site demo test test-versions test-compile test-gpu test-multi-gpu lint bench clean
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
@@ -72,6 +72,26 @@ test-compile: .venv-cuda/.installed ## Pallas kernels compiled to machine code f
 	PATH="$(CURDIR)/$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/cu13/bin):$$PATH" \
 	  .venv-cuda/bin/python -m pytest tests/pallas/test_compile.py tests/pallas/test_compile_backward.py \
 	  tests/pallas/test_compile_serving.py
+
+# Triton's wheel alone, laid over .venv: 0.3 GB and a minute. PyTorch likewise, from its index of CPU builds; where that
+# is out of reach the torch of .venv stays, since the build on PyPI brings gigabytes of CUDA.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+only := $(PIP_INSTALL) --no-deps --only-binary :all:
+.versions/%/.installed: requirements/%.txt .venv/.installed
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@echo "installing into $(@D) ($<)"
+	@.venv/bin/python $(only) --target $(@D) "$$(grep ^triton== $<)"
+	@.venv/bin/python $(only) --target $(@D) --retries 1 --index-url $(TORCH_CPU_INDEX) "$$(grep ^torch== $<)" 2>/dev/null \
+	  || echo "no CPU build of $$(grep ^torch== $<) at $(TORCH_CPU_INDEX): the torch of .venv stays"
+	@touch $@
+
+# What depends on the version: the interpreter, the compiler, the launchers, operators.
+VERSION_TESTS := launch recall tracing compile compile_serving compile_backward
+test-versions: .versions/oldest/.installed .versions/newest/.installed ## the Triton twin's core under the oldest and the newest PyTorch and Triton
+	@for pair in oldest newest; do export PYTHONPATH=.versions/$$pair OMP_NUM_THREADS=1; \
+	  .venv/bin/python -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'; \
+	  TRITON_INTERPRET=1 .venv/bin/python -m oracle run --impl triton_impl.adapter:adapter --device cpu --tier core; \
+	  for name in $(VERSION_TESTS); do .venv/bin/python -m pytest -q tests/triton/test_$$name.py; done; done
 
 lint: .venv/.installed ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .

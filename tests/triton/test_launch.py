@@ -139,20 +139,24 @@ def launched(make, calls=3):
 @pytest.mark.parametrize("launcher", [OneByOne, InOneTuple, Hip])
 def test_a_known_launcher_is_entered_with_what_it_would_hand_over(launcher, monkeypatch):
     quick, public = launched(launcher)
-    assert public == 0 and len(quick) == 3
+    assert public == 0
+    assert len(quick) == 3
     monkeypatch.setattr(launch, "launcher_entry", lambda *_: None)
     through, public = launched(launcher)
     assert public == 3
     strip = lambda args: [a for a in args if not isinstance(a, tuple | list | int) or a in STREAMS.values()]  # noqa: E731
     for a, b in zip(quick, through, strict=True):
-        assert len(a) == len(b) and strip(a) == strip(b)
+        assert len(a) == len(b)
+        assert strip(a) == strip(b)
         assert [type(i) for i in a] == [type(i) for i in b]
 
 
 @pytest.mark.parametrize("launcher", [OneByOne, InOneTuple, Hip])
 def test_each_launch_takes_the_stream_of_that_moment(launcher, monkeypatch):
     received = []
-    prepared = launch.Launch(Kernel(Compiled(launcher(lambda *args: received.append(args)))), (5, 6, 1), (11,), {})
+    prepared = launch.Launch(
+        Kernel(Compiled(launcher(lambda *args: received.append(args)))), (5, 6, 1), (11,), {}
+    )
     x = torch.zeros(8)
     prepared(x)
     for stream in (1, 2):
@@ -191,7 +195,8 @@ def test_an_unaligned_call_goes_through_triton():
     prepared = launch.Launch(kernel, (1, 1, 1), (), {})
     prepared(torch.zeros(8))
     prepared(torch.zeros(8)[1:])
-    assert not received and compiled.public == 0
+    assert not received
+    assert compiled.public == 0
     prepared(torch.zeros(8))
     assert len(received) == 1
 
@@ -210,7 +215,8 @@ def test_hooks_take_the_public_way():
     finally:
         hook.remove(watcher)
     prepared(x)
-    assert compiled.public == 1 and len(received) == 2
+    assert compiled.public == 1
+    assert len(received) == 2
 
 
 def test_the_launcher_of_this_triton_is_known():
@@ -223,7 +229,8 @@ def test_the_launcher_of_this_triton_is_known():
     made.gsan_enabled = False
     compiled, arguments = Compiled(made), (16, 32, (8, 1), "constant")
     entry = launch.launcher_entry(compiled, (5, 6, 1), arguments)
-    assert entry is not None and not received
+    assert entry is not None
+    assert not received
     compiled[5, 6, 1](*arguments)
     stream = entry.current_stream(entry.device)
     own = (arguments,) if entry.packed else arguments
