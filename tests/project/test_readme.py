@@ -43,11 +43,20 @@ def test_signatures_are_the_contracts():
         (ROOT / "oracle/reference.py").read_text()
     )  # test_twins: its signatures are the contract's
     functions = {node.name: ast.unparse(node.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
-    shown = re.findall(r"^(causal_conv1d_\w+)\((.*?)\)$", README, re.M | re.S)
+    contract = (ROOT / "docs/contract.md").read_text()
+    shown = re.findall(r"^(causal_conv1d_\w+)\((.*?)\)$", contract, re.M | re.S)
     assert {name for name, _ in shown} == {"causal_conv1d_fn", "causal_conv1d_update"}
     for name, text in shown:
         arguments = ast.unparse(ast.parse(f"def f({text}): pass").body[0].args)
         assert arguments == functions[name]
+
+
+def test_pictures_are_seen_outside_a_checkout():
+    """A package index shows this page: its images have absolute addresses, of files that exist."""
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    base = "https://raw.githubusercontent.com/twinconv/twinconv/main/"
+    assert images
+    assert all(image.startswith(base) and (ROOT / image.removeprefix(base)).exists() for image in images)
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
