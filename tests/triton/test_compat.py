@@ -260,7 +260,7 @@ PREFILLS = {
     ),
     "sglang-triton-lengths-too-small": (
         -1,
-        lambda x, w, b, p, q, s, h: sglang.causal_conv1d_fn_triton(x, w, b, p, q, [1], s, h, True),
+        lambda x, w, b, p, q, s, h: sglang.causal_conv1d_fn_triton(x, w, b, p, q, [1], s, h),
     ),
     "sglang-triton-block-table": (
         -1,
@@ -609,10 +609,8 @@ STATE, STARTS = torch.zeros(2, DIM, WIDTH - 1), torch.tensor([0, 3])
 SPECULATIVE = (
     "num_accept_tokens",
     "intermediate_conv_window",
-    "intermediate_state_indices",
     "retrieve_next_token",
     "retrieve_next_sibling",
-    "retrieve_parent_token",
 )
 
 
@@ -629,8 +627,7 @@ SPECULATIVE = (
         (lambda: vllm.causal_conv1d_update(X.t(), STATE, W, num_accepted_tokens=ONE), ValueError, "num_accepted_tokens"),
         (lambda: vllm.causal_conv1d_fn(X, W, None, STATE, STARTS, pad_slot_id=1), Unsupported, "pad_slot_id"),
         (lambda: fla.causal_conv1d(X.t()[None], W, cp_context=object()), Unsupported, "cp_context"),
-        (lambda: fla.causal_conv1d(X.t()[None], W, backend="cuda"), Unsupported, "backend"),
-        (lambda: fla.causal_conv1d(X.t()[None], W, head_first=True), TypeError, "head_first"),
+        (lambda: fla.causal_conv1d(X.t()[None], W, backend="hip"), ValueError, "backend"),
         (lambda: fla.causal_conv1d(X.t()[None]), ValueError, "weight"),
         (lambda: fla.causal_conv1d(torch.ones(2, 3, DIM), W, cu_seqlens=STARTS), ValueError, "x: expected batch 1"),
         (lambda: fla.causal_conv1d_update(torch.ones(2, 2, DIM), STATE, None, W), ValueError, "x: expected one token"),
@@ -647,7 +644,7 @@ SPECULATIVE = (
         (lambda: dao.causal_conv1d_fn(X[None], W, activation="relu"), ValueError, "activation"),
         (lambda: dao.causal_conv1d_fn(X[None], W, seq_idx=ONE), ValueError, "seq_idx"),
         (lambda: dao.causal_conv1d_fn(X[None], W, seq_idx=torch.ones(1, 3)), TypeError, "seq_idx"),
-        (lambda: dao.causal_conv1d_fn(X[None], W, None, torch.ones(1, 3).int(), STATE[:1]), Unsupported, "initial_states"),
+        (lambda: dao.causal_conv1d_fn(X[None], W, None, torch.ones(1, 3).int(), STATE), ValueError, "initial_states"),
         (lambda: dao.causal_conv1d_fn(X[None], W, None, torch.ones(1, 3).int(), None, True), Unsupported, "return_final"),
         (lambda: dao.causal_conv1d_fn(X[None], W, final_states_out=STATE[:1]), ValueError, "final_states_out"),
         (lambda: dao.causal_conv1d_fn(X[None], W, initial_states=STATE), ValueError, r"initial_states: .*batch=1"),
@@ -658,15 +655,30 @@ SPECULATIVE = (
         (lambda: vllm.causal_conv1d_update(X.t()[:2], STATE.mT, W), ValueError, r"conv_state: expected shape \[num_slots, dim=6"),
         (lambda: vllm.causal_conv1d_update(X.t()[:2], STATE, W, out=torch.ones(2, DIM).half()), TypeError, "out"),
         (lambda: vllm.causal_conv1d_update(X.t()[:2], STATE, W, out=torch.ones(DIM, 2)), ValueError, "out"),
-        (lambda: vllm.causal_conv1d_fn(X, W, None, STATE, STARTS, ONE + 8, validate_data=True), ValueError, "cache_indices"),
-        (lambda: sglang.causal_conv1d_fn_triton(X, W, None, STATE, torch.tensor([0, 4]), None, ONE, validate_data=True),
-         ValueError, "query_start_loc"),
         (lambda: vllm.causal_conv1d_fn(X, W, None, STATE, STARTS.float()), TypeError, "query_start_loc"),
     ],
 )  # fmt: skip
 def test_refused(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: vllm.causal_conv1d_fn(X, W, None, STATE, STARTS, ONE + 8), "cache_indices"),
+        (lambda: vllm.causal_conv1d_update(X.t()[:1].clone(), STATE, W, conv_state_indices=ONE + 8), "cache_indices"),
+        (lambda: sglang.causal_conv1d_fn_triton(X, W, None, STATE, torch.tensor([0, 4]), None, ONE), "query_start_loc"),
+        (lambda: sglang.causal_conv1d_fn(X, W, None, torch.tensor([0, 4]), ONE, None, STATE), "query_start_loc"),
+        (lambda: sglang.causal_conv1d_update_triton(X.t()[:1], STATE, W, conv_state_indices=ONE + 8), "cache_indices"),
+    ],
+)  # fmt: skip
+def test_data_is_checked_where_that_is_asked_for(call, text):
+    """By our own name: the peers' `validate_data` looks at shapes and strides only, and so never synchronises."""
+    call()
+    with triton_impl.compat.validated(), pytest.raises(ValueError, match=text):
+        call()
+    call()
 
 
 # Installing

@@ -224,8 +224,6 @@ WINDOWS = torch.zeros(BATCH, 3, DIM, 3, dtype=torch.bfloat16)
         (sglang.causal_conv1d_update_triton, dict(num_accept_tokens=ONE, intermediate_conv_window=WINDOWS), "num_accept_tokens: expected None"),
         (sglang.causal_conv1d_update_triton, dict(intermediate_conv_window=WINDOWS[:, :2]), "intermediate_conv_window: expected steps >= 3"),
         (sglang.causal_conv1d_update_triton, dict(intermediate_conv_window=WINDOWS.mT), "intermediate_conv_window: expected shape"),
-        (sglang.causal_conv1d_update_triton, dict(intermediate_state_indices=ONE), "intermediate_state_indices: expected None"),
-        (sglang.causal_conv1d_update_triton, dict(retrieve_parent_token=ONE), "retrieve_parent_token: expected None"),
         (sglang.causal_conv1d_update_triton, dict(retrieve_next_token=ONE, retrieve_next_sibling=ONE), "retrieve_next_token: expected shape"),
         (sglang.causal_conv1d_update_triton, dict(retrieve_next_sibling=ONE), "retrieve_next_sibling: expected both or none"),
         (vllm.causal_conv1d_update, dict(num_accepted_tokens=ONE), r"conv_state: .* >= width-1 \+ 3-1 = 5 on axis 2"),

@@ -12,5 +12,6 @@ refused. Importing this package patches nothing.
 """
 
 from triton_impl.compat.install import PEERS, install, uninstall
+from triton_impl.compat.layout import validated
 
-__all__ = ["PEERS", "install", "uninstall"]
+__all__ = ["PEERS", "install", "uninstall", "validated"]

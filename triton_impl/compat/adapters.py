@@ -6,6 +6,7 @@
 What a signature cannot express is declared unsupported. Errors are compared under the contract's names.
 """
 
+import contextlib
 import inspect
 
 import torch
@@ -14,6 +15,7 @@ from oracle.contract import Unsupported
 from triton_impl import adapter as own
 from triton_impl.compat import causal_conv1d as dao
 from triton_impl.compat import fla as peer
+from triton_impl.compat import layout
 from triton_impl.compat import sglang as sg
 from triton_impl.compat import vllm as vl
 
@@ -59,8 +61,12 @@ class PeerAdapter(own.TorchAdapter):
         for name in [name for name in tensors if name not in known]:
             if tensors.pop(name) is not None:
                 raise Unsupported(f"{name}: expected None, the peer's function has no such argument")
+        _refuse_what_engines_pass(tensors)
+        options = dict(options)
+        checks = layout.validated() if options.pop("validate", False) else contextlib.nullcontext()
         try:
-            out = function(**tensors, **options)
+            with checks:
+                out = function(**tensors, **options)
         except (ValueError, TypeError, Unsupported) as error:
             raise type(error)(_contract_names(str(error))) from error
         memory = {name: own._to_numpy(bases[name]) for name, a in given.items() if not a.sparse}
@@ -68,6 +74,18 @@ class PeerAdapter(own.TorchAdapter):
         if "window_out" in given:
             result["window_out"] = tensors["window_out"]
         return {name: own._typed(value) for name, value in result.items()} | {"memory": memory}
+
+
+def _refuse_what_engines_pass(tensors):
+    """Arrays longer than the batch, and buffers that go unused: engines pass them, the contract wants an error."""
+    x, starts = tensors.get("x"), tensors.get("query_start_loc")
+    rows = x.shape[0] if starts is None else starts.shape[0] - 1
+    for name in ("cache_indices", "has_initial_state", "num_accepted_tokens", "window_indices"):
+        given = tensors.get(name)
+        if given is not None and given.dim() == 1 and given.shape[0] > rows >= 0:
+            raise ValueError(f"{name}: expected shape [batch={rows}], got {list(given.shape)}")
+    if tensors.get("window_indices") is not None and tensors.get("window_out") is None:
+        raise ValueError("window_indices: expected None, since window_out is None")
 
 
 def _contract_names(text):
@@ -100,22 +118,22 @@ def sglang(device=None):
 
     def fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=None, pad_slot_id=-1, max_seqlen=None, validate=False,
+        activation=None, pad_slot_id=-1, max_seqlen=None,
     ):  # fmt: skip
         lengths = None if max_seqlen is None else [max_seqlen]
         return sg.causal_conv1d_fn_triton(
             _channel_first(x), weight, bias, _channel_first(conv_states), query_start_loc, lengths, cache_indices,
-            has_initial_state, activation, pad_slot_id, validate,
+            has_initial_state, activation, pad_slot_id,
         ).t()  # fmt: skip
 
     def update(
         x, weight, bias, conv_states, cache_indices, num_accepted_tokens=None, activation=None, pad_slot_id=-1,
-        validate=False, window_out=None, window_indices=None,
+        window_out=None, window_indices=None,
     ):  # fmt: skip
         out = sg.causal_conv1d_update_triton(
             _step(x), _channel_first(conv_states), weight, bias, activation, None, cache_indices,
             num_accepted_tokens, _channel_first(window_out), window_indices,
-            pad_slot_id=pad_slot_id, validate_data=validate,
+            pad_slot_id=pad_slot_id,
         )  # fmt: skip
         return _step(out)
 
@@ -127,12 +145,12 @@ def sglang_dispatcher(device=None):
 
     def fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=None, pad_slot_id=-1, max_seqlen=None, validate=False,
+        activation=None, pad_slot_id=-1, max_seqlen=None,
     ):  # fmt: skip
         lengths = {} if max_seqlen is None else {"seq_lens_cpu": [max_seqlen]}
         return sg.causal_conv1d_fn(
             _channel_first(x.clone()), weight, bias, query_start_loc, cache_indices, has_initial_state,
-            _channel_first(conv_states), activation, pad_slot_id, validate_data=validate, **lengths,
+            _channel_first(conv_states), activation, pad_slot_id, **lengths,
         ).t()  # fmt: skip
 
     def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1):
@@ -145,7 +163,6 @@ def sglang_dispatcher(device=None):
         return _step(out)
 
     unsupported = {
-        "validate:*": "the dispatcher's update has no validation",
         "state_len:wider": "the dispatcher's update has its window at the back of a wide slot",
     }
     unsupported |= _NO_CHOICE | _NO_PACKED | _NO_COUNTS
@@ -157,16 +174,16 @@ def vllm(device=None):
 
     def fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=None, pad_slot_id=-1, validate=False,
+        activation=None, pad_slot_id=-1,
     ):  # fmt: skip
         return vl.causal_conv1d_fn(
             _channel_first(x), weight, bias, _channel_first(conv_states), query_start_loc, cache_indices,
-            has_initial_state, activation, null_block_id=pad_slot_id, validate_data=validate,
+            has_initial_state, activation, null_block_id=pad_slot_id,
         ).t()  # fmt: skip
 
     def update(
         x, weight, bias, conv_states, cache_indices, query_start_loc=None, num_accepted_tokens=None,
-        max_seqlen=None, activation=None, pad_slot_id=-1, validate=False,
+        max_seqlen=None, activation=None, pad_slot_id=-1,
     ):  # fmt: skip
         if cache_indices is not None and cache_indices.dim() != 1:
             # Two axes are a block table to vLLM, and what the contract refuses could not be told from one.
@@ -174,7 +191,7 @@ def vllm(device=None):
         x = _step(x)
         out = vl.causal_conv1d_update(
             x, _channel_first(conv_states), weight, bias, activation, cache_indices, num_accepted_tokens,
-            query_start_loc, -1 if max_seqlen is None else max_seqlen, pad_slot_id, validate, torch.empty_like(x),
+            query_start_loc, -1 if max_seqlen is None else max_seqlen, pad_slot_id, False, torch.empty_like(x),
         )  # fmt: skip
         return _step(out)
 

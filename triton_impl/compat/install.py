@@ -4,43 +4,111 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
+import inspect
+import logging
+import re
 import sys
 import types
 import warnings
+from typing import NamedTuple
 
-# peer: for each pair of functions, the modules of the peer that may hold it (the first one found counts, releases
-# differ), and {name of the peer's function: name of ours}
+from oracle.contract import Unsupported
+
+
+class _Peer(NamedTuple):
+    """Where a peer has its functions, and which of ours stand for them.
+
+    Attributes:
+      distributions: whose version counts, if the package itself names none.
+      judged: first and last version whose functions were judged.
+      places: for each group of functions, the modules that may hold it (the first one found counts, releases differ),
+        {name of the peer's function: names of ours, the first whose arguments fit}, and whether releases may lack it.
+    """
+
+    distributions: tuple
+    judged: tuple
+    places: list
+
+
+_BOTH = {
+    "causal_conv1d_fn": ("causal_conv1d_fn",),
+    "causal_conv1d_update": ("causal_conv1d_update",),
+}
 _REPLACED = {
-    "sglang": [
-        (
-            ["sglang.srt.layers.attention.mamba.causal_conv1d"],
-            {"causal_conv1d_fn": "causal_conv1d_fn", "causal_conv1d_update": "causal_conv1d_update"},
-        ),
-        (
-            [
-                "sglang.kernels.ops.mamba.causal_conv1d_triton",
-                "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
+    "sglang": _Peer(
+        ("sglang",),
+        ("0.5.8", "0.5.23"),
+        [
+            (["sglang.srt.layers.attention.mamba.causal_conv1d"], _BOTH, False),
+            (
+                [
+                    "sglang.kernels.ops.mamba.causal_conv1d_triton",
+                    "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
+                ],
+                {name: (f"{name}_triton",) for name in _BOTH},
+                False,
+            ),
+            *[
+                (
+                    [module],
+                    {
+                        "causal_conv1d_fwd": ("causal_conv1d_fwd_cuda",),
+                        "causal_conv1d_update": ("causal_conv1d_update_cuda",),
+                    },
+                    True,
+                )
+                for module in ("sglang.kernels.ops.mamba.causal_conv1d", "sglang.kernels.ops.mamba")
             ],
-            {
-                "causal_conv1d_fn": "causal_conv1d_fn_triton",
-                "causal_conv1d_update": "causal_conv1d_update_triton",
-            },
-        ),
-    ],
-    "vllm": [
-        (
-            ["vllm.model_executor.layers.mamba.ops.causal_conv1d"],
-            {"causal_conv1d_fn": "causal_conv1d_fn", "causal_conv1d_update": "causal_conv1d_update"},
-        ),
-    ],
-    "fla": [
-        (
-            ["fla.modules.causal_conv1d", "fla.modules.conv"],
-            {"causal_conv1d": "causal_conv1d", "causal_conv1d_update": "causal_conv1d_update"},
-        ),
-    ],
+        ],
+    ),
+    "vllm": _Peer(
+        ("vllm",),
+        ("0.20.0", "0.33"),
+        [
+            (
+                ["vllm.model_executor.layers.mamba.ops.causal_conv1d"],
+                {name: (name, f"{name}_blocks") for name in _BOTH},
+                False,
+            )
+        ],
+    ),
+    "fla": _Peer(
+        ("flash-linear-attention", "fla-core"),
+        ("0.3.0", "0.6"),
+        [
+            # In every release since 0.3 this module has all of them; 0.6 keeps it as an alias.
+            (
+                ["fla.modules.convolution", "fla.modules.causal_conv1d", "fla.modules.conv"],
+                {name: (name,) for name in ("causal_conv1d", "causal_conv1d_update")},
+                False,
+            ),
+            *[
+                (["fla.modules.convolution", "fla.modules.causal_conv1d"], {name: (name,)}, True)
+                for name in (
+                    "causal_conv1d_fwd",
+                    "causal_conv1d_bwd",
+                    "causal_conv1d_update_states",
+                    "fast_causal_conv1d_fn",
+                )
+            ],
+        ],
+    ),
+    "aiter": _Peer(
+        ("amd-aiter", "aiter"),
+        ("0.1", "0.1"),
+        [
+            (["aiter.ops.triton.conv.causal_conv1d", "aiter.ops.triton.causal_conv1d"], _BOTH, False),
+            (
+                ["aiter.ops.triton.conv.causal_conv1d_update_single_token"],
+                {"causal_conv1d_update_single_token": ("causal_conv1d_update_single_token",)},
+                True,
+            ),
+        ],
+    ),
 }
 PEERS = ("causal_conv1d", *_REPLACED)
+# What a peer's earlier releases call an argument: SGLang until 0.5.10, FLA until 0.5.
+_RENAMED = {"num_accepted_tokens": "num_accept_tokens", "BT": "chunk_size"}
 
 _undo = {}
 
@@ -51,14 +119,17 @@ def install(peer):
     "causal_conv1d": registers modules under that name, and its version, in front of an installed package or in
     place of a missing one. Programs bind the functions when they are imported, transformers when it imports a model's
     file: call this first.
-    "sglang", "vllm", "fla": imports the engine's own module and replaces its functions there, and wherever a loaded
-    module of the engine already holds them. The engine must be installed.
+    "sglang", "vllm", "fla", "aiter": imports the engine's own module and replaces its functions there, and wherever a
+    loaded module of the engine already holds them. The engine must be installed. One line of the logger
+    "<engine>.twinconv" says what was replaced. An engine that names its version must be one that was judged: SGLang
+    0.5.8 to 0.5.23, vLLM 0.20 to 0.33, FLA 0.3 to 0.6, aiter 0.1; and no argument of its functions may be unknown here.
 
     A second call changes nothing.
 
     Raises:
       ValueError: an unknown peer.
       ImportError: the engine, or a function to replace, is not there; nothing is changed.
+      Unsupported: an engine of another version, or functions with other arguments; nothing is changed.
     """
     _check(peer)
     if peer not in _undo:
@@ -96,19 +167,20 @@ def _register():
             RuntimeWarning,
             stacklevel=3,
         )
+    extension = ("causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update")
+    interface = (*adapter.__all__[:2], "causal_conv1d_ref", "causal_conv1d_update_ref", "CausalConv1dFn")
+    varlen = ("causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref")
     contents = {
         "causal_conv1d": {name: getattr(adapter, name) for name in adapter.__all__}
         | {"__version__": adapter.__version__, "__all__": list(adapter.__all__), "__path__": []},
-        "causal_conv1d.causal_conv1d_interface": {
-            name: getattr(adapter, name) for name in ("causal_conv1d_fn", "causal_conv1d_update")
-        },
-        "causal_conv1d.causal_conv1d_varlen": {
-            "causal_conv1d_varlen_states": adapter.causal_conv1d_varlen_states
-        },
+        "causal_conv1d.causal_conv1d_interface": {name: getattr(adapter, name) for name in interface},
+        "causal_conv1d.causal_conv1d_varlen": {name: getattr(adapter, name) for name in varlen},
         "causal_conv1d.cpp_functions": {name: getattr(functions, name) for name in functions.__all__},
+        "causal_conv1d_cuda": {name: getattr(functions, name) for name in extension},
     }
     metadata = _Metadata("causal_conv1d", adapter.__version__)
-    hidden = {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "causal_conv1d"}
+    tops = ("causal_conv1d", "causal_conv1d_cuda")
+    hidden = {name: m for name, m in sys.modules.items() if name.partition(".")[0] in tops}
     for name in hidden:
         del sys.modules[name]
     modules = {}
@@ -125,6 +197,7 @@ def _register():
         modules[name] = module
     sys.modules.update(modules)
     sys.meta_path.insert(0, metadata)
+    operators = [functions.register_operators()]
 
     def restore():
         sys.meta_path.remove(metadata)
@@ -132,6 +205,7 @@ def _register():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
         sys.modules.update(hidden)
+        operators.clear()  # the end of the library undefines them
 
     return [restore]
 
@@ -163,29 +237,91 @@ class _Distribution(importlib.metadata.Distribution):
 
 def _replace(peer):
     adapter = importlib.import_module(f"triton_impl.compat.{peer}")
+    version = _judged_version(peer)
     pairs = []
-    for paths, names in _REPLACED[peer]:
-        module = _first(paths)
+    for paths, names, may_lack in _REPLACED[peer].places:
+        module = _first(paths, may_lack)
         for theirs, ours in names.items():
-            if not hasattr(module, theirs):
+            function = getattr(module, theirs, None)
+            if function is None and not may_lack:
                 raise ImportError(f"{module.__name__}: expected a function {theirs} to replace, found none")
-            pairs.append((getattr(module, theirs), getattr(adapter, ours)))
-    restores = []
+            if function is not None and all(function is not known for known, _ in pairs):
+                pairs.append(
+                    (function, _fitting(function, [getattr(adapter, name) for name in ours], version))
+                )
+    restores, replaced = [], []
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != peer:
+        if name.partition(".")[0] != peer or not isinstance(module, types.ModuleType):
             continue
         for attribute, value in list(vars(module).items()):
             for theirs, ours in pairs:
                 if value is theirs:
                     setattr(module, attribute, ours)
                     restores.append(functools.partial(setattr, module, attribute, theirs))
+                    replaced.append(f"{name}.{attribute}")
+    logging.getLogger(f"{peer}.twinconv").info(
+        "twinconv replaces %s of %s %s: %s", len(pairs), peer, version, ", ".join(replaced)
+    )
     return restores
 
 
-def _first(paths):
+def _first(paths, may_lack):
     for path in paths:
         try:
             return importlib.import_module(path)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
+            if not may_lack and not isinstance(error, ModuleNotFoundError):
+                raise
             missing = error
+    if may_lack:
+        return None
     raise ImportError(f"expected {' or '.join(paths)} to be installed, found neither") from missing
+
+
+def _judged_version(peer):
+    """The version of the installed engine, or "of unknown version"; raises if it is not one that was judged."""
+    version = getattr(_first([peer], False), "__version__", None)
+    for distribution in _REPLACED[peer].distributions:
+        try:
+            version = version or importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if version is None:
+        return "of unknown version"
+    numbers = [int(number) for number in re.match(r"[0-9.]*", version)[0].split(".") if number]
+    first, last = ([int(number) for number in bound.split(".")] for bound in _REPLACED[peer].judged)
+    if not first <= numbers[: len(first)] or not numbers[: len(last)] <= last:
+        raise Unsupported(
+            f"peer: expected {peer} {' to '.join(_REPLACED[peer].judged)}, whose functions were judged, got {version}"
+        )
+    return version
+
+
+def _fitting(theirs, candidates, version):
+    """The first candidate that knows every argument of the peer's function, taking positions in the peer's order."""
+    try:
+        parameters = inspect.signature(theirs).parameters.values()
+    except (TypeError, ValueError):
+        return candidates[0]
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for ours in candidates:
+        known = list(inspect.signature(ours).parameters)
+        renamed = [name if name in known else _RENAMED.get(name, name) for name in names]
+        if set(renamed) <= set(known):
+            break
+    else:
+        unknown = sorted(set(renamed) - set(known))
+        raise Unsupported(
+            f"{theirs.__module__}.{theirs.__name__} {version}: expected arguments that the adapter knows, got {', '.join(unknown)}"
+        )
+    single = ours.__name__ == "causal_conv1d" and names and "output_final_state" not in names  # FLA 0.3.0
+    if renamed == known[: len(renamed)] and names == renamed and not single:
+        return ours
+
+    @functools.wraps(ours)
+    def call(*args, **kwargs):
+        kwargs = {_RENAMED.get(name, name) if name not in known else name: a for name, a in kwargs.items()}
+        result = ours(**dict(zip(renamed, args, strict=False)), **kwargs)
+        return result[0] if single else result
+
+    return call

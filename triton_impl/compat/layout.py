@@ -1,11 +1,33 @@
 """What the adapters share: checks in the peer's own axes, and the peers' layouts as views of ours."""
 
+import contextlib
 import operator
 
 import torch
 
-from oracle.contract import INDEX_DTYPES, WIDTH_MAX, WIDTH_MIN, Unsupported, dtype_name
+from oracle.contract import INDEX_DTYPES, MASK_DTYPES, OFFSET_DTYPES, WIDTH_MAX, WIDTH_MIN, dtype_name
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_update_
+
+_checks = {"data": False}
+
+
+@contextlib.contextmanager
+def validated():
+    """Within it the serving adapters read their index data, which synchronises, and raise ValueError on bad values.
+
+    The peers have no such check: their `validate_data` looks at shapes and strides and never waits for the GPU.
+    It holds for the whole process.
+    """
+    before = _checks["data"]
+    _checks["data"] = True
+    try:
+        yield
+    finally:
+        _checks["data"] = before
+
+
+def validates():
+    return _checks["data"]
 
 
 def expect(name, value, axes, **sizes):
@@ -48,14 +70,39 @@ def expect_states(name, states, dim, width):
         raise ValueError(f"{name}: expected state_len >= width-1 = {width - 1} on axis 2, got {state_len}")
 
 
-def expect_integers(name, values, batch):
-    """Checks slots or counts [batch] where the peer's name for them is not the contract's."""
-    if values is not None:
-        expect(name, values, ("batch",), batch=batch)
-        if dtype_name(values.dtype) not in INDEX_DTYPES:
-            raise TypeError(
-                f"{name}: expected dtype {' or '.join(INDEX_DTYPES)}, got {dtype_name(values.dtype)}"
-            )
+def leading(name, values, batch, dtypes=INDEX_DTYPES, axis="batch"):
+    """The first `batch` of slots, counts or flags [batch or more], or None: all that the peers' kernels look at.
+
+    Buffers of captured graphs and of padded ranks are longer than a batch.
+    """
+    if values is None:
+        return None
+    if expect(name, values, (axis,))[0] < batch:
+        raise ValueError(f"{name}: expected shape [{axis}={batch}] or longer, got {list(values.shape)}")
+    if dtype_name(values.dtype) not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(dtypes)}, got {dtype_name(values.dtype)}")
+    return values if values.shape[0] == batch else values[:batch]
+
+
+def leading_rows(query_start_loc, slots, slots_name, *more):
+    """Cuts packed rows to those that both the offsets and the slots have.
+
+    `more` are pairs of a name and values, with as many rows at least.
+
+    Returns:
+      (query_start_loc, slots, *values).
+    """
+    rows = expect("query_start_loc", query_start_loc, ("batch+1",))[0] - 1
+    if rows < 0:  # which the operation refuses
+        return query_start_loc, slots, *[values for _, values in more]
+    if slots is not None:
+        rows = min(rows, expect(slots_name, slots, ("batch",))[0])
+    flags = {"has_initial_state": MASK_DTYPES}
+    return (
+        leading("query_start_loc", query_start_loc, rows + 1, OFFSET_DTYPES, "batch+1"),
+        leading(slots_name, slots, rows),
+        *[leading(name, values, rows, flags.get(name, INDEX_DTYPES)) for name, values in more],
+    )
 
 
 def expect_rolling_states(name, states, width, longest):
@@ -65,13 +112,6 @@ def expect_rolling_states(name, states, width, longest):
             f"{name}: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 2 for rows of up to "
             f"{longest} tokens, got {states.shape[2]}"
         )
-
-
-def refuse(reason, **arguments):
-    """Raises Unsupported for the first argument that is not None."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise Unsupported(f"{name}: expected None, got {type(value).__name__} ({reason})")
 
 
 def refuse_unknown(function, kwargs):
@@ -103,6 +143,11 @@ def longest(name, lengths):
     return max(lengths) if lengths else 0
 
 
+def token_major(x):
+    """[rows, dim, tokens] to [rows, tokens, dim] and back, a view; None and [rows, dim] as they are."""
+    return x if x is None or x.dim() == 2 else x.transpose(1, 2)
+
+
 def folds_into_channels(x):
     """Whether x [batch, dim, seqlen] is a view [batch*dim, seqlen] but not a view [batch*seqlen, dim]."""
     batch, dim, seqlen = x.shape
@@ -118,11 +163,16 @@ def folded_channels(x, weight, bias, states=None, has_state=False, *, activation
     batch, dim, seqlen = x.shape
     starts = torch.arange(2, dtype=torch.int32, device=x.device) * seqlen
     out = causal_conv1d_fn(
-        x.view(batch * dim, seqlen).t(), weight.repeat(batch, 1), None if bias is None else bias.repeat(batch),
-        None if states is None else states.view(batch * dim, weight.shape[1] - 1).t()[None], starts, None,
+        x.view(batch * dim, seqlen).t(),
+        weight.repeat(batch, 1),
+        None if bias is None else bias.repeat(batch),
+        None if states is None else states.view(batch * dim, weight.shape[1] - 1).t()[None],
+        starts,
+        None,
         torch.ones(1, dtype=torch.bool, device=x.device) if has_state else None,
-        activation=activation, max_seqlen=seqlen,
-    ).out  # fmt: skip
+        activation=activation,
+        max_seqlen=seqlen,
+    ).out
     return out.t().view(batch, dim, seqlen)
 
 
@@ -134,17 +184,21 @@ def update_at_back(
     Args:
       x: [batch, dim] or [batch, seqlen, dim].
       states: [num_slots, dim, state_len], state_len >= width-1.
-      cache_seqlens: [batch] integer, tokens before this step: column n mod state_len holds token n; None: no rings.
+      slots: [batch or more] integer, or None.
+      cache_seqlens: [batch or more] integer, tokens before this step: column n mod state_len holds token n; None: no
+        rings.
       in_place: whether the result replaces x, and x is returned.
     """
     layout = {}
+    slots = leading("conv_state_indices", slots, x.shape[0])
     if cache_seqlens is not None:
-        layout = dict(state_layout="ring", cache_seqlens=cache_seqlens)
+        layout = dict(state_layout="ring", cache_seqlens=leading("cache_seqlens", cache_seqlens, x.shape[0]))
     elif states.shape[2] > weight.shape[1] - 1:  # else front and back are the same
         layout = dict(state_layout="back")
     states = states.transpose(1, 2)
     if in_place:
-        return causal_conv1d_update_(x, weight, bias, states, slots, activation, pad_slot_id, **layout)
-    return causal_conv1d_update(
-        x, weight, bias, states, slots, activation=activation, pad_slot_id=pad_slot_id, **layout
-    ).out
+        return causal_conv1d_update_(
+            x, weight, bias, states, slots, activation, pad_slot_id, validates(), **layout
+        )
+    options = dict(activation=activation, pad_slot_id=pad_slot_id, validate=validates())
+    return causal_conv1d_update(x, weight, bias, states, slots, **options, **layout).out
