@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle import contract, values
+from oracle import contract
 from oracle.contract import ConvOutput, ConvWindowOutput
 from oracle.numerics import TypedArray, fma_float32, from_bits, round_bits, silu, typed
 from oracle.reference_states import Call, Row, States, integers
@@ -53,7 +53,7 @@ def causal_conv1d_fn(
     channel_offset=None,
     split_sizes=None,
 ) -> ConvOutput:
-    """Packed prefill; see `contract` for the definition and `contract.check_causal_conv1d_fn` for arguments.
+    """Packed prefill; see `contract.FnCall` for its arguments.
 
     `schedule` and `backend` are accepted and ignored, `max_seqlen` is only validated.
     """
@@ -87,7 +87,7 @@ def causal_conv1d_update(
     channel_offset=None,
     split_sizes=None,
 ) -> ConvOutput | ConvWindowOutput:
-    """Decode step; see `contract` for the definition and `contract.check_causal_conv1d_update` for arguments.
+    """Decode step; see `contract.UpdateCall` for its arguments.
 
     The result is a `ConvWindowOutput` where `window_out` is given, else a `ConvOutput`.
     """
@@ -106,22 +106,14 @@ def commit_windows(
     backend="auto",
     validate=False,
 ):
-    """Moves accepted windows into their slots; see `contract.check_commit_windows`. Returns the new pool."""
-    sizes = contract.check_commit_windows(
-        conv_states, window_out, accepted_steps, cache_indices, window_indices,
-        pad_slot_id=pad_slot_id, backend=backend, validate=validate,
-    )  # fmt: skip
-    if validate:
-        values.check_commit_values(accepted_steps, cache_indices, window_indices, sizes, pad_slot_id)
-    pool = Reference().commit(
-        conv_states, window_out, accepted_steps, cache_indices, window_indices, pad_slot_id
-    )
-    return like(conv_states, pool)
+    """Moves accepted windows into their slots; see `contract.CommitCall`. Returns the new pool."""
+    call = _checked("commit_windows", locals())
+    return like(conv_states, Reference().commit(call))
 
 
 def tree_parents_from_links(next_token, next_sibling) -> np.ndarray:
-    """Parents of the nodes of draft trees; see `contract.check_tree_parents_from_links`."""
-    shape = contract.check_tree_parents_from_links(next_token, next_sibling)
+    """Parents of the nodes of draft trees; see `contract.LinksCall`."""
+    shape = contract.LinksCall(next_token, next_sibling).check()
     links = zip(integers(next_token), integers(next_sibling), strict=True)
     return np.array([Reference().parents(*row) for row in links], np.int32).reshape(shape)
 
@@ -308,12 +300,12 @@ _ORDERS: dict[str, type[Reference]] = {"float64": Reference, "float32": Ordered,
 
 
 def _checked(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that keeps the contract, `bias` and `conv_states` among them."""
-    given = {"bias": None, "conv_states": None, **arguments}
-    sizes = getattr(contract, f"check_{op}")(**given)
-    if given.get("validate"):
-        values.check_call(op, given, sizes)
-    return given
+    """The arguments of a call that keeps the contract, all of them."""
+    call = contract.RECORDS[op](**arguments)
+    sizes = call.check()
+    if call.validate:
+        call.check_values(sizes, lambda name, array: integers(array))
+    return contract.normalised(call)._asdict()
 
 
 def _call(op: str, arguments: dict[str, Any]):

@@ -52,14 +52,11 @@ def causal_conv1d(
     schedule: Any = "auto",
     backend: Any = "auto",
 ) -> ConvOutput:
-    """The differentiable form; see `contract.check_causal_conv1d`. Arrays are NumPy's or TypedArrays.
+    """The differentiable form; see `contract.RowsCall`. Arrays are NumPy's or TypedArrays.
 
     `schedule` and `backend` are accepted and ignored, `max_seqlen` is only validated.
     """
-    sizes = contract.check_causal_conv1d(
-        x, weight, bias, initial_states, query_start_loc,
-        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
-    )  # fmt: skip
+    sizes = contract.RowsCall(**locals()).check()
     flat = typed(x)
     flat = type(flat)(flat.dtype, flat.data.reshape(sizes.tokens, sizes.dim))
     if initial_states is None:
@@ -94,7 +91,7 @@ def causal_conv1d_backward(
       dfinal_states: [batch, width-1, dim], or None for zeros.
       x, weight, bias, initial_states, query_start_loc, activation: as in `causal_conv1d`.
     """
-    contract.check_causal_conv1d(x, weight, bias, initial_states, query_start_loc, activation=activation)
+    contract.RowsCall(x, weight, bias, initial_states, query_start_loc, activation=activation).check()
     return Backward().gradients({
         "dout": dout, "dfinal_states": dfinal_states, "x": x, "weight": weight, "bias": bias,
         "initial_states": initial_states, "query_start_loc": query_start_loc, "activation": activation,

@@ -328,19 +328,11 @@ class States:
 
     # The operations without outputs.
 
-    def commit(
-        self,
-        conv_states: Any,
-        window_out: Any,
-        accepted_steps: Any,
-        cache_indices: Any,
-        window_indices: Any,
-        pad: int,
-    ) -> TypedArray:
+    def commit(self, given: Mapping[str, Any]) -> TypedArray:
         """The pool after the accepted windows were moved into their slots."""
-        pool, windows = typed(conv_states).copy(), typed(window_out)
-        steps = integers(accepted_steps)
-        slots, buffers = (integers(a, range(len(steps))) for a in (cache_indices, window_indices))
+        pool, windows = typed(given["conv_states"]).copy(), typed(given["window_out"])
+        steps, pad = integers(given["accepted_steps"]), given.get("pad_slot_id", -1)
+        slots, buffers = (integers(given[n], range(len(steps))) for n in ("cache_indices", "window_indices"))
         for slot, buffer, accepted in zip(slots, buffers, steps, strict=True):
             step = self.step(accepted)
             inside = 0 <= slot < len(pool.data) and 0 <= buffer < len(windows.data)

@@ -47,9 +47,7 @@ def gradient_bounds(
 
     Each gradient has the dtype of its argument.
     """
-    sizes = contract.check_causal_conv1d(
-        x, weight, bias, initial_states, query_start_loc, activation=activation
-    )
+    sizes = contract.RowsCall(x, weight, bias, initial_states, query_start_loc, activation=activation).check()
     history = sizes.width - 1
     w = typed(weight).values()
     start = np.zeros(sizes.dim) if bias is None else typed(bias).values()

@@ -8,15 +8,15 @@
             result = my_functions[op](**{k: a and to_mine(a) for k, a in arrays.items()}, **options)
             return {"out": to_typed(result.out), "conv_states": to_typed(result.conv_states)}
 
-`arrays` maps the array arguments of the contract's signature to an `arrays.Array` or None; `options` holds
-the host arguments that a case sets. Errors of the contract (ValueError, TypeError, Unsupported) are raised as
-they are.
+`arrays` maps every array argument of the call, by the names of the contract's record, to an `arrays.Array`, or None
+where the case has none; `options` holds the host arguments that a case sets. Errors of the contract (ValueError,
+TypeError, Unsupported) are raised as they are.
 
 The serving arguments (layouts of a slot, write slots, snapshots, windows per step, trees, residual, split) are for
 implementations that say so: capabilities() names them under "supports", and cases that need any other are recorded
-as unsupported without being run. An adapter without that key never meets a new name:
+as unsupported without being run. An adapter never meets a name that it does not support:
 
-- `arrays` holds an argument of `SERVING_ARRAYS` only where the case uses it; it is absent, not None, elsewhere.
+- `arrays` holds an argument of `SERVING_ARRAYS` only if the adapter supports its feature.
 - `options` likewise: state_layout, empty_rows, snapshot_block_size, commit, channel_offset and split_sizes (a tuple).
 - With split_sizes, "out" of the result is a list or tuple of arrays.
 - With window_out among the arrays, the result has "window_out": the whole array after the call, in the shape that
@@ -34,51 +34,32 @@ activation, and schedule and max_seqlen where a case sets them.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import shlex
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from oracle import contract, reference, reference_grad
+from oracle import reference, reference_grad
 from oracle.conformance.arrays import Array
-from oracle.contract import CONTRACT_VERSION
+from oracle.contract import CONTRACT_VERSION, RECORDS, RowsCall
 from oracle.numerics import rounded, typed
 
 OPS = (
     "causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
 )  # fmt: skip
-ARRAY_ARGUMENTS = {
-    "causal_conv1d_fn": (
-        "x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state",
-    ),
-    "causal_conv1d_update": (
-        "x", "weight", "bias", "conv_states", "cache_indices", "query_start_loc", "num_accepted_tokens",
-    ),
-    "commit_windows": ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices"),
-    "tree_parents_from_links": ("next_token", "next_sibling"),
-    "causal_conv1d_backward": (
-        "dout", "dfinal_states", "x", "weight", "bias", "initial_states", "query_start_loc",
-    ),
-}  # fmt: skip
-"""Always in `arrays`, None where a case has none."""
+ARRAYS = {op: record.ARRAYS for op, record in RECORDS.items() if op in OPS} | {
+    "causal_conv1d_backward": ("dout", "dfinal_states", *RECORDS["causal_conv1d"].ARRAYS)
+}
+"""The array arguments of every operation, in the order of its signature."""
 
 GRADIENTS = {"dx": "x", "dweight": "weight", "dbias": "bias", "dinitial_states": "initial_states"}
 """Results of causal_conv1d_backward, and the arguments that they are the gradients of."""
 
 SERVING_ARRAYS = {
-    "causal_conv1d_fn": (
-        "cache_seqlens", "write_indices", "snapshot_indices", "num_computed_tokens", "track_indices",
-        "track_lengths", "residual",
-    ),
-    "causal_conv1d_update": (
-        "cache_seqlens", "write_indices", "track_indices", "window_out", "window_indices", "tree_parents", "residual",
-    ),
-    "commit_windows": (),
-    "tree_parents_from_links": (),
-    "causal_conv1d_backward": (),
+    "cache_seqlens": "state_layout_ring", "write_indices": "write_indices", "snapshot_indices": "snapshot",
+    "num_computed_tokens": "snapshot", "track_indices": "track", "track_lengths": "track", "window_out": "window_out",
+    "window_indices": "window_out", "tree_parents": "tree_parents", "residual": "residual",
 }  # fmt: skip
-"""In `arrays` where a case uses them."""
+"""Arrays of a prefill or a decode step that belong to a feature, and which."""
 
 SERVING_FEATURES = {
     "state_layout_back": 'state_layout="back"',
@@ -133,7 +114,7 @@ class Adapter(Protocol):
 
         Args:
           op: one of OPS; the last three only if "supports" names them.
-          arrays: the array arguments: every name of ARRAY_ARGUMENTS, and those of SERVING_ARRAYS that the case uses.
+          arrays: the array arguments: every name of ARRAYS, but for those of SERVING_ARRAYS that are not supported.
           options: the other keyword-only arguments that the case sets.
 
         Returns:
@@ -192,7 +173,7 @@ def numpy_or_typed(array: Array):
 def _rounded_gradients(dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, **options):
     """The reference's gradients, rounded once to the dtypes of their arguments."""
     arguments = (x, weight, bias, initial_states)
-    contract.check_causal_conv1d(*arguments, query_start_loc, **options)
+    RowsCall(*arguments, query_start_loc, **options).check()
     exact = reference_grad.causal_conv1d_backward(
         dout, dfinal_states, *arguments, query_start_loc, activation=options.get("activation")
     )
@@ -220,32 +201,12 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
     )
 
 
-def load_adapter(spec: str, device: str | None = None) -> Adapter:
-    """Loads "package.module:object", or "process:command line" for another language.
+def offered(op: str, arrays: Mapping[str, Array | None], supports: Iterable[str]) -> dict[str, Array | None]:
+    """The arrays of a call as an adapter gets them: all that it knows, None where the call has none."""
+    patterns = list(supports)
 
-    The object is an adapter, or a function that returns one and may take `device`.
+    def known(name: str) -> bool:
+        feature = SERVING_ARRAYS.get(name) if op in ("causal_conv1d_fn", "causal_conv1d_update") else None
+        return feature is None or any(fnmatch.fnmatchcase(feature, pattern) for pattern in patterns)
 
-    Raises:
-      ValueError: the text has another form, or the object is no adapter.
-    """
-    module, colon, name = spec.partition(":")
-    if not colon or not module or not name:
-        raise ValueError(f"impl: expected package.module:object or process:command, got {spec!r}")
-    if module == "process":
-        from oracle.conformance.process import ProcessAdapter
-
-        return ProcessAdapter(shlex.split(name), device)
-    target: Any = importlib.import_module(module)
-    for part in name.split("."):
-        target = getattr(target, part)
-    if not hasattr(target, "run"):
-        takes_device = "device" in inspect.signature(target).parameters
-        target = target(device=device) if takes_device else target()
-    elif inspect.isclass(target):
-        target = target()
-    for attribute in ("name", "version", "capabilities", "run"):
-        if not hasattr(target, attribute):
-            raise ValueError(
-                f"impl: expected an adapter with {attribute!r}, got {type(target).__name__} from {spec!r}"
-            )
-    return target
+    return {name: arrays.get(name) for name in ARRAYS[op] if arrays.get(name) is not None or known(name)}

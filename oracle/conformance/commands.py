@@ -193,8 +193,8 @@ def _verify(options: Any) -> int:
 
 
 def _engine(options: Any) -> int:
-    from oracle.conformance.adapter import load_adapter
-    from oracle.conformance.engine import EngineFailure, run_engines
+    from oracle.conformance.loading import load_adapter
+    from oracle.conformance.traffic.engine import EngineFailure, run_engines
 
     if options.steps < 1:
         raise ValueError(f"steps: expected at least 1, got {options.steps}")

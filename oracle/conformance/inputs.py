@@ -144,7 +144,7 @@ def _convolution(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
         arrays["num_accepted_tokens"] = (
             None if counts is None else _integers(counts, dtypes["num_accepted_tokens"])
         )
-    for name in SERVING_ARRAYS[case.op]:
+    for name in SERVING_ARRAYS:
         if name == "residual" and axes.get("residual"):
             arrays[name] = of_tokens(name, dim, 0)
         elif name == "window_out" and name in axes:

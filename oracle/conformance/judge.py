@@ -11,7 +11,7 @@ import numpy as np
 
 from oracle import reference, reference_grad, tolerance_grad
 from oracle.conformance import touched
-from oracle.conformance.adapter import ARRAY_ARGUMENTS, GRADIENTS, Adapter
+from oracle.conformance.adapter import ARRAYS, GRADIENTS, Adapter, offered
 from oracle.conformance.arrays import unchanged_outside
 from oracle.conformance.inputs import Problem
 from oracle.contract import FLOAT_DTYPES
@@ -28,6 +28,7 @@ class Promises:
 
     bit_exact: bool = True
     path_invariant: bool = True
+    supports: tuple[str, ...] = ("*",)
 
 
 @dataclass
@@ -89,7 +90,8 @@ def evaluate(adapter: Adapter, problem: Problem, promises: Promises, expect: Any
     """Runs one call and judges it. Whatever the adapter does becomes a verdict."""
     before = {name: a if a is None or a.sparse else a.copy() for name, a in problem.arrays.items()}
     try:
-        result = adapter.run(problem.op, problem.arrays, problem.options)
+        arrays = offered(problem.op, problem.arrays, promises.supports)
+        result = adapter.run(problem.op, arrays, problem.options)
     except Exception as error:
         return _judge_error(error, expect)
     verdict = Verdict()
@@ -277,7 +279,7 @@ def _judge_parents(verdict: Verdict, got: Any, want: np.ndarray) -> None:
 
 def _judge_gradients(verdict: Verdict, arguments: Mapping[str, Any]) -> None:
     """Every gradient within its bound; the worst element is the worst of all of them."""
-    call = {name: arguments[name] for name in ARRAY_ARGUMENTS["causal_conv1d_backward"]}
+    call = {name: arguments[name] for name in ARRAYS["causal_conv1d_backward"]}
     call["activation"] = arguments.get("activation")
     exact = reference_grad.causal_conv1d_backward(**call)
     bounds = tolerance_grad.gradient_bounds(**call)
@@ -383,4 +385,8 @@ def _hex(bits: Any) -> str:
 def promises_of(adapter: Adapter) -> Promises:
     """The promises among an adapter's capabilities."""
     stated = adapter.capabilities()
-    return Promises(bool(stated.get("bit_exact", True)), bool(stated.get("path_invariant", True)))
+    return Promises(
+        bool(stated.get("bit_exact", True)),
+        bool(stated.get("path_invariant", True)),
+        tuple(stated.get("supports", ())),
+    )

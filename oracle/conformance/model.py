@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle import contract, values
+from oracle import contract
 from oracle.conformance.adapter import GRADIENTS
 from oracle.conformance.arrays import Array
 from oracle.numerics import TypedArray, round_bits, rounded, to_float64
@@ -35,7 +35,7 @@ class Model(Ordered, Backward):
         self.check(op, arrays, options)
         given = {name: None if a is None else self.read(arrays, name) for name, a in arrays.items()}
         if op == "commit_windows":
-            return {"conv_states": self.commit(**given, pad=options.get("pad_slot_id", -1))}
+            return {"conv_states": self.commit({**given, **options})}
         if op == "tree_parents_from_links":
             links = zip(given["next_token"].data.tolist(), given["next_sibling"].data.tolist(), strict=True)
             parents = np.array([self.parents(*row) for row in links], np.int32)
@@ -52,25 +52,17 @@ class Model(Ordered, Backward):
 
     def check(self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         if op == "causal_conv1d_backward":
-            forward = {k: a for k, a in arrays.items() if k not in ("dout", "dfinal_states")}
-            contract.check_causal_conv1d(**forward, **options)
+            forward = {name: arrays[name] for name in contract.RECORDS["causal_conv1d"].ARRAYS}
+            contract.RowsCall(**forward, **options).check()
             return
-        sizes = getattr(contract, f"check_{op}")(**arrays, **options)
+        call = contract.RECORDS[op](**arrays, **options)
+        sizes = call.check()
         contract.check_backend(options.get("backend", "auto"), ("model",))
         if options.get("validate"):
-            self.check_values(op, arrays, options, sizes)
+            self.check_values(call, sizes)
 
-    def check_values(
-        self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any], sizes: Any
-    ) -> None:
-        given = {name: None if a is None else a.typed for name, a in arrays.items()}
-        if op == "commit_windows":
-            steps, slots, buffers = (
-                given[name] for name in ("accepted_steps", "cache_indices", "window_indices")
-            )
-            values.check_commit_values(steps, slots, buffers, sizes, options.get("pad_slot_id", -1))
-        else:
-            values.check_call(op, {**given, **options}, sizes)
+    def check_values(self, call: Any, sizes: Any) -> None:
+        call.check_values(sizes, lambda name, array: array.data.tolist())
 
     def read(self, arrays: Mapping[str, Any], name: str) -> TypedArray:
         """An argument, taken out of its memory."""

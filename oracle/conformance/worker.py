@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from oracle.conformance import inputs, relations
-from oracle.conformance.adapter import Adapter, load_adapter
+from oracle.conformance.adapter import Adapter
 from oracle.conformance.cases import Case
 from oracle.conformance.judge import Promises, Verdict, evaluate, promises_of
+from oracle.conformance.loading import load_adapter
 
 
 class RelationFailed(Exception):

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oracle import contract, numerics, values
+from oracle import contract, numerics
 from oracle.conformance import arrays, catalogue, commands, inputs, report, runner
-from oracle.conformance.adapter import ARRAY_ARGUMENTS, OPS, SERVING_ARRAYS, SERVING_FEATURES
+from oracle.conformance.adapter import ARRAYS, OPS, SERVING_ARRAYS, SERVING_FEATURES
 from oracle.conformance.cases import select
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ CASES = catalogue.catalogue()
 BAD = """
 import os, signal, sys, time
 import numpy as np
-from oracle.conformance.adapter import ARRAY_ARGUMENTS, NumpyAdapter
+from oracle.conformance.adapter import ARRAYS, SERVING_ARRAYS, NumpyAdapter
 from oracle.conformance.model import Model
 
 class Base(Model):
@@ -74,10 +74,18 @@ class ClaimsInVain(Base):
 class SupportsNothing(Base):
     def capabilities(self): return {}
     def run(self, op, arrays, options):
-        assert set(arrays) == set(ARRAY_ARGUMENTS[op]) and "state_layout" not in options
+        assert set(arrays) == set(ARRAYS[op]) - set(SERVING_ARRAYS) and "state_layout" not in options
         return super().run(op, arrays, options)
 class SupportsLayouts(Base):
     def capabilities(self): return {"supports": ["state_layout_*", "wri?e_indices"]}
+    def run(self, op, arrays, options):
+        new = {"cache_seqlens", "write_indices"}
+        assert set(arrays) == set(ARRAYS[op]) - set(SERVING_ARRAYS) | new, sorted(arrays)
+        return super().run(op, arrays, options)
+class SupportsAll(Base):
+    def run(self, op, arrays, options):
+        assert list(arrays) == list(ARRAYS[op])
+        return super().run(op, arrays, options)
 class JoinsParts(Base):
     def spoil(self, arrays, result): result["out"] = result["out"][0] if isinstance(result["out"], list) else result["out"]
 class TooFewParts(Base):
@@ -190,9 +198,22 @@ def test_serving_is_opt_in(bad):
     assert {status for name, status in some.items() if name not in unsupported} == {"passed"}
 
 
+def test_arrays_are_those_of_the_contract_in_its_order(bad):
+    """One list a call: None where a case has none."""
+    patterns = ("update/width-4", "fn/seed", "fn/write-slots", "commit/steps", "links/tree", "backward/width-4")
+    assert bad("SupportsAll", patterns).footer["counts"] == {"passed": len(patterns)}
+    for op, record in contract.RECORDS.items():
+        if op in OPS:
+            assert ARRAYS[op] == record.ARRAYS
+    assert set(ARRAYS["causal_conv1d_backward"]) == {"dout", "dfinal_states", *contract.RowsCall.ARRAYS}
+    forward = {name for op in (catalogue.FN, catalogue.UPDATE) for name in ARRAYS[op]}
+    assert set(SERVING_ARRAYS) < forward
+    assert set(SERVING_ARRAYS.values()) <= set(SERVING_FEATURES)
+
+
 def test_every_serving_argument_has_a_feature():
     """No case of the serving arguments can reach an adapter that does not name what it needs."""
-    known = {name for names in ARRAY_ARGUMENTS.values() for name in names}
+    known = {name for op in (catalogue.FN, catalogue.UPDATE) for name in ARRAYS[op]} - set(SERVING_ARRAYS)
     found = set()
     gigabytes = {"fn/many-channels", "fn/scale"}  # plain prefills, which have small twins
     for case in CASES:
@@ -200,7 +221,7 @@ def test_every_serving_argument_has_a_feature():
             assert not case.serving
             continue
         problem = inputs.build(case)
-        new = {name for name in problem.arrays if name not in known or case.op not in ARRAY_ARGUMENTS}
+        new = {name for name in problem.arrays if name not in known}
         new |= set(problem.options) & {
             "state_layout",
             "empty_rows",
@@ -461,14 +482,15 @@ def test_numpy_functions_need_no_adapter_of_their_own(tmp_path):
 def test_reports_and_adapters_know_every_operation():
     fields = report.schema.load("report_v1.json")["$defs"]["case"]["properties"]
     assert set(fields["op"]["enum"]) == set(OPS) == {case.op for case in CASES}
-    assert set(ARRAY_ARGUMENTS) == set(SERVING_ARRAYS) == set(OPS)
+    assert set(ARRAYS) == set(OPS)
 
 
 def conflict(case):
     """What the value checks say of a slot or buffer that rows of a case share, if they do."""
     arguments = inputs.build(case).typed()
     try:
-        values.check_call(case.op, arguments, getattr(contract, f"check_{case.op}")(**arguments))
+        call = contract.RECORDS[case.op](**arguments)
+        call.check_values(call.check(), lambda name, array: array.data.tolist())
     except ValueError as error:  # of other bad values there are plenty, with defined results
         return str(error) if "distinct" in str(error) or "no other row reads" in str(error) else None
     return None

@@ -4,9 +4,9 @@ import pytest
 
 from oracle.conformance.adapter import NumpyAdapter, reference_adapter
 from oracle.conformance.commands import main
-from oracle.conformance.engine import NEEDS, Engine, EngineFailure, run_engines
 from oracle.conformance.model import Model
 from oracle.conformance.mutants import MUTANTS
+from oracle.conformance.traffic.engine import NEEDS, Engine, EngineFailure, run_engines
 from oracle.numerics import typed
 
 EVERYTHING = {

@@ -10,7 +10,7 @@ from oracle.conformance.cases import Case
 from oracle.conformance.commands import main
 from oracle.conformance.model import Model
 from oracle.conformance.mutants import MUTANTS
-from oracle.conformance.strategies import check_history, histories
+from oracle.conformance.traffic.histories import check_history, histories
 
 SETTINGS = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 

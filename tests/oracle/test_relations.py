@@ -9,6 +9,7 @@ from oracle.conformance import inputs, relations
 from oracle.conformance.catalogue import BACKWARD, catalogue
 from oracle.conformance.judge import Promises, evaluate
 from oracle.conformance.model import Model
+from oracle.conformance.relations.rows import batch_of
 
 CASES = {}
 for case in catalogue():
@@ -79,7 +80,7 @@ def test_a_single_bit_is_seen(key, field):
 def test_parts_say_what_the_whole_says(key):
     """A batch taken apart and put together again is the same call."""
     problem = inputs.build(CASES[key])
-    batch = relations.batch_of(problem)
+    batch = batch_of(problem)
     again = batch.again()
     for name, array in again.arrays.items():
         if array is not None:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from oracle.conformance.engine import Engine, EngineFailure, run_engines
+from oracle.conformance.traffic.engine import Engine, EngineFailure, run_engines
 from oracle.numerics import TypedArray
 from pallas_impl import adapter
 

@@ -59,7 +59,7 @@ def test_the_contract_loads_the_standard_library_only():
 
 
 # Helpers for a test tool; nothing else of the oracle may load them.
-TOOLS = {"oracle.conformance.pytest_suite": "pytest", "oracle.conformance.strategies": "hypothesis"}
+TOOLS = {"oracle.conformance.pytest_suite": "pytest", "oracle.conformance.traffic.histories": "hypothesis"}
 
 
 def modules_of(folder):

@@ -37,7 +37,7 @@ MAY_IMPORT = {
 }
 FILES_MAY_IMPORT = {
     "oracle/conformance/pytest_suite.py": {"pytest"},
-    "oracle/conformance/strategies.py": {"hypothesis"},
+    "oracle/conformance/traffic/histories.py": {"hypothesis"},
     # an adapter speaks the oracle's array type and its names of gradients; operations never do
     "triton_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
     "pallas_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oracle.conformance.engine import Engine, EngineFailure, run_engines
+from oracle.conformance.traffic.engine import Engine, EngineFailure, run_engines
 from triton_impl import adapter
 
 OTHERS = ("prefill", "extend", "decode", "verify_again", "moved", "ended")

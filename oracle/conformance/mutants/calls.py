@@ -107,7 +107,7 @@ class UnknownBackendIgnored(Mutant):
 class ValidateIgnored(Mutant):
     """validate=True reads nothing."""
 
-    def check_values(self, op, arrays, options, sizes):
+    def check_values(self, call, sizes):
         pass
 
 
@@ -115,9 +115,9 @@ class ValidateIgnored(Mutant):
 class ValidateSkipsDuplicates(Mutant):
     """validate=True checks ranges and not that slots are distinct."""
 
-    def check_values(self, op, arrays, options, sizes):
+    def check_values(self, call, sizes):
         try:
-            super().check_values(op, arrays, options, sizes)
+            super().check_values(call, sizes)
         except ValueError as error:
             if "distinct" not in str(error):
                 raise

@@ -249,10 +249,10 @@ class BatchAbovePoolRefused(Mutant):
 class EmptyRowCountsAsDuplicate(Mutant):
     """validate=True takes an empty row for a live one."""
 
-    def check_values(self, op, arrays, options, sizes):
-        super().check_values(op, arrays, options, sizes)
-        slots = [] if arrays["cache_indices"] is None else arrays["cache_indices"].data.tolist()
-        live = [s for s in slots if s != options.get("pad_slot_id", -1)]
+    def check_values(self, call, sizes):
+        super().check_values(call, sizes)
+        slots = [] if call.cache_indices is None else call.cache_indices.data.tolist()
+        live = [s for s in slots if s != call.pad_slot_id]
         if len(set(live)) < len(live):
             raise ValueError("cache_indices: duplicate slots")
 

@@ -1,21 +1,16 @@
-"""Decode steps of packed rows and of rolling slots (speculative decoding): the catalogue's cases, as data."""
+"""Decode steps of several tokens: packed rows, rolling slots, windows per step and their commit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from oracle.conformance.cases import Case
+from oracle.conformance.catalogue.builders import BIG, commit, update
 
 DRAFTS = (2, 4, 3)  # tokens of three rows of a verify step
 
 
-def cases(fn: Callable[..., Case], update: Callable[..., Case]) -> list[Case]:
-    """The cases, from the catalogue's builders."""
-    return _packed(update) + _rolling(update) + _relations(fn, update) + _errors(update) + _hostile(update)
-
-
-def _packed(update: Callable[..., Case]) -> list[Case]:
+def packed() -> list[Case]:
     """Rows of different lengths, all tokens committed."""
     halo = "history-dropped-on-continuation sequence-leak"
     cases = [
@@ -51,7 +46,7 @@ def _packed(update: Callable[..., Case]) -> list[Case]:
     return cases
 
 
-def _rolling(update: Callable[..., Case]) -> list[Case]:
+def rolling() -> list[Case]:
     """Slots that keep every draft, windows where the last step's acceptance says."""
     offset = "accepted-offset-ignored shift-by-query-length rollback-snapshot-never-written"
     mixed = {"lengths": DRAFTS, "counts": (3, 1, 2)}
@@ -118,124 +113,68 @@ def _rolling(update: Callable[..., Case]) -> list[Case]:
     return cases
 
 
-def _relations(fn: Callable[..., Case], update: Callable[..., Case]) -> list[Case]:
-    cases = []
-    flags = "spec-to-plain-transition accepted-offset-ignored shift-by-query-length partition-takes-other-rows-counts"
-    for width, dtype, pool in (
-        (4, "bfloat16", None), (2, "float16", None), (3, "bfloat16", "float32"), (8, "float16", None),
-        (1, "float32", None), (4, "float32", None),
-    ):  # fmt: skip
-        dtypes = {"conv_states": pool} if pool else {}
-        cases.append(fn(f"path-serving-width-{width}-{dtype}", flags, lengths=(14, 9, 23), width=width,
-                        state_len=width + 4, dtype=dtype, dtypes=dtypes, activation="silu", dim=8,
-                        relation="serving", group="path invariance"))  # fmt: skip
-    cases.append(fn("path-serving-short", flags, lengths=(7, 5), state_len=6, activation="silu", dim=8,
-                    relation="serving", tier="core", group="path invariance"))  # fmt: skip
-    steps = {
-        "packed_steps": "fixed-draft-width-assumed sequence-leak result-depends-on-batch",
-        "reorder_rows": "result-depends-on-batch partition-takes-other-rows-counts",
-        "separate": "result-depends-on-batch partition-takes-other-rows-counts",
-    }
-    for name, more in steps.items():
-        for counts in (None, (2, 1, 3)):
-            kind = "packed" if counts is None else "rolling"
-            cases.append(update(f"path-{name}-{kind}", more, batch=3, seqlen=3, counts=counts, activation="silu",
-                                relation=name, group="path invariance"))  # fmt: skip
-    return cases
-
-
-def _errors(update: Callable[..., Case]) -> list[Case]:
-    cases = []
-
-    def bad(name: str, error: str, argument: str, **more: Any) -> None:
-        flags = "bad-call-accepted rolled-past-slot" if "narrow" in name else "bad-call-accepted"
-        cases.append(update(f"error-{name}", flags, **({"lengths": (3, 2), "dim": 4} | more),
-                            expect={"error": error, "names": argument}, group="errors"))  # fmt: skip
-
-    def override(name: str, **change: Any) -> dict[str, Any]:
-        return {"override": {name: change}}
-
-    bad("packed-x-rank", "ValueError", "x", **override("x", shape=(2, 3, 4)))
-    bad("packed-x-dim-zero", "ValueError", "x", **override("x", shape=(5, 0)))
-    bad("packed-offsets-rank", "ValueError", "query_start_loc", **override("query_start_loc", shape=(3, 1)))
-    bad("packed-offsets-empty", "ValueError", "query_start_loc", **override("query_start_loc", shape=(0,)))
-    bad("packed-offsets-dtype", "TypeError", "query_start_loc", **override("query_start_loc", dtype="int16"))
-    bad("packed-indices-size", "ValueError", "cache_indices", **override("cache_indices", shape=(3,)))
-    bad("packed-max-seqlen-negative", "ValueError", "max_seqlen", options={"max_seqlen": -1})
-    bad("packed-max-seqlen-type", "TypeError", "max_seqlen", options={"max_seqlen": 1.5})
-    bad(
-        "max-seqlen-without-offsets",
-        "ValueError",
-        "max_seqlen",
-        lengths=None,
-        batch=2,
-        options={"max_seqlen": 1},
-    )
-    counts = {"counts": (1, 2)}
-    bad(
-        "counts-size",
-        "ValueError",
-        "num_accepted_tokens",
-        **counts,
-        **override("num_accepted_tokens", shape=(3,)),
-    )
-    bad(
-        "counts-rank",
-        "ValueError",
-        "num_accepted_tokens",
-        **counts,
-        **override("num_accepted_tokens", shape=(2, 1)),
-    )
-    bad("counts-dtype", "TypeError", "num_accepted_tokens", **counts,
-        **override("num_accepted_tokens", dtype="float32"))  # fmt: skip
-    bad("counts-without-bound", "ValueError", "max_seqlen", **counts, options={"max_seqlen": None})
-    bad("rolling-slot-narrow", "ValueError", "conv_states", **counts, state_len=4)
-    bad("rolling-slot-narrow-dense", "ValueError", "conv_states", lengths=None, batch=2, seqlen=4, **counts,
-        state_len=5)  # fmt: skip
-    bad("rolling-slot-narrow-width-2", "ValueError", "conv_states", **counts, width=2, state_len=2)
-    validate = {"validate": True}
-    for name, offsets in (("start", (1, 3, 5)), ("decreasing", (0, 4, 3)), ("past-end", (0, 3, 6))):
-        bad(f"validate-packed-{name}", "ValueError", "query_start_loc", options=validate,
-            **override("query_start_loc", values=offsets))  # fmt: skip
-    bad("validate-packed-max-seqlen", "ValueError", "max_seqlen", options=validate | {"max_seqlen": 2})
-    bad("validate-packed-duplicate", "ValueError", "cache_indices", slots=(3, 3), options=validate)
-    bad("validate-count-zero", "ValueError", "num_accepted_tokens", counts=(1, 0), options=validate)
-    bad(
-        "validate-count-high",
-        "ValueError",
-        "num_accepted_tokens",
-        counts=(4, 1),
-        state_len=5,
-        options=validate,
-    )
-    good = {"flags": "valid-call-rejected accepted-exceeds-current-length", "options": validate}
+def windows() -> list[Case]:
+    """A window after every token, with and without the slot moving on."""
+    flags = "window-buffer-aliasing verify-commits-state"
+    more: dict[str, Any] = {"group": "windows per step"}
+    stay = {"commit": False}
+    args = {"window_out": (4, 3), "window_indices": (2, 0, 3)}
+    dense = {"batch": 3, "seqlen": 3, "dim": 5, "args": args}
+    packed = {"lengths": (3, 1, 2), "dim": 8, "args": args}
+    cases = [
+        update(f"windows-width-{width}", flags, **dense, width=width, options=stay, tier="core" if width == 4 else "full",
+               activation="silu", **more)
+        for width in (1, 4, 8)
+    ]  # fmt: skip
     cases += [
-        update("validate-rolling-good", **good, lengths=(1, 2, 1, 0), counts=(3, 1, 0, 0), slots=(3, 0, -1, 3),
-               num_slots=5, state_len=6, group="update rolling"),
-        update("validate-packed-good", **good, lengths=(3, 0, 1), slots=(2, 2, -1), num_slots=4,
-               group="update packed"),
+        update("windows-one-token", flags, batch=3, dim=8, args={"window_out": (3, 1)}, options=stay, tier="core", **more),
+        update("windows-packed", f"{flags} fixed-draft-width-assumed", **packed, tail=2, options=stay | {"max_seqlen": 3},
+               tier="core", **more),
+        update("windows-committed", "window-buffer-aliasing", **dense, tier="core", **more),
+        update("windows-more-steps", flags, batch=2, seqlen=2, dim=8, args={"window_out": (2, 5)}, options=stay, **more),
+        update("windows-not-stored", "window-buffer-aliasing out-of-range-slot-used", batch=4, seqlen=2, dim=8,
+               args={"window_out": (4, 2), "window_indices": (-1, 4, 1, -BIG)}, options=stay, **more),
+        update("windows-padding", "pad-slot-not-skipped", batch=4, seqlen=2, slots=(3, -1, 9, 0), num_slots=6, dim=8,
+               args={"window_out": (4, 2)}, options=stay, **more),
+        update("windows-empty-rows", "empty-sequence-mishandled", lengths=(0, 2, 0), dim=8, args=args,
+               options=stay | {"max_seqlen": 2}, **more),
+        update("windows-f32-of-bf16", f"{flags} state-dtype-differs-from-input", **dense, options=stay,
+               dtypes={"window_out": "float32"}, **more),
+        update("windows-bf16-of-f32", f"{flags} state-dtype-differs-from-input", **dense, options=stay, dtype="float32",
+               dtypes={"window_out": "bfloat16"}, **more),
+        update("windows-strided", f"{flags} layout-axes-swapped", **dense, options=stay,
+               layout={"window_out": "transposed_pages", "window_indices": "slice", "conv_states": "pages"}, **more),
+        update("windows-back", f"{flags} back-slot-partly-moved", **dense, state_len=6, options=stay | {"state_layout": "back"},
+               **more),
+        update("windows-ring", f"{flags} circular-buffer-ignored", batch=3, seqlen=3, dim=5, state_len=6,
+               options=stay | {"state_layout": "ring"}, args=args | {"cache_seqlens": (2, 0, 13)}, **more),
+        update("windows-nan-stays-put", "state-not-bit-exact nan-spreads", **dense, options=stay, data="nan_payload", **more),
+        update("no-commit", "verify-commits-state", batch=3, dim=8, options=stay, **more),
+        update("no-commit-shared-slot", "verify-commits-state duplicate-slot-write", batch=3, seqlen=4, slots=(2, 2, 2),
+               num_slots=4, dim=8, options=stay, activation="silu", tier="core", **more),
     ]  # fmt: skip
     return cases
 
 
-def _hostile(update: Callable[..., Case]) -> list[Case]:
-    """Data that break their promises: no value is defined, no other memory may change."""
-    cases = []
-    big = 2**31 - 1
-    for name, offsets in {
-        "past-end": (0, 4, 1000), "far": (0, 4, big), "negative": (0, -5, 8), "decreasing": (0, 7, 3),
-        "very-negative": (0, -big - 1, 8), "start": (3, 5, 8), "swapped": (8, 4, 0),
-    }.items():  # fmt: skip
-        for kind, counts in (("packed", None), ("rolling", (2, 1))):
-            tier = "core" if name == "decreasing" and counts else "full"
-            cases.append(update(f"hostile-offsets-{name}-{kind}", "offsets-trusted", lengths=(4, 4), counts=counts,
-                                slots=(1, 2), num_slots=4, override={"query_start_loc": {"values": offsets}},
-                                expect="undefined", tier=tier, group="hostile data"))  # fmt: skip
-    cases += [
-        update("hostile-longer-than-promised", "offsets-trusted rolled-past-slot", lengths=(9, 30), counts=(1, 2),
-               slots=(1, 0), num_slots=4, state_len=5, options={"max_seqlen": 2}, expect="undefined", tier="core",
-               group="hostile data"),
-        update("hostile-rolling-duplicates", "offsets-trusted", lengths=(3, 2, 3), counts=(1, 2, 1), slots=(1, 1, 2),
-               num_slots=4, expect="undefined", group="hostile data"),
+def commits() -> list[Case]:
+    """Accepted windows into slots."""
+    flags, more = "commit-wrong-step", {"group": "windows per step"}
+    return [
+        commit("steps", flags, tier="core", **more),
+        commit("steps-f16-width-2", flags, dtype="float16", width=2, dim=5, state_len=3, **more),
+        commit("width-1", f"{flags} width-one-negative-zero-slice", width=1, state_len=2, **more),
+        commit("steps-out-of-range", flags, steps=(-1, 3, 2, -BIG, BIG), slots=(5, 1, 0, 2, 3), buffers=(4, 0, 5, 1, 2),
+               tier="core", **more),
+        commit("padding", f"{flags} pad-slot-not-skipped out-of-range-slot-used", steps=(0, 1, 2, 1, 2), slots=(-1, 8, 0, 2, 3),
+               buffers=(0, 1, 2, -1, 6), tier="core", **more),
+        commit("identity", f"{flags} wrong-index-namespace", slots=None, buffers=None, windows=(3, 3), **more),
+        commit("no-rows", flags, steps=(), slots=(), buffers=(), **more),
+        commit("wide-slots", f"{flags} wide-slot-window-misplaced", state_len=6, **more),
+        commit("null-block", "null-block-processed", slots=(0, 4, 2), options={"pad_slot_id": 0}, buffers=(1, 2, 3), **more),
+        commit("f32-to-bf16", "state-dtype-differs-from-input", dtypes={"window_out": "float32"}, **more),
+        commit("bf16-to-f32", "state-dtype-differs-from-input", dtypes={"conv_states": "float32"}, **more),
+        commit("strided", "indices-read-with-unit-stride layout-axes-swapped", dim=5, **more,
+               layout={"conv_states": "transposed_pages", "window_out": "transposed_pages", "accepted_steps": "slice",
+                       "cache_indices": "slice", "window_indices": "slice"}),
+        commit("steps-int64", "index-dtype-narrowed", steps=(2**32, 1, 2), dtypes={"accepted_steps": "int64"}, **more),
     ]  # fmt: skip
-    return cases

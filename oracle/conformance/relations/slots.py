@@ -11,7 +11,7 @@ import numpy as np
 from oracle.conformance.arrays import Array, plain, poisoned
 from oracle.conformance.inputs import Problem, hash_uint32
 from oracle.conformance.judge import Verdict
-from oracle.conformance.rows import Batch, Call, batch_of, differences
+from oracle.conformance.relations.rows import Batch, Call, batch_of, differences
 from oracle.numerics import from_bits
 
 BLOCK = 4  # tokens of a cache block

@@ -1,33 +1,21 @@
-"""Gradients of the differentiable form: the catalogue's cases, as data, and what holds bit for bit between calls.
+"""Gradients of the differentiable form. The operation is causal_conv1d_backward.
 
-The operation is causal_conv1d_backward: the arguments of `causal_conv1d` and the gradients that come in, to the gradients
-of every argument. Whatever must not matter is NaN: tokens of the tail, in x and in the upstream gradient.
+Whatever must not matter is NaN: tokens of the tail, in x and in the upstream gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from oracle.conformance.cases import Case
-
-if TYPE_CHECKING:
-    from oracle.conformance.inputs import Problem
-    from oracle.conformance.rows import Call
+from oracle.conformance.catalogue.builders import backward
 
 _SHORT = "dht-slot-clamped dh0-passthrough-dropped initial-state-missing-in-dweight"
 _ROWS = "backward-halo-wrong dweight-multiplied-by-batch dy-assumed-contiguous"
 _ROUNDING = "slope-of-rounded partial-sums-rounded"
 
 
-def cases(backward: Callable[..., Case]) -> list[Case]:
-    """The cases, from the catalogue's builder."""
-    return _values(backward) + _layouts(backward) + _relations(backward) + _bad_calls(backward)
-
-
-def _values(backward: Callable[..., Case]) -> list[Case]:
+def values() -> list[Case]:
     f32, f16, bf16 = "float32", "float16", "bfloat16"
     found = [
         backward(f"width-{width}", f"{_SHORT} {_ROWS} tail-enters-gradient", width=width, tail=3,
@@ -67,7 +55,7 @@ def _values(backward: Callable[..., Case]) -> list[Case]:
     ]  # fmt: skip
 
 
-def _layouts(backward: Callable[..., Case]) -> list[Case]:
+def layouts() -> list[Case]:
     """Upstream gradients as autograd hands them on, and arguments that are views. Nothing but results is written."""
     flags = "dy-assumed-contiguous fast-path-writes-input"
     incoming = {
@@ -89,7 +77,7 @@ def _layouts(backward: Callable[..., Case]) -> list[Case]:
     ]  # fmt: skip
 
 
-def _relations(backward: Callable[..., Case]) -> list[Case]:
+def relations() -> list[Case]:
     flags = "nondeterministic-dweight"
     bf16 = {"x": "bfloat16", "initial_states": "bfloat16"}  # not the weight: a 16-bit sum hides its order
     return [
@@ -101,7 +89,7 @@ def _relations(backward: Callable[..., Case]) -> list[Case]:
     ]  # fmt: skip
 
 
-def _bad_calls(backward: Callable[..., Case]) -> list[Case]:
+def bad_calls() -> list[Case]:
     """Errors of the forward pass, and offsets that must do no harm."""
 
     def bad(name: str, error: str, argument: str, **rest: Any) -> Case:
@@ -126,26 +114,3 @@ def _bad_calls(backward: Callable[..., Case]) -> list[Case]:
             for name, offsets in {"far": (0, 4, 2**31 - 1), "negative": (0, -5, 8), "decreasing": (0, 7, 3)}.items()
         ),
     ]  # fmt: skip
-
-
-def backward_schedules(problem: Problem, call: Call) -> Iterator[str]:
-    """Both schedules, with any bound of the row lengths, give the same bits."""
-    first = call(problem).gradients
-    longest = int(np.diff(problem.arrays["query_start_loc"].data).max())
-    for schedule in ("per_sequence", "flat"):
-        for bound in (None, longest, 1):
-            again = call(problem.with_options(schedule=schedule, max_seqlen=bound)).gradients
-            yield from _differences(f"schedule {schedule} with max_seqlen {bound}", first, again)
-
-
-def backward_repeat(problem: Problem, call: Call) -> Iterator[str]:
-    """The same call on the same inputs gives the same bits."""
-    first = call(problem).gradients
-    for attempt in (2, 3):
-        yield from _differences(f"call {attempt}", first, call(problem).gradients)
-
-
-def _differences(label: str, first: Any, again: Any) -> Iterator[str]:
-    for name, array in first.items():
-        if array is not None and (different := int((array.bits != again[name].bits).sum())):
-            yield f"{label}: {different} elements of {name} differ in bits"

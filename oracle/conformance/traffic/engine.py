@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.conformance.adapter import Adapter
+from oracle.conformance.adapter import Adapter, offered
 from oracle.conformance.arrays import POISON_BITS, plain, poisoned
 from oracle.conformance.inputs import random_values
 from oracle.numerics import TypedArray, from_bits, round_bits, typed
@@ -127,6 +127,7 @@ class Engine:
         if missing:
             raise ValueError(f"impl: expected an implementation that supports {', '.join(missing)}")
         self.adapter, self.layout, self.dtype = adapter, layout, dtype
+        self.supports = tuple(adapter.capabilities()["supports"])
         self.chance = random.Random(seed)
         self.width, self.dim, self.first, self.channels = 4, 8, 3, 13
         self.history = self.width - 1
@@ -306,10 +307,9 @@ class Engine:
         x = self.poison(LONGEST)
         x[: len(words)] = self.embedding[words]
         pool = from_bits(poisoned((1, self.history, self.dim), self.dtype), self.dtype)
-        result = self.adapter.run(FN, {
+        result = self.ask(FN, {
             "x": plain(from_bits(x, self.dtype)), "weight": plain(self.weight), "bias": plain(self.bias),
-            "conv_states": plain(pool), "query_start_loc": _integers([0, len(words)]), "cache_indices": None,
-            "has_initial_state": None,
+            "conv_states": plain(pool), "query_start_loc": _integers([0, len(words)]),
         }, {"activation": "silu", "max_seqlen": LONGEST})  # fmt: skip
         return typed(result["out"]).bits, typed(result["conv_states"]).bits[0]
 
@@ -524,7 +524,7 @@ class Engine:
         out = self.call(UPDATE, rows, arrays, options | {"commit": False})
         steps = [self.accepted(row.path) for row in rows]
         self.collect(rows, out)
-        result = self.adapter.run("commit_windows", {
+        result = self.ask("commit_windows", {
             "conv_states": plain(from_bits(self.pool, self.dtype)),
             "window_out": plain(from_bits(self.windows, self.dtype)), "accepted_steps": _integers(steps),
             "cache_indices": _integers([row.read for row in rows]), "window_indices": _integers(buffers),
@@ -545,7 +545,7 @@ class Engine:
                 elif row.parents[node] >= 0:
                     children[i, row.parents[node]] = node
         links = {"next_token": _integers(children), "next_sibling": _integers(siblings)}
-        return plain(np.asarray(self.adapter.run("tree_parents_from_links", links, {})["parents"]))
+        return plain(np.asarray(self.ask("tree_parents_from_links", links, {})["parents"]))
 
     def verify_again(self, members: list[Request]) -> None:
         """Drafts without a commit, then the accepted ones once more, for the state."""
@@ -597,7 +597,6 @@ class Engine:
             "conv_states": plain(from_bits(self.pool, self.dtype)),
             "cache_indices": _integers([row.read for row in rows]),
             "write_indices": _integers([row.write for row in rows]),
-            "query_start_loc": None,
         }  # fmt: skip
         options = {"activation": "silu", "channel_offset": self.first, "split_sizes": (5, self.dim - 5)}
         if self.layout != "front":
@@ -610,9 +609,7 @@ class Engine:
 
     def call(self, op: str, rows: list[Row], arrays: dict[str, Any], options: dict[str, Any]) -> np.ndarray:
         """Runs a call; takes pool and windows over and returns the bits of out, its parts joined."""
-        if op == UPDATE:
-            arrays.setdefault("num_accepted_tokens", None)
-        result = self.adapter.run(op, arrays, options)
+        result = self.ask(op, arrays, options)
         self.counts["calls"] += 1
         self.counts["padding rows"] += sum(row.request is None for row in rows)
         self.pool = typed(result["conv_states"]).bits
@@ -620,6 +617,10 @@ class Engine:
             self.windows = typed(result["window_out"]).bits
         parts = [typed(part).bits.reshape(-1, typed(part).shape[-1]) for part in result["out"]]
         return np.concatenate(parts, axis=-1)
+
+    def ask(self, op: str, arrays: dict[str, Any], options: dict[str, Any]) -> Mapping[str, Any]:
+        """Runs one operation of the implementation."""
+        return self.adapter.run(op, offered(op, arrays, self.supports), options)
 
     def collect(self, rows: list[Row], out: np.ndarray, counts: bool = False) -> None:
         """Hands outputs to their requests and moves these on; `counts`: their slots rolled."""

@@ -1,8 +1,4 @@
-"""Properties that hold bit for bit between calls, without any expected value: path invariance.
-
-A relation is a generator: it takes a problem and a `call`, which runs and judges another problem, and yields a
-text for every difference it finds. It works on rows, so that the same code serves both operations.
-"""
+"""Chunks, steps, batches, schedules and repeats: however a sequence is cut and batched, one prefill's bits."""
 
 from __future__ import annotations
 
@@ -11,10 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from oracle.conformance.gradients import backward_repeat, backward_schedules
 from oracle.conformance.inputs import Problem, hash_uint32
-from oracle.conformance.relations_serving import layouts, prefixes, verify_trees, verify_windows
-from oracle.conformance.rows import Batch, Call, batch_of, differences, row_alone
+from oracle.conformance.relations.rows import Batch, Call, batch_of, differences, row_alone
 from oracle.numerics import from_bits
 
 
@@ -228,30 +222,6 @@ def repeat(problem: Problem, call: Call) -> Iterator[str]:
         yield from differences(
             f"call {attempt}", whole, reference, whole.outputs(verdict), verdict.conv_states
         )
-
-
-RELATIONS = {
-    f.__name__: f
-    for f in (
-        split,
-        chain,
-        tokens_one_by_one,
-        separate,
-        schedules,
-        permute_slots,
-        reorder_rows,
-        add_padding,
-        packed_steps,
-        serving,
-        repeat,
-        layouts,
-        prefixes,
-        verify_windows,
-        verify_trees,
-        backward_schedules,
-        backward_repeat,
-    )
-}
 
 
 def _has_after(batch: Batch) -> list[bool]:

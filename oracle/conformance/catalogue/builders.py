@@ -1,0 +1,202 @@
+"""What makes the catalogue's cases: one function an operation, with the defaults that most cases share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from oracle.conformance.cases import Case
+
+FN, UPDATE, BACKWARD = "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_backward"
+SEED_LENGTHS = (1, 9, 2, 17, 4)
+ALL_LENGTHS = (0, 1, 2, 3, 4, 8, 9, 17)
+INTEGER_AXES = (
+    "cache_seqlens", "write_indices", "snapshot_indices", "num_computed_tokens", "track_indices", "track_lengths",
+    "window_indices", "tree_parents", "accepted_steps", "next_token", "next_sibling",
+)  # fmt: skip
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+BIG = 2**31 - 1
+TREE = (-1, 0, 0, 1, 1, 4, -1, 2)  # two levels of forks, a long branch, and a second root
+Make = Callable[..., Case]
+
+
+def spread(batch: int) -> tuple[int, ...]:
+    """Slots that are permuted, start above 0 and reach above the batch size: 2*batch, .., 4, 2."""
+    return tuple(2 * (batch - i) for i in range(batch))
+
+
+def fn(
+    name: str,
+    flags: str = "",
+    *,
+    lengths: tuple[int, ...] = SEED_LENGTHS,
+    tail: int = 0,
+    dim: int = 16,
+    width: int = 4,
+    slots: Any = "spread",
+    num_slots: Any = "fit",
+    state_len: int | None = None,
+    has: Any = "alternate",
+    args: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Case:
+    """A prefill. Defaults: the seed's five rows, bfloat16, bias, every second row with state, no activation.
+
+    `args` are serving arguments as axes, see `cases.Case`.
+    """
+    batch = len(lengths)
+    slots = spread(batch) if slots == "spread" else slots
+    if num_slots == "fit":
+        num_slots = 2 * batch + 2
+    if has == "alternate":
+        has = tuple(i % 2 == 0 for i in range(batch))
+    axes = {
+        "lengths": lengths, "tail": tail, "dim": dim, "width": width, "slots": slots, "num_slots": num_slots,
+        "state_len": (width - 1 if state_len is None else state_len), "has": has,
+    }  # fmt: skip
+    return _case("fn/" + name, FN, axes | (args or {}), flags, **rest)
+
+
+def update(
+    name: str,
+    flags: str = "",
+    *,
+    batch: int = 4,
+    seqlen: int | None = None,
+    dim: int = 16,
+    width: int = 4,
+    slots: Any = "spread",
+    num_slots: Any = "fit",
+    state_len: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+    tail: int = 0,
+    counts: tuple[int, ...] | None = None,
+    options: dict[str, Any] | None = None,
+    args: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Case:
+    """A decode step. Defaults: four rows of one token (x has two axes), bfloat16, bias, no activation.
+
+    With `lengths` the rows are packed, with `counts` slots roll, by default as wide as counts and lengths need.
+    `args` are serving arguments as axes.
+    """
+    options = dict(options or {})
+    if lengths is not None:
+        batch = len(lengths)
+    longest = seqlen or 1 if lengths is None else max(lengths, default=0)
+    if counts is not None:
+        if lengths is not None:
+            options.setdefault("max_seqlen", longest)
+        if state_len is None:
+            state_len = max(width - 2 + max(longest, 1, *counts), 0)
+    slots = spread(batch) if slots == "spread" else slots
+    axes = {
+        "batch": batch, "seqlen": seqlen, "dim": dim, "width": width, "slots": slots,
+        "num_slots": 2 * batch + 2 if num_slots == "fit" else num_slots,
+        "state_len": width - 1 if state_len is None else state_len,
+    }  # fmt: skip
+    if lengths is not None:
+        axes |= {"lengths": lengths, "tail": tail}
+    if counts is not None:
+        axes["counts"] = counts
+    return _case("update/" + name, UPDATE, axes | (args or {}), flags, options=options, **rest)
+
+
+def commit(
+    name: str,
+    flags: str = "",
+    *,
+    steps: tuple[int, ...] = (0, 2, 1),
+    dim: int = 8,
+    width: int = 4,
+    slots: Any = "spread",
+    num_slots: int = 8,
+    state_len: int | None = None,
+    windows: tuple[int, int] = (6, 3),
+    buffers: tuple[int, ...] | None = (4, 0, 5),
+    **rest: Any,
+) -> Case:
+    """A commit of accepted steps. Defaults: three rows, bfloat16, permuted slots and buffers."""
+    axes = {
+        "dim": dim, "width": width, "slots": spread(len(steps)) if slots == "spread" else slots,
+        "num_slots": num_slots, "state_len": width - 1 if state_len is None else state_len,
+        "accepted_steps": steps, "window_out": windows, "window_indices": buffers,
+    }  # fmt: skip
+    return _case("commit/" + name, "commit_windows", axes, flags, **rest)
+
+
+def links(name: str, flags: str, next_token: Any, next_sibling: Any, **rest: Any) -> Case:
+    """A conversion of a draft tree's links to parents."""
+    axes = {"next_token": next_token, "next_sibling": next_sibling}
+    return _case("links/" + name, "tree_parents_from_links", axes, flags, **rest)
+
+
+def backward(
+    name: str,
+    flags: str = "",
+    *,
+    lengths: tuple[int, ...] = (1, 9, 2, 0, 17, 3, 1, 0, 4),
+    tail: int = 0,
+    dim: int = 8,
+    width: int = 4,
+    dense: bool = False,
+    dtype: str = "float32",
+    initial: bool = True,
+    final: bool = True,
+    dtypes: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Case:
+    """A backward pass. Defaults: short rows, float32, bias, SiLU, an initial state, a gradient of the final states."""
+    axes = {"lengths": lengths, "tail": tail, "dim": dim, "width": width, "dense": dense}
+    kinds = dict.fromkeys(("x", "weight", "bias"), dtype) | {"initial_states": dtype if initial else None}
+    kinds |= {"query_start_loc": None if dense else "int32"} | (dtypes or {})
+    kinds |= {"dout": kinds["x"], "dfinal_states": (kinds["initial_states"] or kinds["x"]) if final else None}
+    rest = {"activation": "silu", "group": "gradients"} | rest
+    return _case("backward/" + name, BACKWARD, axes, flags, dtypes=kinds, **rest)
+
+
+def _case(
+    name: str,
+    op: str,
+    axes: dict[str, Any],
+    flags: str,
+    *,
+    dtype: str = "bfloat16",
+    dtypes: dict[str, Any] | None = None,
+    bias: bool = True,
+    activation: str | None = None,
+    group: str = "",
+    tier: str = "full",
+    options: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Case:
+    kinds: dict[str, Any] = {}
+    if op in (FN, UPDATE):
+        kinds = dict.fromkeys(("x", "weight", "bias", "conv_states"), dtype) | {"cache_indices": "int32"}
+    if op == "commit_windows":
+        kinds = {"conv_states": dtype, "cache_indices": "int32"}
+    if "lengths" in axes:
+        kinds["query_start_loc"] = "int32"
+    if "counts" in axes:
+        kinds["num_accepted_tokens"] = "int32"
+    kinds |= {name: dtype for name in ("residual", "window_out") if name in axes}
+    kinds |= {name: "int32" for name in INTEGER_AXES if name in axes}
+    kinds |= dtypes or {}
+    if not bias:
+        kinds["bias"] = None
+    options = dict(options or {})
+    if activation:
+        options["activation"] = activation
+    return Case(
+        id=name,
+        op=op,
+        axes=axes,
+        dtypes=kinds,
+        options=options,
+        seed=zlib.crc32(name.encode()) % 1000,
+        flags=tuple(flags.split()),
+        tier=tier,
+        group=group or {FN: "prefill", UPDATE: "update"}.get(op, "speculation"),
+        **rest,
+    )
