@@ -200,7 +200,14 @@ def test_serving_is_opt_in(bad):
 
 def test_arrays_are_those_of_the_contract_in_its_order(bad):
     """One list a call: None where a case has none."""
-    patterns = ("update/width-4", "fn/seed", "fn/write-slots", "commit/steps", "links/tree", "backward/width-4")
+    patterns = (
+        "update/width-4",
+        "fn/seed",
+        "fn/write-slots",
+        "commit/steps",
+        "links/tree",
+        "backward/width-4",
+    )
     assert bad("SupportsAll", patterns).footer["counts"] == {"passed": len(patterns)}
     for op, record in contract.RECORDS.items():
         if op in OPS:
