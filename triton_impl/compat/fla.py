@@ -75,7 +75,7 @@ def causal_conv1d(
         raise Unsupported(f"cp_context: expected None, got {type(cp_context).__name__} (context parallelism)")
     ids = None
     if backend in ("cuda", "mix"):
-        _say_once(backend)
+        say_once(backend)
         ids = kwargs.get("seq_idx") if cu_seqlens is None else None
     elif backend != "triton":
         raise ValueError(f"backend: expected 'triton', 'cuda' or 'mix', got {backend!r}")
@@ -277,7 +277,7 @@ def _with_residual(y, residual, shape):
 
 
 @functools.cache
-def _say_once(backend):
+def say_once(backend):
     logging.getLogger("fla.twinconv").warning(
         "backend %r: expected 'triton'; the same kernels run in its place", backend
     )
