@@ -47,7 +47,11 @@ def flags(*values):
 
 def make(specification, device, seed):
     """The tensor or host value of a specification, the same on every device."""
-    if not isinstance(specification, tuple) or not specification or specification[0] not in ("floats", "ints"):
+    if (
+        not isinstance(specification, tuple)
+        or not specification
+        or specification[0] not in ("floats", "ints")
+    ):
         return specification
     kind, values, *rest = specification
     if kind == "ints":
