@@ -1,16 +1,32 @@
-"""Context parallel prefill: the packed tokens split over devices, equal parts, in order.
+"""The packed tokens split over devices, equal parts, in order: prefill, and the differentiable form for training.
 
-A device needs the last width-1 tokens before its part and nothing else, so only those travel, from neighbour to
-neighbour; a part shorter than width-1 is passed on as a whole. The convolution of the part does not wait for
-them: it runs at once with a wrong window where a row crosses the cut, and the first width-1 tokens are then
-computed again with the right one. Both are plain calls of the operation, so the bits are those of one device.
+Forward, a device needs the last width-1 tokens before its part and nothing else, so only those travel, from neighbour
+to neighbour; a part shorter than width-1 is passed on as a whole. Backward, it needs the first width-1 tokens after
+its part and their upstream gradient: from these it computes again what the later devices' outputs give to its own last
+tokens. So `dx` is summed in one place, in the order of one device, and rounded once; sending finished gradients back
+would add up rounded sums. It costs as many bytes as a float32 gradient would.
+
+The main kernel waits for neither. It runs at once, wrong at the cut, while what it lacks is on its way; the width-1
+tokens at the cut are then computed again and written over. All are plain calls of the operation, so the bits are
+those of one device.
 """
 
+import functools
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from oracle.contract import ConvOutput, check_causal_conv1d_fn, refuse_serving
-from pallas_impl import api, xla
+from oracle.contract import ConvOutput, check_causal_conv1d, check_causal_conv1d_fn
+from pallas_impl import api, backends, functional, xla
+from pallas_impl.config import cdiv
+from pallas_impl.prefill import COMPILER_PARAMS, check_grid
+from pallas_impl.taps import WARPGROUP
+
+TOGETHER = 8  # devices whose last tokens travel with the new windows in one sum
 
 
 def causal_conv1d_fn(
@@ -29,18 +45,6 @@ def causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    empty_rows="skip",
-    snapshot_indices=None,
-    snapshot_block_size=None,
-    num_computed_tokens=None,
-    track_indices=None,
-    track_lengths=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
 ):
     """`causal_conv1d_fn` inside `jax.shard_map`, with the tokens of x split over the mesh axis `axis_name`.
 
@@ -55,7 +59,6 @@ def causal_conv1d_fn(
       weight, bias, conv_states, cache_indices, has_initial_state, activation, pad_slot_id, max_seqlen, schedule,
         backend: as in `pallas_impl.causal_conv1d_fn`.
       validate: False; there is no data to read in a trace.
-      state_layout and what follows: their defaults; anything else is Unsupported.
 
     Returns:
       ConvOutput(out, conv_states): this device's part of `out`, and the whole new pool, both with the bits of the
@@ -64,18 +67,12 @@ def causal_conv1d_fn(
     Raises:
       ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d_fn`.
     """
-    refuse_serving(
-        f"tokens are split over {axis_name!r}", state_layout=state_layout, empty_rows=empty_rows,
-        cache_seqlens=cache_seqlens, write_indices=write_indices, snapshot_indices=snapshot_indices,
-        snapshot_block_size=snapshot_block_size, num_computed_tokens=num_computed_tokens,
-        track_indices=track_indices, track_lengths=track_lengths, residual=residual, channel_offset=channel_offset,
-        split_sizes=split_sizes,
-    )  # fmt: skip
     sizes = check_causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
         activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
         backend=backend, validate=validate,
     )  # fmt: skip
+    backend = backends.resolve(backend, x)
     tokens, history, batch = sizes.tokens, sizes.width - 1, sizes.batch
     begin = lax.axis_index(axis_name) * tokens
     offsets = xla.offsets(query_start_loc, lax.axis_size(axis_name) * tokens)
@@ -103,38 +100,282 @@ def causal_conv1d_fn(
 
     if tokens == 0 or history == 0 or batch == 0:
         return ConvOutput(convolve(tokens, windows, stateful), conv_states)
-    head = min(tokens, history)
-    out = convolve(tokens, windows, stateful & here) if head < tokens else None
-
     # Bits where the dtypes agree: XLA moves 16-bit floats through float32 on some backends. Else float32 holds both.
     same = windows.dtype == x.dtype
     as_entries = xla.to_bits if same else lambda a: a.astype(jnp.float32)
-    arrived = as_entries(x)
-    windows = as_entries(windows)
+    arrived, past = as_entries(x), as_entries(windows)
     entry = jnp.arange(history, dtype=jnp.int32)
+
+    def of_old(entries):
+        """The entries [batch, history] of the old windows ++ tokens, where those of the old windows are asked for."""
+        return jnp.take_along_axis(past, jnp.clip(entries, 0, history - 1)[:, :, None], axis=1)
+
+    # Entry i of a row's new window is entry `length + i` of its old window ++ its tokens. Whoever holds a token gives
+    # it, the first device what is old: one of all devices gives each entry, the others zero.
+    given = None
+    if slots is not None:
+        kept = (offsets[1:] - offsets[:-1])[:, None] + entry
+        place = offsets[1:, None] - history + entry - begin
+        old = (kept < history) & (lax.axis_index(axis_name) == 0)
+        given = jnp.where(old[:, :, None], of_old(kept), 0)
+        own = (kept >= history) & (place >= 0) & (place < tokens)
+        given = jnp.where(own[:, :, None], arrived[jnp.clip(place, 0, tokens - 1)], given)
+        given = given if same else xla.to_bits(given.astype(conv_states.dtype))
+
+    together = given is not None and lax.axis_size(axis_name) <= TOGETHER
+    sent = _send_together(given, x, history, axis_name) if together else _halo(arrived, history, axis_name)
+
+    head, out = min(tokens, history), None
+    if head < tokens:
+        out = convolve(tokens, windows, stateful & here)
+        out, sent, given = lax.optimization_barrier(
+            (out, sent, given)
+        )  # the kernel waits for nothing from afar
+    halo, told = _receive_together(sent, given, x, history, axis_name) if together else (sent, given)
+    halo = as_entries(halo) if together else halo
     # Entry i of a crossing row's window is entry `done + i` of its old window ++ its tokens before the cut.
-    done = jnp.where(here, 0, begin - offsets[:-1])[:, None]
-    old = jnp.take_along_axis(windows, jnp.minimum(done + entry, history - 1)[:, :, None], axis=1)
-    windows = jnp.where((done + entry < history)[:, :, None], old, _halo(arrived, history, axis_name))
-
-    at_cut = lax.bitcast_convert_type(windows, x.dtype) if same else windows
-    first = convolve(head, at_cut, stateful | ~here)
-    out = first if out is None else out.at[:head].set(first)
-    if slots is None:
+    done = jnp.where(here, 0, begin - offsets[:-1])[:, None] + entry
+    at_cut = jnp.where((done < history)[:, :, None], of_old(done), halo)
+    first = convolve(head, lax.bitcast_convert_type(at_cut, x.dtype) if same else at_cut, stateful | ~here)
+    out = first if out is None else overwrite(out, first, 0, backend)
+    if given is None:
         return ConvOutput(out, None)
-
-    # The device that holds a row's last token knows the row's new window and tells the others.
-    length = starts[1:] - starts[:-1]
-    source = length[:, None] + entry
-    kept = jnp.take_along_axis(windows, jnp.minimum(source, history - 1)[:, :, None], axis=1)
-    fresh = arrived[jnp.clip(starts[:-1, None] + source - history, 0, tokens - 1)]
-    new = jnp.where((source < history)[:, :, None], kept, fresh)
-    new = new if same else xla.to_bits(new.astype(conv_states.dtype))
-    ends_here = (length > 0) & (offsets[1:] <= begin + tokens)
-    told = jnp.where(ends_here[:, None, None], new, 0).astype(jnp.uint32)  # NCCL adds no 16-bit integers
-    new = lax.bitcast_convert_type(lax.psum(told, axis_name).astype(new.dtype), conv_states.dtype)
+    if not together:
+        told = lax.psum(given.astype(jnp.uint32), axis_name).astype(
+            given.dtype
+        )  # NCCL adds no 16-bit integers
+    new = lax.bitcast_convert_type(told, conv_states.dtype)
     written = jnp.where(offsets[1:] > offsets[:-1], slots, -1)
     return ConvOutput(out, xla.write_windows(conv_states, written, new))
+
+
+def causal_conv1d(
+    x,
+    weight,
+    bias,
+    query_start_loc,
+    *,
+    axis_name,
+    sum_weight_gradients=False,
+    activation=None,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+):
+    """`causal_conv1d` inside `jax.shard_map(..., check_vma=False)`, x split by tokens over the mesh axis `axis_name`.
+
+    Every argument but x is the whole of it, the same on every device of the axis. Rows begin with zeros: there are no
+    initial and final states here. Reverse-mode derivatives as those of `pallas_impl.causal_conv1d`.
+
+    `dweight` and `dbias` are sums over the tokens of this device's part, so that the gradient of a loss that is a
+    sum over devices is their sum over devices; see `sum_weight_gradients`.
+
+    Args:
+      x: [tokens / devices, dim]: this device's part of the packed tokens; float32, float16 or bfloat16. Rows may cross
+        the cuts, any number of them; where the tokens do not divide, let padding follow the last row.
+      weight: [dim, width]; bias: [dim] or None; any of the three dtypes; width 1 to 8.
+      query_start_loc: [batch+1] int32 or int64, offsets into the whole.
+      axis_name: the mesh axis.
+      sum_weight_gradients: False: dweight and dbias are this device's part, rounded to the dtype of weight and bias,
+        for whoever sums them: `jax.grad` outside `shard_map` does, for arguments that are not split. True, for
+        `jax.grad` inside `shard_map` alone: the sum over the devices, added in float32 in the order of the
+        axis and rounded once; the same bits on every device and in every run. It gathers [devices, dim, width+1]
+        float32. Outside, the sums would be added up once more.
+      activation, max_seqlen, schedule, backend: as in `pallas_impl.causal_conv1d`.
+
+    Returns:
+      [tokens / devices, dim]: this device's part of `out`, with the bits of one device. `dx` has them too, in the
+      kernels; in "xla" where the compiler does not fuse otherwise.
+
+    Raises:
+      ValueError: no `query_start_loc`.
+      ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d`.
+    """
+    if query_start_loc is None:
+        raise ValueError("query_start_loc: expected offsets into the whole, [batch+1], got None")
+    check_causal_conv1d(
+        x, weight, bias, None, query_start_loc,
+        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
+    )  # fmt: skip
+    options = _Options(
+        axis_name, bool(sum_weight_gradients), activation, max_seqlen, schedule, backends.resolve(backend, x)
+    )
+    return _convolve(options, x, weight, bias, query_start_loc)
+
+
+class _Options(NamedTuple):
+    axis_name: str
+    sum_weight_gradients: bool
+    activation: str | None
+    max_seqlen: int | None
+    schedule: str
+    backend: str
+
+    def of(self, count):
+        """The options of a plain call with `count` tokens: no row there is longer."""
+        longest = None if self.max_seqlen is None else min(self.max_seqlen, count)
+        return self.activation, longest, self.schedule, self.backend
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(options, x, weight, bias, query_start_loc):
+    return _forward(options, x, weight, bias, query_start_loc)[0]
+
+
+def _forward(options, x, weight, bias, query_start_loc):
+    """This device's part of `out`, and what the backward pass needs: the inputs and the tokens before the part."""
+    tokens, history = x.shape[0], weight.shape[1] - 1
+    begin, offsets = _place(options, x, query_start_loc)
+    starts = jnp.clip(offsets - begin, 0, tokens)
+
+    def convolve(count, windows):
+        activation, longest, schedule, backend = options.of(count)
+        stateful = None if windows is None else jnp.ones((windows.shape[0],), bool)
+        return api.causal_conv1d_fn(
+            x[:count], weight, bias, windows, jnp.minimum(starts, count), None, stateful,
+            activation=activation, max_seqlen=longest, schedule=schedule, backend=backend,
+        ).out  # fmt: skip
+
+    if not (tokens and history):
+        return convolve(tokens, None), (
+            x,
+            weight,
+            bias,
+            query_start_loc,
+            jnp.zeros((history, x.shape[1]), x.dtype),
+        )
+    halo, head, out = _halo(x, history, options.axis_name), min(tokens, history), None
+    if head < tokens:
+        out, halo = lax.optimization_barrier((convolve(tokens, None), halo))  # as in a prefill
+    first = convolve(head, _windows(halo, offsets, begin))
+    out = first if out is None else overwrite(out, first, 0, options.backend)
+    return out, (x, weight, bias, query_start_loc, halo)
+
+
+def _backward(options, residuals, dout):
+    x, weight, bias, query_start_loc, halo = residuals
+    tokens, history = x.shape[0], weight.shape[1] - 1
+    begin, offsets = _place(options, x, query_start_loc)
+    starts = jnp.clip(offsets - begin, 0, tokens)
+
+    after = None
+    if tokens and history:  # asked for before the main kernel starts, read after it
+        heads = jnp.concatenate([x[:history], dout[:history]], axis=1)
+        after = _halo(heads, history, options.axis_name, after=True)
+    # Float32 copies of weight and bias, which change no product, so that their gradients come unrounded.
+    precise = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
+    inputs = x, *precise, _windows(halo, offsets, begin), starts
+    dx, dweight, dbias, *_ = functional._differentiate(options.of(tokens), inputs, (dout, None))
+    if after is not None:
+        dx, after = lax.optimization_barrier((dx, after))
+        last = _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin)
+        dx = overwrite(dx, last, tokens - last.shape[0], options.backend)
+    if options.sum_weight_gradients:
+        dweight, dbias = (_sum_over_devices(part, options.axis_name) for part in (dweight, dbias))
+    return dx, dweight.astype(weight.dtype), None if bias is None else dbias.astype(bias.dtype), None
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _place(options, x, query_start_loc):
+    """Where this device's part begins in the whole, and the whole's offsets."""
+    tokens = x.shape[0]
+    whole = lax.axis_size(options.axis_name) * tokens
+    return lax.axis_index(options.axis_name) * tokens, xla.offsets(query_start_loc, whole)
+
+
+def _windows(halo, offsets, begin):
+    """[batch, width-1, dim]: the tokens before the cut that belong to the row that crosses it, zeros elsewhere."""
+    position = begin - halo.shape[0] + jnp.arange(halo.shape[0], dtype=jnp.int32)
+    crosses = (offsets[:-1] < begin) & (begin < offsets[1:])
+    own = crosses[:, None] & (offsets[:-1, None] <= position)
+    return jnp.where(own[:, :, None], halo, jnp.zeros_like(halo))
+
+
+def _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin):
+    """dx of the part's last tokens, at most width-1: a plain call over them, as many before and as many after.
+
+    g of a token reads the width-1 tokens before it, dx the width-1 values of g after it.
+    """
+    (tokens, dim), history = x.shape, halo.shape[0]
+    tail = min(tokens, history)
+    x_before = jnp.concatenate([halo, x[max(tokens - 2 * history, 0) :]])[-history - tail :]
+    x_around = jnp.concatenate([x_before, after[:, :dim]])
+    dout_around = jnp.concatenate([jnp.zeros_like(halo), dout[tokens - tail :], after[:, dim:]])
+    count = x_around.shape[0]
+    starts = jnp.clip(offsets - (begin + tokens - tail - history), 0, count)
+    inputs = x_around, weight, bias, None, starts
+    dx, *_ = functional._differentiate(options.of(count), inputs, (dout_around, None))
+    return dx[history : history + tail]
+
+
+def _sum_over_devices(part, axis_name):
+    """The sum of all devices' parts, added in the order of the axis; None stays None."""
+    if part is None:
+        return None
+    total, *rest = lax.all_gather(part, axis_name)
+    for other in rest:
+        total = total + other
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("first", "backend"))
+def overwrite(whole, rows, first, backend):
+    """`whole` [tokens, dim] with `rows` [count, dim] at token `first`, in its own memory where XLA owns it.
+
+    XLA (0.11 and 0.12) makes one fusion of a kernel and a slice that is written into its result, and refuses it then:
+    "DUS target must be a fusion parameter". So a kernel writes into a kernel's result.
+    """
+    (tokens, dim), count = whole.shape, rows.shape[0]
+    size = count * dim
+    if backend == "xla" or not size:
+        return whole.at[first : first + count].set(rows)
+    if size < WARPGROUP:  # there is no register of fewer channels
+        padded = jnp.pad(rows, ((first, tokens - first - count), (0, 0)))
+        token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+        return jnp.where((token >= first) & (token < first + count), padded, whole)
+    flat = jax.new_ref(whole.reshape(-1), memory_space=plgpu.GMEM)
+
+    def kernel(rows, flat):
+        place = jnp.minimum(lax.axis_index("program") * WARPGROUP, size - WARPGROUP)
+        flat[pl.ds(place + first * dim, WARPGROUP)] = rows[pl.ds(place, WARPGROUP)]
+
+    pl.kernel(
+        kernel,
+        out_type=(),
+        mesh=plgpu.Mesh(grid=(check_grid(cdiv(size, WARPGROUP)),), grid_names=("program",)),
+        compiler_params=COMPILER_PARAMS,
+        interpret=backends.interpreter(backend == "mosaic_gpu_interpret"),
+        name="causal_conv1d_overwrite",
+    )(rows.reshape(-1), flat)
+    return jax.freeze(flat).reshape(whole.shape)
+
+
+def _send_together(given, x, history, axis_name):
+    """The sum over the devices of `given`, and behind it each device's last tokens in a place of their own.
+
+    XLA keeps one collective under way at a time, so that the main kernel would hide the exchange of the halo alone.
+    Over many devices these are too many bytes.
+    """
+    device = jnp.arange(lax.axis_size(axis_name), dtype=jnp.int32)[:, None, None]
+    last = xla.to_bits(x[x.shape[0] - min(x.shape[0], history) :])
+    last = jnp.where(device == lax.axis_index(axis_name), last, 0)
+    flat = [
+        bits.reshape(-1, x.shape[1]).astype(jnp.uint32) for bits in (given, last)
+    ]  # NCCL adds no 16-bit integers
+    return lax.psum(jnp.concatenate(flat), axis_name)
+
+
+def _receive_together(told, given, x, history, axis_name):
+    """(the tokens before this part as `_halo` gives them, the sum of `given`) of what was sent together."""
+    count = given.shape[0] * history
+    place = (
+        lax.axis_index(axis_name) * min(x.shape[0], history) - history + jnp.arange(history, dtype=jnp.int32)
+    )
+    halo = jnp.where((place >= 0)[:, None], told[count + jnp.maximum(place, 0)], 0)
+    halo = lax.bitcast_convert_type(halo.astype(xla.to_bits(x).dtype), x.dtype)
+    return halo, told[:count].reshape(given.shape).astype(given.dtype)
 
 
 def _halo(x, history, axis_name, after=False):

@@ -21,6 +21,7 @@ Arrays placed as `shardings` says stay where they are; others are moved there fi
 """
 
 import functools
+import inspect
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -42,24 +43,7 @@ def causal_conv1d_fn(
     channel_axis=None,
     batch_axis=None,
     token_axis=None,
-    activation=None,
-    pad_slot_id=-1,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    empty_rows="skip",
-    snapshot_indices=None,
-    snapshot_block_size=None,
-    num_computed_tokens=None,
-    track_indices=None,
-    track_lengths=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
+    **options,
 ):
     """`causal_conv1d_fn` with its arguments split over `mesh`; works in and outside `jit`.
 
@@ -74,12 +58,10 @@ def causal_conv1d_fn(
       batch_axis: mesh axis that splits sequences, with their tokens and slots, or None.
       token_axis: mesh axis that splits the tokens of a batch into equal parts, wherever rows begin, or None
         (see `pallas_impl.context_parallel`).
-      activation, pad_slot_id, max_seqlen, schedule, backend: as in `pallas_impl.causal_conv1d_fn`; a kernel
-        asked for by "auto" is the default device's.
-      validate: False; there is no data to read in a trace.
-      state_layout and what follows: as in `pallas_impl.causal_conv1d_fn`; arrays with an entry a row are split with
-        the rows, and slots count from the device's own part of the pool. Not with `token_axis`; `channel_offset`
-        and `split_sizes` not with `channel_axis`.
+      **options: the keyword arguments of `pallas_impl.causal_conv1d_fn`. Arrays with an entry a row are split with the
+        rows, and slots count from the device's own part of the pool. A kernel asked for by backend "auto" is the
+        default device's. Not `validate`, for there is no data to read in a trace; not the serving arguments
+        (`state_layout` and what follows) with `token_axis`; not `channel_offset` and `split_sizes` with `channel_axis`.
 
     Returns:
       ConvOutput(out, conv_states), split as x and conv_states are.
@@ -88,23 +70,17 @@ def causal_conv1d_fn(
       ValueError: an axis that the mesh lacks or that is named twice, a size that it does not divide.
       ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d_fn`, which sees the parts.
     """
+    call = _bind(
+        api.causal_conv1d_fn,
+        (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state),
+        options,
+    )
+    _check_channels(channel_axis, call)
     operation = api.causal_conv1d_fn
     if token_axis is not None:
         operation = functools.partial(context_parallel.causal_conv1d_fn, axis_name=token_axis)
-    operation = functools.partial(
-        operation, activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen,
-        schedule=schedule, backend=backend, validate=validate, state_layout=state_layout, empty_rows=empty_rows,
-        snapshot_block_size=snapshot_block_size, channel_offset=channel_offset, split_sizes=split_sizes,
-    )  # fmt: skip
-    _check_channels(channel_axis, channel_offset, split_sizes)
-    arguments = dict(
-        x=x, weight=weight, bias=bias, conv_states=conv_states, query_start_loc=query_start_loc,
-        cache_indices=cache_indices, has_initial_state=has_initial_state, cache_seqlens=cache_seqlens,
-        write_indices=write_indices, snapshot_indices=snapshot_indices, num_computed_tokens=num_computed_tokens,
-        track_indices=track_indices, track_lengths=track_lengths, residual=residual,
-    )  # fmt: skip
-    specs = partition_specs(channel_axis, batch_axis, token_axis)
-    return _split(operation, arguments, mesh, specs, split_sizes)
+        call = _only_of(context_parallel.causal_conv1d_fn, call, f"tokens are split over {token_axis!r}")
+    return _split(operation, call, mesh, partition_specs(channel_axis, batch_axis, token_axis))
 
 
 def causal_conv1d_update(
@@ -117,36 +93,16 @@ def causal_conv1d_update(
     mesh,
     channel_axis=None,
     batch_axis=None,
-    query_start_loc=None,
-    num_accepted_tokens=None,
-    max_seqlen=None,
-    activation=None,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    track_indices=None,
-    window_out=None,
-    window_indices=None,
-    commit=True,
-    tree_parents=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
+    **options,
 ):
     """`causal_conv1d_update` with its arguments split over `mesh`; works in and outside `jit`.
 
     Args:
       x, weight, bias, conv_states, cache_indices: as in `pallas_impl.causal_conv1d_update`, split as in
         `causal_conv1d_fn` above: with `batch_axis` a device's rows use the slots of its own part of the pool.
-      query_start_loc: as in `pallas_impl.causal_conv1d_update`; None with `batch_axis`, since packed rows have
-        no equal parts.
-      num_accepted_tokens, max_seqlen: as in `pallas_impl.causal_conv1d_update`.
-      mesh, channel_axis, batch_axis, activation, pad_slot_id, backend, validate: as above.
-      state_layout and what follows: as in `pallas_impl.causal_conv1d_update` and above; `window_out` is split along
-        its buffers and channels.
+      mesh, channel_axis, batch_axis: as above.
+      **options: the keyword arguments of `pallas_impl.causal_conv1d_update`, as above. `query_start_loc` is None with
+        `batch_axis`, since packed rows have no equal parts; `window_out` is split along its buffers and channels.
 
     Returns:
       ConvOutput(out, conv_states) or ConvWindowOutput, split as x, conv_states and window_out are.
@@ -154,34 +110,18 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn` above.
     """
-    options = dict(
-        max_seqlen=max_seqlen,
-        activation=activation,
-        pad_slot_id=pad_slot_id,
-        backend=backend,
-        validate=validate,
-        state_layout=state_layout,
-        commit=commit,
-        channel_offset=channel_offset,
-        split_sizes=split_sizes,
-    )
-    arguments = dict(
-        x=x, weight=weight, bias=bias, conv_states=conv_states, cache_indices=cache_indices,
-        query_start_loc=query_start_loc, num_accepted_tokens=num_accepted_tokens, cache_seqlens=cache_seqlens,
-        write_indices=write_indices, track_indices=track_indices, window_out=window_out,
-        window_indices=window_indices, tree_parents=tree_parents, residual=residual,
-    )  # fmt: skip
-    _check_channels(channel_axis, channel_offset, split_sizes)
-    check_causal_conv1d_update(**arguments, **options)
-    if query_start_loc is not None and batch_axis is not None:
+    call = _bind(api.causal_conv1d_update, (x, weight, bias, conv_states, cache_indices), options)
+    _check_channels(channel_axis, call)
+    check_causal_conv1d_update(**call)
+    if call["query_start_loc"] is not None and batch_axis is not None:
         raise ValueError(
             f"query_start_loc: expected None, since batch_axis is {batch_axis!r} and packed rows have no equal parts, "
-            f"got shape {list(query_start_loc.shape)}"
+            f"got shape {list(call['query_start_loc'].shape)}"
         )
     specs = partition_specs(channel_axis, batch_axis)
     if len(x.shape) == 3:
         specs["x"] = specs["out"] = specs["residual"] = PartitionSpec(batch_axis, None, channel_axis)
-    return _split(functools.partial(api.causal_conv1d_update, **options), arguments, mesh, specs, split_sizes)
+    return _split(api.causal_conv1d_update, call, mesh, specs)
 
 
 def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
@@ -219,18 +159,36 @@ def shardings(mesh, channel_axis=None, batch_axis=None, token_axis=None):
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
-def _check_channels(channel_axis, channel_offset, split_sizes):
-    for name, value in (("channel_offset", channel_offset), ("split_sizes", split_sizes)):
-        if value is not None and channel_axis is not None:
+def _bind(operation, arguments, options):
+    """All arguments of an operation by name, defaults filled in; TypeError for one that it does not know."""
+    bound = inspect.signature(operation).bind(*arguments, **options)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _only_of(operation, call, why):
+    """Those arguments of a call that `operation` takes; Unsupported if another one is not its default."""
+    known = inspect.signature(operation).parameters
+    for name, value in call.items():
+        default = inspect.signature(api.causal_conv1d_fn).parameters[name].default
+        if name not in known and value is not default and not (isinstance(value, str) and value == default):
+            raise Unsupported(f"{name}: expected its default, since {why}")
+    return {name: value for name, value in call.items() if name in known}
+
+
+def _check_channels(channel_axis, call):
+    for name in ("channel_offset", "split_sizes"):
+        if call[name] is not None and channel_axis is not None:
             raise Unsupported(
                 f"{name}: expected None, since channel_axis is {channel_axis!r} and a device has a part of all "
-                f"channels, got {value!r}"
+                f"channels, got {call[name]!r}"
             )
 
 
-def _split(operation, arguments, mesh, specs, split_sizes):
-    """Runs `operation(**arguments)` on every device's part; absent arguments stay absent."""
-    arguments = {name: array for name, array in arguments.items() if array is not None}
+def _split(operation, call, mesh, specs):
+    """Runs `operation` on every device's part of the call's arrays, those that `specs` names."""
+    arguments = {name: value for name, value in call.items() if name in specs and value is not None}
+    options = {name: value for name, value in call.items() if name not in specs}
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     _check_specs(arguments, mesh, specs)
     if AxisType.Explicit in mesh.axis_types:  # there a mismatch is an error, elsewhere JAX moves the array
@@ -238,9 +196,11 @@ def _split(operation, arguments, mesh, specs, split_sizes):
     names = tuple(arguments)
 
     def run(*parts):
-        result = operation(**{"bias": None, "conv_states": None, **dict(zip(names, parts, strict=True))})
+        given = dict(zip(names, parts, strict=True))
+        result = operation(**{"bias": None, "conv_states": None} | given | options)
         return tuple(value for value in result if value is not None)
 
+    split_sizes = call.get("split_sizes")
     out = specs["out"] if split_sizes is None else (specs["out"],) * len(split_sizes)
     states = tuple(specs[name] for name in ("conv_states", "window_out") if name in arguments)
     result = jax.shard_map(

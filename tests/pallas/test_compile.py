@@ -4,6 +4,7 @@ Skipped elsewhere: `make test-compile` makes such an environment. Lowering for C
 tested in test_lowering.py.
 """
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import pallas_impl
+from pallas_impl import context_parallel, sharding
 
 PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
 pytestmark = [
@@ -123,3 +126,64 @@ def test_widths_and_dtypes(compiled, width, dtype):
 def test_dims_that_no_block_divides(compiled, dim):
     check(*prefill(compiled, 4096, dim, 4), 80, 11 * 3 * dim * 2)
     check(*update(compiled, 32, dim), 64, 35 * 3 * dim * 2)
+
+
+@pytest.fixture(scope="module")
+def two_h100s():
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x2").devices
+    return jax.sharding.Mesh(np.array(devices), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def compiled_order(executable):
+    """The kernels, collectives and copies of a compiled program in their order; of a kernel what it is for."""
+    found = []
+    for line in executable.as_text().split("ENTRY")[1].splitlines():
+        if kernel := re.search(r" custom-call\(.*\bcausal_conv1d_(\w+)/mpmd_map", line):
+            found.append(kernel[1])
+        elif other := re.search(r" ((?:all|collective|reduce)-[\w-]+|copy|scatter)\(", line):
+            found.append(other[1])
+    return found
+
+
+def test_tokens_over_two_gpus(two_h100s):
+    """XLA takes the program; what travels is under way while the kernel of the whole part runs; no copies."""
+    where = sharding.shardings(two_h100s, token_axis="d")
+    kinds = dict(
+        x=((8192, 4096), "bfloat16"), weight=((4096, 4), "bfloat16"), bias=((4096,), "bfloat16"),
+        conv_states=((9, 3, 4096), "bfloat16"), query_start_loc=((5,), "int32"), cache_indices=((4,), "int32"),
+        has_initial_state=((4,), bool),
+    )  # fmt: skip
+    shapes = {name: jax.ShapeDtypeStruct(*kind, sharding=where[name]) for name, kind in kinds.items()}
+    split = functools.partial(
+        sharding.causal_conv1d_fn, mesh=two_h100s, token_axis="d", activation="silu", backend="mosaic_gpu"
+    )
+    traced = jax.jit(split, donate_argnames="conv_states").trace(**shapes)
+    order = compiled_order(traced.lower(lowering_platforms=("cuda",)).compile())
+    # The kernel of the tokens at the cut, before "overwrite", is in a fusion that reads its slice of x in place.
+    assert order == ["all-reduce-start", "prefill", "all-reduce-done", "overwrite"]
+
+
+def test_training_over_two_gpus(two_h100s):
+    def step(x, weight, starts, dout):
+        split = jax.shard_map(
+            lambda x, weight, starts: context_parallel.causal_conv1d(
+                x, weight, None, starts, axis_name="d", activation="silu", backend="mosaic_gpu"
+            ),
+            mesh=two_h100s, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=False,
+        )  # fmt: skip
+        out, pull = jax.vjp(lambda x, weight: split(x, weight, starts), x, weight)
+        return out, *pull(dout)
+
+    kinds = [((8192, 4096), "bfloat16", P("d")), ((4096, 4), "bfloat16", P()), ((5,), "int32", P())]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(two_h100s, spec))
+        for shape, dtype, spec in (*kinds, kinds[0])
+    ]
+    order = compiled_order(jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",)).compile())
+    # Not seen: the small kernels of dx at the cut, which are in fusions with their slices.
+    assert order[:4] == ["collective-permute-start", "prefill", "collective-permute-done", "backward"]
+    assert order[4:6] == ["collective-permute-start", "backward_sums"]
+    assert "overwrite" in order
+    assert "copy" not in order

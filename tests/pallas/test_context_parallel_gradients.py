@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_impl
 from oracle.numerics import TypedArray
-from pallas_impl import context_parallel, context_parallel_functional
-from pallas_impl.context_parallel_functional import causal_conv1d
+from pallas_impl import context_parallel
+from pallas_impl.context_parallel import causal_conv1d
 from tests.tools.context_parallel_cases import build, cases, judge
+from tests.tools.kernel_results import written_into_kernels
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
     jax.config.update("jax_num_cpu_devices", 8)
@@ -145,15 +146,12 @@ def only_the_next(real, x, history, axis, after=False):
     return found.at[len(x) :].set(0) if after else found
 
 
-def rounded_twice(real, options, dout, x, *rest):
+def rounded_twice(real, options, dout, x, weight, bias, offsets, halo, after, begin):
     """Finished gradients added: of this device's outputs, and of the later ones', each rounded."""
-    halo = context_parallel._halo
-    try:
-        context_parallel._halo = lambda x, *a, **k: halo(x, *a, **k).at[:, x.shape[1] // 2 :].set(0)
-        alone = real(options, dout, x, *rest)
-    finally:
-        context_parallel._halo = halo
-    return alone + real(options, dout.at[-len(alone) :].set(0), x, *rest)
+    no_upstream = after.at[:, x.shape[1] :].set(0)
+    alone = real(options, dout, x, weight, bias, offsets, halo, no_upstream, begin)
+    dout = dout.at[-len(alone) :].set(0)
+    return alone + real(options, dout, x, weight, bias, offsets, halo, after, begin)
 
 
 def in_own_order(real, part, axis):
@@ -168,17 +166,17 @@ MUTANTS = {
         lambda real, x, history, axis, after=False: real(x, history, axis, after) * (not after), "x: ",
     ),
     "finished gradients are added, rounded twice": (
-        "short parts bf16", context_parallel_functional, "_last_dx", rounded_twice, "bits of dx",
+        "short parts bf16", context_parallel, "_last_dx", rounded_twice, "bits of dx",
     ),
     "the row before the cut is seen": (
-        "short rows", context_parallel_functional, "_windows",
+        "short rows", context_parallel, "_windows",
         lambda real, halo, offsets, begin: jnp.broadcast_to(halo, (len(offsets) - 1, *halo.shape)), "out",
     ),
     "every device sums in an order of its own": (
-        "long", context_parallel_functional, "_sum_over_devices", in_own_order, "weight of device",
+        "long", context_parallel, "_sum_over_devices", in_own_order, "weight of device",
     ),
     "parts are rounded before they are added": (
-        "long", context_parallel_functional, "_sum_over_devices",
+        "long", context_parallel, "_sum_over_devices",
         lambda real, part, axis: real(part.astype(jnp.bfloat16).astype(part.dtype), axis), "weight: ",
     ),
 }  # fmt: skip
@@ -227,10 +225,26 @@ def test_kernels_lower_for_cuda():
         jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
         for (shape, dtype), spec in zip([*kinds, kinds[0]], specs, strict=True)
     ]
-    text = jax.jit(mapped).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    lowered = jax.jit(mapped).trace(*shapes).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
     sent = re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text)
     assert sent == ["collective_permute"] * 2
     assert text.count("causal_conv1d_backward") >= 2
+    assert written_into_kernels(lowered) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((7, 128), 3), ((5, 65), 2), ((4, 3), 2), ((3, 130), 1)], ids=str
+)
+def test_rows_written_over(shape, count):
+    """The kernel that writes rows into another kernel's result, at either end; few channels take another way."""
+    whole = jnp.arange(np.prod(shape), dtype=jnp.bfloat16).reshape(shape)
+    rows = -1 - jnp.arange(count * shape[1], dtype=jnp.bfloat16).reshape(count, -1)
+    for first in (0, shape[0] - count):
+        wanted = whole.at[first : first + count].set(rows)
+        for backend in ("mosaic_gpu_interpret", "xla"):
+            got = context_parallel.overwrite(whole, rows, first, backend)
+            np.testing.assert_array_equal(got, wanted)
 
 
 def test_bad_arguments():

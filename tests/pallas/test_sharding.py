@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 import pallas_impl
 from oracle.contract import Unsupported
 from pallas_impl import context_parallel, sharding
+from tests.tools.kernel_results import written_into_kernels
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
     jax.config.update("jax_num_cpu_devices", 8)
@@ -256,33 +257,46 @@ def test_tokens_channels_and_sequences():
     assert same_bits(got.conv_states, np.concatenate([w.conv_states for w in wanted]))
 
 
-def test_only_the_halo_and_the_windows_travel():
-    """Sizes of what is sent: width-1 tokens to the neighbour, the rows' windows to all; never x, never the pool."""
-    mesh = make_mesh((8,), ("context",))
-    arguments = draw(5, [100, 28], 128, 64, 4, extra=30)
-    placed = place(arguments, mesh, token_axis="context")
-    split = jitted(sharding.causal_conv1d_fn, mesh=mesh, token_axis="context")
+def sent_sizes(split, placed):
+    """What each kind of collective sends, in elements."""
     sent = {}
     for line in split.lower(**placed).compile().as_text().splitlines():
         if found := re.search(r"= \(?\w+\[([\d,]*)\].* (" + COLLECTIVE.pattern + r")(-start)?\(", line):
-            sent.setdefault(found[2], []).append(tuple(int(n) for n in found[1].split(",")))
-    assert sent.pop("collective-permute") == [(3, 64)]
-    (windows,) = sent.pop("all-reduce")
-    assert np.prod(windows) == 2 * 3 * 64
-    assert sent == {}
+            sent.setdefault(found[2], []).append(int(np.prod([int(n) for n in found[1].split(",")])))
+    return sent
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda real, x, history, axis: jnp.zeros((history, x.shape[1]), x.dtype),
-        lambda real, x, history, axis: real(x, history, axis)[::-1],
-    ],
-    ids=["no halo", "newest first"],
-)
-def test_a_wrong_halo_is_seen(monkeypatch, damage):
-    real = context_parallel._halo
-    monkeypatch.setattr(context_parallel, "_halo", functools.partial(damage, real))
+@pytest.mark.parametrize("together", [True, False])
+def test_only_the_halo_and_the_windows_travel(together, monkeypatch):
+    """Sizes of what is sent: the rows' windows to all, width-1 tokens with them or to the neighbour; never x or the pool."""
+    monkeypatch.setattr(context_parallel, "TOGETHER", 8 if together else 7)
+    mesh = make_mesh((8,), ("context",))
+    arguments = draw(5, [100, 28], 128, 64, 4, extra=30)
+    placed = place(arguments, mesh, token_axis="context")
+    split = jax.jit(functools.partial(sharding.causal_conv1d_fn, mesh=mesh, token_axis="context"))
+    windows, halo = 2 * 3 * 64, 3 * 64
+    wanted = {"all-reduce": [windows + 8 * halo]}
+    if not together:
+        wanted = {"all-reduce": [windows], "collective-permute": [halo]}
+    assert sent_sizes(split, placed) == wanted
+    wanted, got = pallas_impl.causal_conv1d_fn(**arguments), split(**placed)
+    assert same_bits(got.out, wanted.out)
+    assert same_bits(got.conv_states, wanted.conv_states)
+
+
+def damaged(damage, real, *arguments):
+    """The result with its first part, the tokens before the cut, damaged."""
+    found = real(*arguments)
+    return (damage(found[0]), *found[1:]) if isinstance(found, tuple) else damage(found)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("damage", [jnp.zeros_like, lambda halo: halo[::-1]], ids=["no halo", "newest first"])
+def test_a_wrong_halo_is_seen(monkeypatch, damage, together):
+    monkeypatch.setattr(context_parallel, "TOGETHER", 8 if together else 7)
+    name = "_receive_together" if together else "_halo"
+    real = getattr(context_parallel, name)
+    monkeypatch.setattr(context_parallel, name, functools.partial(damaged, damage, real))
     arguments = draw(3, [19, 0, 5, 32, 3], 64, 24, 4)
     mesh = make_mesh((8,), ("context",))
     wanted = pallas_impl.causal_conv1d_fn(**arguments)
@@ -308,8 +322,9 @@ def test_kernels_lower_for_cuda(axes):
     )
     text = lowered.as_text()
     sent = sorted(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text))
-    assert sent == (["all_reduce", "collective_permute"] if "token_axis" in axes else [])
-    assert text.count("custom_call @mosaic_gpu") == (2 if "token_axis" in axes else 1)
+    assert sent == (["all_reduce"] if "token_axis" in axes else [])
+    assert text.count("custom_call @mosaic_gpu") == (3 if "token_axis" in axes else 1)
+    assert written_into_kernels(lowered) == []
     assert re.search(r"tf.aliasing_output|jax.buffer_donor", text)
 
 
@@ -331,16 +346,31 @@ def test_bad_arguments():
         split(token_axis="model", schedule="best")
 
 
+@pytest.mark.parametrize("function", [sharding.causal_conv1d_fn, sharding.causal_conv1d_update])
+def test_an_argument_that_the_operation_does_not_know(function):
+    mesh = make_mesh((8,), ("model",))
+    arguments = draw(0, LENGTHS, 40, 48, 4)
+    names = ("x", "weight", "bias", "conv_states", "cache_indices")
+    arguments = {
+        name: arguments[name]
+        for name in inspect.signature(function).parameters
+        if name in names or name == "query_start_loc"
+    }
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chunk_size'"):
+        function(**arguments, mesh=mesh, chunk_size=64)
+
+
 @pytest.mark.parametrize(
-    ("function", "added"),
+    ("split", "plain", "added"),
     [
-        (sharding.causal_conv1d_fn, {"mesh", "channel_axis", "batch_axis", "token_axis"}),
-        (sharding.causal_conv1d_update, {"mesh", "channel_axis", "batch_axis"}),
-        (context_parallel.causal_conv1d_fn, {"axis_name"}),
+        (context_parallel.causal_conv1d_fn, pallas_impl.causal_conv1d_fn, {"axis_name"}),
+        (sharding.causal_conv1d_fn, pallas_impl.causal_conv1d_fn, {"mesh", "channel_axis", "batch_axis", "token_axis", "options"}),
+        (sharding.causal_conv1d_update, pallas_impl.causal_conv1d_update, {"mesh", "channel_axis", "batch_axis", "options"}),
     ],
-)
-def test_signatures_add_the_mesh(function, added):
-    plain = dict(inspect.signature(getattr(pallas_impl, function.__name__)).parameters)
-    split = dict(inspect.signature(function).parameters)
+)  # fmt: skip
+def test_signatures_add_the_mesh(split, plain, added):
+    plain, split = (dict(inspect.signature(f).parameters) for f in (plain, split))
     assert split.keys() - plain.keys() == added
-    assert {name: split[name] for name in plain} == plain
+    assert {name: split[name] for name in split.keys() & plain.keys()} == {
+        name: plain[name] for name in split.keys() & plain.keys()
+    }
