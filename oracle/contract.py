@@ -29,15 +29,28 @@ Other slots. `write_indices` names the slot that receives a row's new state (Non
 row whose write slot is `pad_slot_id` or out of range stores nothing. "front" writes the window's columns of
 that slot, "back" and "ring" all of them, a rolling step all that it keeps. `snapshot_indices` and
 `track_indices` name further slots that receive one window each.
+
+Index data. An integer is what its dtype says, also a uint64 from 2**63 on: as a slot it is out of range, as a
+count, counter or parent the nearest in range counts. Nothing in the data can make a call touch other memory.
+
+Host integers. An argument that is one takes whatever `operator.index` takes, NumPy's integers among it, but no
+bool, and no array of any library: reading one may wait for a device, so it is refused unread. Implementations get
+plain ints (`normalised`). A size may be a symbol of a tracer (`torch.SymInt`, a dimension of `jax.export`): equal
+sizes must then be the same symbol, while an inequality that is not known is taken to hold, so that no trace is
+specialised by a check. `pad_slot_id` may be any integer; one that no slot can have marks none.
+
+Memory. An array that a call updates shares none with another argument, nor with itself (`check_memory`).
 """
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
 
-from oracle import contract_values
+from oracle import contract_memory, contract_values
+from oracle.contract_memory import Memory
 
 CONTRACT_VERSION = 1
 
@@ -265,7 +278,7 @@ class FnCall(NamedTuple):
         if self.channel_offset is not None:
             dim = _check_channels(dim, self.weight, self.channel_offset)
         _dtype("x", self.x, FLOAT_DTYPES)
-        width = _check_weight(self.weight, self.bias, dim)
+        width = _check_weight(self.x, self.weight, self.bias, dim)
         pooled = self.conv_states is not None
         num_slots, state_len = _check_pool(self.conv_states, dim, width) if pooled else (0, 0)
         batch = _check_offsets(self.query_start_loc)
@@ -286,8 +299,7 @@ class FnCall(NamedTuple):
         _check_layout(self.state_layout, self.cache_seqlens, batch)
         if self.write_indices is not None:
             _check_integers("write_indices", self.write_indices, batch)
-        if self.empty_rows not in EMPTY_ROWS:
-            raise ValueError(f"empty_rows: expected one of {EMPTY_ROWS}, got {self.empty_rows!r}")
+        _check_choice("empty_rows", self.empty_rows, EMPTY_ROWS)
         self._check_snapshots(batch)
         if self.track_indices is not None:
             _check_track(self.track_indices, self.state_layout, batch)
@@ -320,7 +332,7 @@ class FnCall(NamedTuple):
             raise ValueError(
                 "snapshot_block_size: expected an integer, since snapshot_indices is given, got None"
             )
-        if _host_int("snapshot_block_size", self.snapshot_block_size) < 1:
+        if _below(_host_int("snapshot_block_size", self.snapshot_block_size), 1):
             raise ValueError(f"snapshot_block_size: expected an integer >= 1, got {self.snapshot_block_size}")
         if self.num_computed_tokens is not None:
             _check_integers("num_computed_tokens", self.num_computed_tokens, batch)
@@ -413,16 +425,16 @@ class UpdateCall(NamedTuple):
         elif len(shape) == 3:
             batch, seqlen, dim = shape
             tokens = batch * seqlen
-            if dim < 1:
+            if _below(dim, 1):
                 raise ValueError(f"x: expected shape [batch, seqlen, dim] with dim >= 1, got {list(shape)}")
         else:
             raise ValueError(f"x: expected shape [batch, dim] or [batch, seqlen, dim], got {list(shape)}")
-        if dim < 1:
+        if _below(dim, 1):
             raise ValueError(f"x: expected dim >= 1, got shape {list(shape)}")
         if self.channel_offset is not None:
             dim = _check_channels(dim, self.weight, self.channel_offset)
         _dtype("x", self.x, FLOAT_DTYPES)
-        width = _check_weight(self.weight, self.bias, dim)
+        width = _check_weight(self.x, self.weight, self.bias, dim)
         if self.conv_states is None:
             raise ValueError(
                 "conv_states: expected shape [num_slots, state_len, dim], got None "
@@ -432,11 +444,9 @@ class UpdateCall(NamedTuple):
         _check_indices(self.cache_indices, batch, num_slots, True)
         if self.max_seqlen is not None:
             if self.query_start_loc is None:
-                raise ValueError(
-                    f"max_seqlen: expected None, since query_start_loc is None, got {self.max_seqlen!r}"
-                )
-            if _host_int("max_seqlen", self.max_seqlen) < 0:
-                raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {self.max_seqlen}")
+                got = _shown(self.max_seqlen)
+                raise ValueError(f"max_seqlen: expected None, since query_start_loc is None, got {got}")
+            _check_max_seqlen(self.max_seqlen)
         if self.num_accepted_tokens is not None:
             _shape("num_accepted_tokens", self.num_accepted_tokens, ("batch",), (batch,))
             _dtype("num_accepted_tokens", self.num_accepted_tokens, INDEX_DTYPES)
@@ -446,7 +456,7 @@ class UpdateCall(NamedTuple):
                     "max_seqlen: expected an integer, since query_start_loc and num_accepted_tokens are given "
                     "(a slot must be wide enough for the longest row), got None"
                 )
-            if width > 1 and state_len < width - 2 + longest:
+            if not _below(width, 2) and _below(state_len, width - 2 + longest):
                 raise ValueError(
                     f"conv_states: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 1 for "
                     f"rows of up to {longest} tokens with num_accepted_tokens, got {state_len}"
@@ -471,8 +481,11 @@ class UpdateCall(NamedTuple):
             _check_window_out(self.window_out, self.window_indices, batch, width, dim, longest)
         elif self.window_indices is not None:
             raise ValueError("window_indices: expected None, since window_out is None")
-        if self.commit is not True:
-            _check_no_commit(self.commit, self.write_indices, self.track_indices)
+        _check_flag("commit", self.commit)
+        if not self.commit:
+            for name in ("write_indices", "track_indices"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected None, since commit is False and no slot is written")
         if self.num_accepted_tokens is not None and (self.window_out is not None or not self.commit):
             other = "commit is False" if self.window_out is None else "window_out is given"
             raise ValueError(f"num_accepted_tokens: expected None, since {other}")
@@ -613,7 +626,7 @@ class RowsCall(NamedTuple):
         """
         if self.query_start_loc is None:
             shape = _shape_of("x", self.x)
-            if len(shape) != 3 or shape[2] < 1:
+            if len(shape) != 3 or _below(shape[2], 1):
                 raise ValueError(
                     "x: expected shape [batch, seqlen, dim] with dim >= 1, since query_start_loc is None, "
                     f"got {list(shape)}"
@@ -624,7 +637,7 @@ class RowsCall(NamedTuple):
             tokens, dim = _shape("x", self.x, ("tokens", "dim"))
             batch = _check_offsets(self.query_start_loc)
         _dtype("x", self.x, FLOAT_DTYPES)
-        width = _check_weight(self.weight, self.bias, dim)
+        width = _check_weight(self.x, self.weight, self.bias, dim)
         if self.initial_states is not None:
             _shape(
                 "initial_states", self.initial_states, ("batch", "width-1", "dim"), (batch, width - 1, dim)
@@ -636,23 +649,41 @@ class RowsCall(NamedTuple):
 
 
 def normalised(call: _Record) -> _Record:
-    """A checked call as implementations take it: its host integers are plain ints, or symbols; sizes are a tuple."""
+    """A checked call as implementations take it: its host integers are plain ints, or symbols; sizes are a tuple.
+
+    A `pad_slot_id` that does not fit into an int64, and so is no slot's number, becomes -1.
+    """
     plain: dict[str, Any] = {}
     for name, kind in call.KINDS.items():
         value = getattr(call, name)
-        if value is None or type(value) is int:
+        if value is None:
             continue
-        if kind in ("integer", "size"):
+        if kind == "integer":
+            slot = _host_int(name, value)
+            plain[name] = slot if -(2**63) <= slot < 2**63 else -1
+        elif kind == "size":
             plain[name] = _host_int(name, value)
         elif kind == "sizes":
             plain[name] = tuple(_host_int(name, size) for size in value)
-    return call._replace(**plain) if plain else call
+    return call._replace(**plain)
 
 
 def given_arrays(call: Any) -> dict[str, Any]:
     """The arrays of a call by name, in the signature's order, without those that are None."""
     arrays = {name: getattr(call, name) for name in call.ARRAYS}
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def check_memory(call: Any, where: Callable[[Any], Memory]) -> None:
+    """Raises ValueError where an array that a call updates shares memory with another argument, or with itself.
+
+    Args:
+      where: says of an array of the call where it lies.
+    """
+    commits = getattr(call, "commit", True)
+    layouts = {name: where(array) for name, array in given_arrays(call).items()}
+    written = [name for name in call.WRITTEN if name in layouts and (commits or name != "conv_states")]
+    contract_memory.check(layouts, written)
 
 
 def _on_host(call: _Record, on_host: OnHost) -> _Record:
@@ -672,8 +703,7 @@ def refuse_serving(why: str, *, state_layout: Any, empty_rows: Any, **arguments:
 
 def check_backend(backend, names: Sequence[str]) -> None:
     """Raises ValueError unless `backend` is "auto" or one of an implementation's `names`."""
-    if backend != "auto" and backend not in names:
-        raise ValueError(f"backend: expected one of {('auto', *names)}, got {backend!r}")
+    _check_choice("backend", backend, ("auto", *names))
 
 
 def dtype_name(dtype: Any) -> str:
@@ -698,30 +728,39 @@ def _shape_of(name: str, value: Any) -> tuple:
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from None
 
 
-def _shape(name: str, value: Any, axes: tuple[str, ...], sizes: tuple[int | None, ...] = ()) -> tuple:
+def _shape(
+    name: str, value: Any, axes: tuple[str, ...], sizes: tuple[int | None, ...] = (), hint: str = ""
+) -> tuple:
     shape = _shape_of(name, value)
     fits = len(shape) == len(axes) and all(
         want is None or got == want for got, want in zip(shape, sizes, strict=False)
     )
-    if not fits or ("dim" in axes and shape[axes.index("dim")] < 1):
+    if not fits or ("dim" in axes and _below(shape[axes.index("dim")], 1)):
         known = dict(zip(axes, sizes, strict=False))
         text = ", ".join(a if known.get(a) is None else f"{a}={known[a]}" for a in axes)
         limit = " with dim >= 1" if fits else ""
-        raise ValueError(f"{name}: expected shape [{text}]{limit}, got {list(shape)}")
+        raise ValueError(f"{name}: expected shape [{text}]{limit}, got {list(shape)}{hint}")
     return shape
 
 
 def _dtype(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
     got = dtype_name(value.dtype)
     if got not in allowed:
         raise TypeError(f"{name}: expected dtype {' or '.join(allowed)}, got {got}")
 
 
-def _check_weight(weight: Any, bias: Any, dim: int) -> int:
-    shape = _shape("weight", weight, ("dim", "width"), (dim, None))
+def _check_weight(x: Any, weight: Any, bias: Any, dim: int) -> int:
+    """Returns the width. Where another axis of x has the weight's dim, x is blamed."""
+    shape, x_shape = _shape_of("weight", weight), _shape_of("x", x)
+    if len(shape) == 2 and shape[0] != dim and shape[0] in x_shape[:-1]:
+        raise ValueError(
+            f"x: expected dim={shape[0]}, as the weight has, on the last axis, got {list(x_shape)} (transposed?)"
+        )
+    _, width = _weight_shape(weight, dim)
     _dtype("weight", weight, FLOAT_DTYPES)
-    width = shape[1]
-    if not WIDTH_MIN <= width <= WIDTH_MAX:
+    if _below(width, WIDTH_MIN) or _below(WIDTH_MAX, width):
         raise ValueError(f"weight: expected width {WIDTH_MIN} to {WIDTH_MAX} on axis 1, got {width}")
     if bias is not None:
         _shape("bias", bias, ("dim",), (dim,))
@@ -729,11 +768,18 @@ def _check_weight(weight: Any, bias: Any, dim: int) -> int:
     return width
 
 
+def _weight_shape(weight: Any, dim: int | None = None) -> tuple:
+    shape = _shape_of("weight", weight)
+    conv1d = len(shape) == 3 and shape[1] == 1
+    hint = " (that of a Conv1d: give weight.squeeze(1))" if conv1d else ""
+    return _shape("weight", weight, ("dim", "width"), (dim, None), hint)
+
+
 def _check_pool(conv_states: Any, dim: int, width: int) -> tuple[int, int]:
     axes = ("num_slots", "state_len", "dim")
     num_slots, state_len, _ = _shape("conv_states", conv_states, axes, (None, None, dim))
     _dtype("conv_states", conv_states, FLOAT_DTYPES)
-    if state_len < width - 1:
+    if _below(state_len, width - 1):
         raise ValueError(
             f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}"
         )
@@ -744,7 +790,7 @@ def _check_offsets(query_start_loc: Any) -> int:
     """Returns the number of rows."""
     (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
     _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
-    if offsets < 1:
+    if _below(offsets, 1):
         raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
     return offsets - 1
 
@@ -753,29 +799,43 @@ def _check_indices(cache_indices: Any, batch: int, num_slots: int, pooled: bool)
     if cache_indices is not None:
         _shape("cache_indices", cache_indices, ("batch",), (batch,))
         _dtype("cache_indices", cache_indices, INDEX_DTYPES)
-    elif pooled and batch > num_slots:
+    elif pooled and _below(num_slots, batch):
         raise ValueError(
             f"conv_states: expected num_slots >= batch = {batch}, since cache_indices is None, got {num_slots}"
         )
 
 
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {_shown(value)}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
+
+
 def _check_activation(activation: Any) -> None:
     if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
+        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {_shown(activation)}")
 
 
 def _check_options(activation: Any, pad_slot_id: Any, validate: Any) -> None:
     _check_activation(activation)
-    _host_int("pad_slot_id", pad_slot_id)
-    if validate is not True and validate is not False:
-        raise TypeError(f"validate: expected True or False, got {validate!r}")
+    if _symbolic(_host_int("pad_slot_id", pad_slot_id)):
+        raise TypeError(f"pad_slot_id: expected an integer known on the host, got {_shown(pad_slot_id)}")
+    _check_flag("validate", validate)
+
+
+def _check_max_seqlen(max_seqlen: Any) -> None:
+    if _below(_host_int("max_seqlen", max_seqlen), 0):
+        raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
 
 
 def _check_schedule(max_seqlen: Any, schedule: Any) -> None:
-    if max_seqlen is not None and _host_int("max_seqlen", max_seqlen) < 0:
-        raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    if max_seqlen is not None:
+        _check_max_seqlen(max_seqlen)
+    _check_choice("schedule", schedule, SCHEDULES)
 
 
 def _check_integers(name: str, value: Any, batch: int) -> None:
@@ -784,8 +844,7 @@ def _check_integers(name: str, value: Any, batch: int) -> None:
 
 
 def _check_layout(state_layout: Any, cache_seqlens: Any, batch: int) -> None:
-    if state_layout not in STATE_LAYOUTS:
-        raise ValueError(f"state_layout: expected one of {STATE_LAYOUTS}, got {state_layout!r}")
+    _check_choice("state_layout", state_layout, STATE_LAYOUTS)
     if state_layout != "ring":
         if cache_seqlens is not None:
             raise ValueError(f"cache_seqlens: expected None, since state_layout is {state_layout!r}")
@@ -803,9 +862,9 @@ def _check_track(track_indices: Any, state_layout: str, batch: int) -> None:
 
 def _check_channels(channels: int, weight: Any, channel_offset: Any) -> int:
     """Returns how many channels of x are the input: those of the weight."""
-    dim, _ = _shape("weight", weight, ("dim", "width"))
+    dim, _ = _weight_shape(weight)
     offset = _host_int("channel_offset", channel_offset)
-    if not 0 <= offset <= channels - dim:
+    if _below(offset, 0) or _below(channels - dim, offset):
         raise ValueError(
             f"channel_offset: expected None, or an integer >= 0 with channel_offset + dim <= {channels}, the channels "
             f"of x, for dim={dim}, got {offset}"
@@ -814,10 +873,11 @@ def _check_channels(channels: int, weight: Any, channel_offset: Any) -> int:
 
 
 def _check_split(split_sizes: Any, dim: int) -> None:
-    if not isinstance(split_sizes, tuple):
+    if not isinstance(split_sizes, (tuple, list)):
         raise TypeError(f"split_sizes: expected a tuple of integers, got {type(split_sizes).__name__}")
     sizes = [_host_int("split_sizes", size) for size in split_sizes]
-    if not 1 <= len(sizes) <= SPLITS_MAX or min(sizes) < 1 or sum(sizes) != dim:
+    small = any(_below(size, 1) for size in sizes)
+    if not 1 <= len(sizes) <= SPLITS_MAX or small or sum(sizes) != dim:
         raise ValueError(
             f"split_sizes: expected 1 to {SPLITS_MAX} integers >= 1 that add up to dim={dim}, got {split_sizes}"
         )
@@ -826,7 +886,7 @@ def _check_split(split_sizes: Any, dim: int) -> None:
 def _check_buffers(window_indices: Any, batch: int, num_buffers: int) -> None:
     if window_indices is not None:
         _check_integers("window_indices", window_indices, batch)
-    elif batch > num_buffers:
+    elif _below(num_buffers, batch):
         raise ValueError(
             f"window_out: expected buffers >= batch = {batch}, since window_indices is None, got {num_buffers}"
         )
@@ -838,19 +898,11 @@ def _check_window_out(
     axes = ("buffers", "steps", "width-1", "dim")
     num_buffers, steps, _, _ = _shape("window_out", window_out, axes, (None, None, width - 1, dim))
     _dtype("window_out", window_out, FLOAT_DTYPES)
-    if steps < longest:
+    if _below(steps, longest):
         raise ValueError(
             f"window_out: expected steps >= {longest} on axis 1, the tokens of the longest row, got {steps}"
         )
     _check_buffers(window_indices, batch, num_buffers)
-
-
-def _check_no_commit(commit: Any, write_indices: Any, track_indices: Any) -> None:
-    if commit is not False:
-        raise TypeError(f"commit: expected True or False, got {commit!r}")
-    for name, value in (("write_indices", write_indices), ("track_indices", track_indices)):
-        if value is not None:
-            raise ValueError(f"{name}: expected None, since commit is False and no slot is written")
 
 
 def _check_tree(
@@ -871,15 +923,41 @@ def _check_tree(
     _dtype("tree_parents", tree_parents, INDEX_DTYPES)
 
 
-def _host_int(name: str, value: Any) -> int:
-    if type(value) is int:
+def _host_int(name: str, value: Any) -> Any:
+    """The plain int that a value stands for, or the symbol that it is."""
+    if type(value) is int or _symbolic(value):
         return value
+    # NumPy's integers have a shape and yet are no arrays.
+    array = hasattr(value, "shape") and not isinstance(value, numbers.Integral)
     try:
-        if isinstance(value, bool) or (hasattr(value, "shape") and not hasattr(value, "item")):
+        if isinstance(value, bool) or array:
             raise TypeError
-        return operator.index(value)
+        return int(operator.index(value))
     except Exception:
-        raise TypeError(f"{name}: expected an integer known on the host, got {value!r}") from None
+        raise TypeError(f"{name}: expected an integer known on the host, got {_shown(value)}") from None
+
+
+def _symbolic(value: Any) -> bool:
+    """Whether this is a tracer's symbol for a size: asking `torch.SymInt` for its number would fix it."""
+    return type(value).__name__ == "SymInt" or hasattr(value, "dimension_as_value")
+
+
+def _below(a: Any, b: Any) -> bool:
+    """Whether a < b, where that is known."""
+    if type(a).__name__ == "SymInt" or type(b).__name__ == "SymInt":
+        return False  # the comparison would become a guard; the operator checks again when it has the numbers
+    try:
+        return bool(a < b)
+    except Exception:  # inconclusive for a dimension of `jax.export`
+        return False
+
+
+def _shown(value: Any) -> str:
+    """What an error says that it got. An array is not printed: that would read it."""
+    if not hasattr(value, "shape") or isinstance(value, numbers.Number):
+        return repr(value)
+    kind = type(value).__name__
+    return f"a {kind}" + (" (make the argument static)" if "Tracer" in kind else "")
 
 
 # The checks under their names of before there were records; they go when nobody calls them.

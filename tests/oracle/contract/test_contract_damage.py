@@ -1,0 +1,171 @@
+"""The tables of the contract's tests are complete, shown by mutation.
+
+The syntax trees of the contract and of what it checks values by are damaged in one place at a time, and some row of
+the tables must notice.
+"""
+
+import __future__
+
+import ast
+import copy
+import inspect
+import operator
+import types
+
+from oracle import contract, contract_values
+from tests.oracle.contract import (
+    test_contract_commit,
+    test_contract_fn,
+    test_contract_links,
+    test_contract_records,
+    test_contract_rows,
+    test_contract_update,
+)  # fmt: skip
+from tests.oracle.contract.test_contract_records import ROLES, SIGNATURES, roles, signatures
+from tests.tools.contract_calls import Guard, call
+
+FILES = {
+    test_contract_fn: "fn",
+    test_contract_update: "update",
+    test_contract_rows: "rows",
+    test_contract_commit: "commit",
+    test_contract_links: "links",
+    test_contract_records: "",
+}
+
+OLD_NAMES = "check_fn_values", "check_update_values", "check_commit_values"  # wrappers, about to go
+
+# Damage that changes nothing a caller can see, each with its reason.
+HARMLESS = {}
+
+NEIGHBOURS = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+
+
+def damages(node):
+    """Yields (what, function that damages a node of this kind in place)."""
+    if isinstance(node, ast.If):
+        for value in (True, False):
+            yield f"if {value}", lambda n, value=value: setattr(n, "test", ast.Constant(value))
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            for other in NEIGHBOURS[type(op)]:
+                yield (
+                    f"{type(op).__name__} -> {other.__name__}",
+                    lambda n, i=i, o=other: operator.setitem(n.ops, i, o()),
+                )
+    if isinstance(node, ast.BoolOp):
+        other = ast.Or if isinstance(node.op, ast.And) else ast.And
+        yield f"{type(node.op).__name__} -> {other.__name__}", lambda n, o=other: setattr(n, "op", o())
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield "call deleted", lambda n: setattr(n, "value", ast.Constant(None))
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        yield "error type", lambda n: setattr(n.exc, "func", ast.Name("RuntimeError", ast.Load()))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        yield "number + 1", lambda n: setattr(n, "value", n.value + 1)
+
+
+def is_check(node):
+    if isinstance(node, ast.FunctionDef):
+        return node.name not in OLD_NAMES
+    return isinstance(node, ast.ClassDef) and node.decorator_list
+
+
+def mutants(source):
+    """Yields (name, description, syntax tree) of each damaged copy of a function or record of a source text."""
+    for whole in filter(is_check, ast.parse(source).body):
+        for j, node in enumerate(ast.walk(whole)):
+            for what, damage in damages(node):
+                check = copy.deepcopy(whole)
+                damage(next(n for k, n in enumerate(ast.walk(check)) if k == j))
+                text = ast.get_source_segment(source, node).split("\n")[0]
+                tree = ast.fix_missing_locations(ast.Module([check], []))
+                yield whole.name, f"line {node.lineno}: {what}: {text}", tree
+
+
+def load(source):
+    module = types.ModuleType("damaged_contract")
+    exec(compile(source, "<copy>", "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def damaged_contracts():
+    """Yields (name, description, a contract with one place damaged in it, or in what it checks values by).
+
+    It is the same copy each time, damaged in another place; but what makes the records damages a copy of its own.
+    """
+    source = inspect.getsource(contract)
+    for name, description, tree in mutants(source):
+        if name == "_record":
+            body = [tree.body[0] if getattr(n, "name", "") == name else n for n in ast.parse(source).body]
+            try:
+                module = load(ast.unparse(ast.Module(body, [])))
+            except Exception:  # that is noticed
+                continue
+            yield name, description, module
+    module, values = load(inspect.getsource(contract)), load(inspect.getsource(contract_values))
+    module.contract_values = values
+    for damaged in (module, values):
+        for name, description, tree in mutants(
+            inspect.getsource(contract if damaged is module else contract_values)
+        ):
+            if name == "_record":
+                continue
+            sound, records = getattr(damaged, name), dict(module.RECORDS)
+            code = compile(tree, "<damaged>", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
+            exec(code, damaged.__dict__)
+            module._DTYPE_NAMES.clear()
+            yield name, description, module
+            setattr(damaged, name, sound)
+            module.RECORDS.update(records)
+
+
+def same(module, operation, overrides, result):
+    try:
+        return call(module, operation, overrides) == result
+    except (Exception, Guard):
+        return False
+
+
+def rejected(module, operation, overrides, error, text):
+    try:
+        call(module, operation, overrides)
+    except (Exception, Guard) as caught:
+        own = getattr(module, error.__name__, error)  # the copy has an Unsupported of its own
+        return (type(caught), str(caught)) == (own, text)
+    return False
+
+
+def notices(module, name=""):
+    """Whether a row of the tables sees that a copy of the contract answers otherwise; those of `name` are asked first."""
+    files = sorted(FILES, key=lambda file: FILES[file] not in name.lower())
+    return (
+        signatures(module) != SIGNATURES
+        or roles(module) != ROLES
+        or not all(same(module, *row) for file in files for row in file.ACCEPTED)
+        or not all(rejected(module, *row) for file in files for row in file.REJECTED)
+    )
+
+
+def test_tables_notice_every_damaged_check():
+    assert not notices(load(inspect.getsource(contract)))
+    survivors, count = [], 0
+    for name, description, damaged in damaged_contracts():
+        count += 1
+        if not notices(damaged, name):
+            survivors.append(description)
+    unexplained = [s for s in survivors if s.partition(": ")[2] not in HARMLESS]
+    assert not unexplained, "\n".join(["no row of the tables notices:", *unexplained])
+    stale = [h for h in HARMLESS if h not in {s.partition(": ")[2] for s in survivors}]
+    assert not stale, f"listed as harmless, but noticed or gone: {stale}"
+    assert count > 500
