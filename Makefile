@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env312 site demo test test-versions test-compile test-gpu test-multi-gpu lint bench clean
+.PHONY: help env env312 site demo test test-versions test-compile test-gpu test-multi-gpu lint hub bench clean
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
@@ -100,6 +100,9 @@ lint: .venv/.installed ## ruff (rules and format) and mypy
 
 site: .venv/.installed ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+
+hub: .venv/.installed ## the layout of the `kernels` hub in build/hub, which transformers loads from that path
+	.venv/bin/python -m hub.build build/hub
 
 bench: ## benchmarks, with PYTHON=the interpreter that holds the CUDA builds; BENCH="options"
 	$(on_gpu) -m benchmarks.run $(BENCH)
