@@ -111,7 +111,7 @@ def jax_causal_conv1d_prefill(
             raise ValueError("track_indices: expected None without conv_state, got an array")
         windows = jnp.zeros((batch, width - 1, dim), x.dtype)
     else:
-        windows = _gather(conv_state, state_indices, has_initial_state, weight)
+        conv_state, windows = _gather(conv_state, state_indices, has_initial_state, weight)
     every = jnp.ones((batch,), bool)
     y, windows = causal_conv1d_fn(x.T, weight, bias, windows, cu_seqlens, None, every, activation=activation)
     if conv_state is None:
@@ -145,7 +145,7 @@ def jax_causal_conv1d_update(
       ValueError: a shape; Unsupported: a dilation other than 1.
     """
     _check_dilation(dilation)
-    windows = _gather(conv_state, state_indices, has_initial_state, weight)
+    conv_state, windows = _gather(conv_state, state_indices, has_initial_state, weight)
     y, windows = causal_conv1d_update(x, weight, bias, windows, activation=activation)
     return y, _scatter(conv_state, windows, state_indices, track_indices, track_mask)
 
@@ -164,12 +164,17 @@ def _check_states(name, states, weight):
 
 
 def _gather(conv_state, state_indices, has_initial_state, weight):
-    """[batch, width-1, dim]: the windows of the rows, zeros for those without a state."""
+    """The pool, and [batch, width-1, dim], the windows of the rows, zeros for those without a state.
+
+    Behind a barrier, as in sglang-jax, whose caller donates the pool: nothing is written to it before it is read.
+    """
     _check_states("conv_state", conv_state, weight)
     (batch,) = state_indices.shape
     slots = xla.live_slots(jnp.asarray(state_indices), batch, conv_state.shape[0], pad_slot_id=-1)
     stateful = slots >= 0 if has_initial_state is None else has_initial_state & (slots >= 0)
-    return jnp.swapaxes(xla.read_windows(jnp.asarray(conv_state), slots, stateful, conv_state.shape[1]), 1, 2)
+    pool = jnp.asarray(conv_state)
+    windows = jnp.swapaxes(xla.read_windows(pool, slots, stateful, conv_state.shape[1]), 1, 2)
+    return jax.lax.optimization_barrier((pool, windows))
 
 
 def _scatter(conv_state, windows, state_indices, track_indices, track_mask):

@@ -1,6 +1,10 @@
-"""The ragged convolutions of tpu-inference, with its parameters and layouts; no activation, which its callers apply.
+"""The ragged convolutions of tpu-inference 0.32, with its parameters and layouts; no activation, which its callers apply.
 
-As there, a row of zero tokens without a state zeroes its slot. What differs, on purpose: sums are float32 with one
+Its own models no longer call this interface: in 0.32 they run one fused kernel (convolution, gates and delta rule), and
+only tests, and engines that took the functions over, come here.
+
+As there, a row of zero tokens without a state zeroes its slot, and offsets of rows past `distribution[2]` may be
+anything: the offset at `distribution[2]` ends the last row. What differs, on purpose: sums are float32 with one
 rounding at the end; has_initial_state counts in batches of single tokens too; padding rows touch no slot, and their
 tokens give zeros.
 """
@@ -58,13 +62,47 @@ def ragged_conv1d(
     if tuple(distribution.shape) != (3,):
         raise ValueError(f"distribution: expected shape [3], got {list(distribution.shape)}")
     batch = query_start_loc.shape[0] - 1
+    rows = jnp.clip(distribution[2], 0, batch)
     slots = state_indices[:batch]
-    slots = jnp.where(jnp.arange(slots.shape[0]) < distribution[2], slots, -1)
-    result = causal_conv1d_fn(
-        x, conv_weight[:, 0], conv_bias, conv_state, query_start_loc, slots, has_initial_state[:batch],
-        empty_rows="apply",
-    )  # fmt: skip
-    return tuple(result)
+    slots = jnp.where(jnp.arange(slots.shape[0]) < rows, slots, -1)
+    starts = jnp.where(jnp.arange(batch + 1) <= rows, query_start_loc, query_start_loc[rows])
+    arguments = conv_bias, conv_state, starts, slots, has_initial_state[:batch]
+    return tuple(causal_conv1d_fn(x, conv_weight[:, 0], *arguments, empty_rows="apply"))
+
+
+def ragged_conv1d_mixed_prefill(
+    x,
+    conv_state,
+    conv_weight,
+    conv_bias,
+    query_start_loc,
+    state_indices,
+    distribution,
+    has_initial_state,
+    *,
+    kernel_size,
+):
+    """As `ragged_conv1d`, but the pool is not donated: the branch that it takes for rows of any lengths."""
+    rows = conv_bias, query_start_loc, state_indices, distribution, has_initial_state
+    return ragged_conv1d.__wrapped__(x, conv_state, conv_weight, *rows, kernel_size=kernel_size)
+
+
+def ragged_conv1d_decode_only(
+    x,
+    conv_state,
+    conv_weight,
+    conv_bias,
+    query_start_loc,
+    state_indices,
+    distribution,
+    has_initial_state,
+    *,
+    kernel_size,
+):
+    """As `ragged_conv1d_mixed_prefill` for rows of one token each: token i is row i, as there, whatever the offsets say."""
+    starts = jnp.arange(query_start_loc.shape[0], dtype=jnp.int32)
+    rows = conv_bias, starts, state_indices, distribution, has_initial_state
+    return ragged_conv1d.__wrapped__(x, conv_state, conv_weight, *rows, kernel_size=kernel_size)
 
 
 def ragged_causal_conv1d(
@@ -86,7 +124,5 @@ def ragged_causal_conv1d(
     """
     if operator.index(tile_size) < 1:
         raise ValueError(f"tile_size: expected at least 1, got {tile_size}")
-    return ragged_conv1d(
-        x, conv_state, conv_weight, conv_bias, query_start_loc, state_indices, distribution, has_initial_state,
-        kernel_size=kernel_size,
-    )  # fmt: skip
+    rows = conv_bias, query_start_loc, state_indices, distribution, has_initial_state
+    return ragged_conv1d(x, conv_state, conv_weight, *rows, kernel_size=kernel_size)

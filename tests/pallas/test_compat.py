@@ -32,7 +32,15 @@ SIGNATURES = {
         "(x, conv_state, conv_weight, conv_bias, query_start_loc, state_indices, distribution, has_initial_state, "
         "*, kernel_size, tile_size=64)"
     ),
-}
+    tpu_inference.ragged_conv1d_mixed_prefill: (
+        "(x, conv_state, conv_weight, conv_bias, query_start_loc, state_indices, distribution, has_initial_state, "
+        "*, kernel_size)"
+    ),
+    tpu_inference.ragged_conv1d_decode_only: (
+        "(x, conv_state, conv_weight, conv_bias, query_start_loc, state_indices, distribution, has_initial_state, "
+        "*, kernel_size)"
+    ),
+}  # sglang-jax cddbf6f, tpu-inference 0.32.0
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
@@ -192,6 +200,19 @@ class TestGatedDelta:
         assert got[1].unsafe_buffer_pointer() == address
         check(got, *sglang_jax.jax_causal_conv1d_update(X[:4], -POOL, SLOT, WEIGHT))
 
+    @pytest.mark.parametrize("name", ["prefill", "update"])
+    def test_nothing_is_written_to_the_pool_before_it_is_read(self, name):
+        """sglang-jax's barrier: its caller donates the pool, and a scatter that came first would corrupt a reused slot."""
+        call = {
+            "prefill": lambda pool: sglang_jax.jax_causal_conv1d_prefill(
+                X.T, WEIGHT, BIAS, STARTS, pool, SLOT
+            ),
+            "update": lambda pool: sglang_jax.jax_causal_conv1d_update(X[:4], pool, SLOT, WEIGHT),
+        }[name]
+        equations = jax.make_jaxpr(call)(jnp.asarray(POOL)).eqns
+        (barrier,) = [e for e in equations if e.primitive.name == "optimization_barrier"]
+        assert [v.aval.shape for v in barrier.invars] == [POOL.shape, (4, WIDTH - 1, DIM)]
+
     def test_errors(self):
         prefill = sglang_jax.jax_causal_conv1d_prefill
         with pytest.raises(ValueError, match="cu_seqlens: expected"):
@@ -247,6 +268,42 @@ class TestRagged:
         wanted = POOL.swapaxes(1, 2).copy()
         wanted[3] = rows(POOL[[3, 5, 1, 6]])[1][0].T
         check([pool], wanted)
+
+    @pytest.mark.parametrize("padding", [[1, 1], [0, 0], [-7, 2**30], [16, 3]])
+    @pytest.mark.parametrize(
+        "function", [tpu_inference.ragged_conv1d, tpu_inference.ragged_conv1d_mixed_prefill]
+    )
+    def test_offsets_of_padding_rows_may_be_anything(self, function, padding):
+        """The offset at distribution[2] ends the last row, whatever stands behind it."""
+        wanted = tpu_inference.ragged_conv1d(**self.arguments())
+        offsets = jnp.asarray([*STARTS, *padding], jnp.int32)
+        check(function(**self.arguments() | {"query_start_loc": offsets}), *wanted)
+
+    @pytest.mark.parametrize("valid", [0, 2, 6])
+    def test_offsets_past_the_valid_rows(self, valid):
+        arguments = self.arguments() | {"distribution": jnp.asarray([0, 0, valid], jnp.int32)}
+        fixed = np.asarray(arguments["query_start_loc"]).copy()
+        fixed[valid + 1 :] = fixed[valid]
+        wanted = tpu_inference.ragged_conv1d(**arguments | {"query_start_loc": jnp.asarray(fixed)})
+        fixed[valid + 1 :] = 1
+        arguments = self.arguments() | {"distribution": jnp.asarray([0, 0, valid], jnp.int32)}
+        check(tpu_inference.ragged_conv1d(**arguments | {"query_start_loc": jnp.asarray(fixed)}), *wanted)
+
+    def test_rows_of_one_token(self):
+        """Token i is row i; a captured batch has offsets and slots of more rows than tokens."""
+        every = dict(
+            x=jnp.asarray(X[:5]),
+            query_start_loc=jnp.asarray([0, 1, 2, 3, 1, 1, 1], jnp.int32),
+            state_indices=jnp.asarray([3, 5, 1, 6, 2, 0, 4], jnp.int32),
+            has_initial_state=jnp.ones(7, bool),
+            distribution=jnp.asarray([3, 3, 3], jnp.int32),
+        )
+        pairs = [convolve(POOL[slot], X[i : i + 1]) for i, slot in enumerate((3, 5, 1))]
+        pool = POOL.copy()
+        pool[[3, 5, 1]] = [p[1] for p in pairs]
+        out = np.concatenate([*[p[0] for p in pairs], np.zeros((2, DIM))])
+        for function in (tpu_inference.ragged_conv1d_decode_only, tpu_inference.ragged_conv1d):
+            check(function(**self.arguments() | every), out, pool.swapaxes(1, 2))
 
     def test_the_pool_is_donated(self):
         arguments = self.arguments()
