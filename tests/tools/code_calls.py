@@ -5,17 +5,20 @@ They name arguments of the contract alone, so they are calls of both twins, befo
 
 from typing import Any, NamedTuple
 
-PLAIN = ("bfloat16", "float16", "float32")
 TWINS = ("triton", "pallas")
+T = ("triton",)  # a layout of x is nothing that JAX has
 
 
 class Array(NamedTuple):
-    """An argument's shape and dtype; `channel_first`: the last axis but one has unit stride; `odd`: 2 bytes off 16."""
+    """An argument's shape, dtype and layout.
+
+    "dense"; "channel_first": the last axis but one has unit stride; "sliced": so has it, in longer rows; "expanded":
+    all strides are 0; "odd": dense, one element off a boundary of 16 bytes.
+    """
 
     shape: tuple
     dtype: str = "bfloat16"
-    channel_first: bool = False
-    odd: bool = False
+    layout: str = "dense"
 
 
 class Call(NamedTuple):
@@ -43,12 +46,12 @@ def indices(*shape):
 
 
 def prefill(
-    tokens=16384, batch=8, dim=8192, width=4, columns=None, dtype="bfloat16", pool=None, wide=0, channel_first=False,
+    tokens=16384, batch=8, dim=8192, width=4, columns=None, dtype="bfloat16", pool=None, wide=0, layout="dense",
     without=(), twins=TWINS, **given,
 ):  # fmt: skip
     """A prefill of `batch` rows; `given`: more arrays and options, `without`: arguments to leave out."""
     arrays = dict(
-        x=Array((tokens, dim + wide), dtype, channel_first),
+        x=Array((tokens, dim + wide), dtype, layout),
         weight=Array((dim, width), dtype),
         bias=Array((dim,), dtype),
         conv_states=Array((256, width - 1 if columns is None else columns, dim), pool or dtype),
@@ -80,14 +83,12 @@ def update(
     return _call("causal_conv1d_update", arrays, options, without, twins, given)
 
 
-def verify(batch=64, steps=4, dim=8192, width=4, dtype="bfloat16", **given):
-    """A step that keeps the window after every token and commits none."""
-    windows = Array((batch, steps, width - 1, dim), dtype)
-    tokens = dict(packed=steps) if given.pop("pack", False) else dict(seqlen=steps)
-    return update(
-        batch, dim=dim, width=width, dtype=dtype, commit=False, window_out=windows, window_indices=indices(batch),
-        **tokens, **given,
-    )  # fmt: skip
+def verify(batch=64, steps=4, dim=8192, width=4, dtype="bfloat16", pack=False, windows=None, **given):
+    """A step that keeps the window after every token, in dtype `windows` or `dtype`, and commits none."""
+    kept = Array((batch, steps, width - 1, dim), windows or dtype)
+    tokens = dict(packed=steps) if pack else dict(seqlen=steps)
+    given = dict(commit=False, window_out=kept, window_indices=indices(batch)) | given
+    return update(batch, dim=dim, width=width, dtype=dtype, **tokens, **given)
 
 
 def commit(batch=64, steps=4, dim=8192, width=4, pool="bfloat16", **given):
@@ -101,19 +102,33 @@ def commit(batch=64, steps=4, dim=8192, width=4, pool="bfloat16", **given):
     return _call("commit_windows", arrays, {}, (), TWINS, given)
 
 
-def gradient(tokens=16384, batch=8, dim=8192, width=4, dtype="bfloat16", states=True, **given):
+def gradient(
+    tokens=16384,
+    batch=8,
+    seqlen=None,
+    dim=8192,
+    width=4,
+    dtype="bfloat16",
+    states=True,
+    layout="dense",
+    **given,
+):
     """Forward and backward; `seqlen` makes x dense."""
-    seqlen, channel_first = given.pop("seqlen", None), given.pop("channel_first", False)
-    twins = ("triton",) if channel_first else TWINS
     shape = (tokens, dim) if seqlen is None else (batch, seqlen, dim)
-    arrays = dict(
-        x=Array(shape, dtype, channel_first), weight=Array((dim, width), dtype), bias=Array((dim,), dtype)
-    )
+    arrays = dict(x=Array(shape, dtype, layout), weight=Array((dim, width), dtype), bias=Array((dim,), dtype))
     if states:
         arrays["initial_states"] = Array((batch, width - 1, dim), dtype)
     if seqlen is None:
         arrays["query_start_loc"] = indices(batch + 1)
-    return _call("gradient", arrays, dict(activation="silu"), (), twins, given)
+    return _call("gradient", arrays, dict(activation="silu"), (), TWINS if layout == "dense" else T, given)
+
+
+def backward(dout=None, **given):
+    """The backward pass alone, of PyTorch's operator; `dout`: its array, else as x; arguments of `gradient`."""
+    call = gradient(**given)
+    x, states = call.arrays["x"], call.arrays.get("initial_states")
+    arrays = call.arrays | dict(dout=dout or x, **({} if states is None else {"dfinal_states": states}))
+    return call._replace(operation="backward", arrays=arrays, twins=T)
 
 
 REQUIRED = {"causal_conv1d_fn": ("bias", "conv_states"), "causal_conv1d_update": ("bias",)}  # or None
@@ -129,8 +144,6 @@ def _call(operation, arrays, options, without, twins, given):
 
 QKV = (2048, 2048, 4096)
 POOL = ("conv_states", "cache_indices", "has_initial_state")
-T = ("triton",)  # x with unit stride along tokens, or off its 16 bytes, is nothing that JAX has
-
 CALLS = {
     "prefill flat": prefill(schedule="flat"),
     "prefill per_sequence": prefill(schedule="per_sequence", max_seqlen=2048),
@@ -156,18 +169,23 @@ CALLS = {
     "prefill pool float32": prefill(pool="float32"),
     "prefill dim 640": prefill(dim=640),
     "prefill dim 8190": prefill(dim=8190),
-    "prefill channel-first": prefill(channel_first=True, twins=T),
-    "prefill channel-first uneven": prefill(tokens=16381, channel_first=True, twins=T),
-    "prefill channel-first float32 width 8": prefill(dtype="float32", width=8, channel_first=True, twins=T),
-    "prefill channel-first short rows": prefill(tokens=2176, batch=129, channel_first=True, twins=T),
+    "prefill channel-first": prefill(layout="channel_first", twins=T),
+    "prefill channel-first uneven": prefill(tokens=16381, layout="channel_first", twins=T),
+    "prefill channel-first float32 width 8": prefill(
+        dtype="float32", width=8, layout="channel_first", twins=T
+    ),
+    "prefill channel-first short rows": prefill(tokens=2176, batch=129, layout="channel_first", twins=T),
     "prefill channel-first parts": prefill(
-        channel_first=True, twins=T, residual=Array((16384, 8192), channel_first=True), split_sizes=QKV
+        layout="channel_first",
+        twins=T,
+        residual=Array((16384, 8192), layout="channel_first"),
+        split_sizes=QKV,
     ),
     "prefill channel-first ring": prefill(
-        channel_first=True, twins=T, columns=5, state_layout="ring", cache_seqlens=indices(8)
+        layout="channel_first", twins=T, columns=5, state_layout="ring", cache_seqlens=indices(8)
     ),
     "prefill off 16 bytes": prefill(twins=T)._replace(
-        arrays=prefill().arrays | dict(x=Array((16384, 8192), odd=True))
+        arrays=prefill().arrays | dict(x=Array((16384, 8192), layout="odd"))
     ),
     "prefill parts": prefill(split_sizes=QKV),
     "prefill residual": prefill(residual=Array((16384, 8192))),
@@ -200,7 +218,7 @@ CALLS = {
     "update ring": update(columns=4, state_layout="ring", cache_seqlens=indices(256)),
     "update writes and tracks": update(write_indices=indices(256), track_indices=indices(256)),
     "verify": verify(),
-    "verify commits": verify()._replace(options=dict(activation="silu")),
+    "verify commits": verify(commit=True),
     "verify packed": verify(pack=True),
     "verify width 8": verify(width=8),
     "verify float32": verify(dtype="float32"),
@@ -217,6 +235,6 @@ CALLS = {
     "gradient per_sequence": gradient(schedule="per_sequence", max_seqlen=2048, states=False),
     "gradient dense": gradient(batch=4, seqlen=2048, dim=4096),
     "gradient float32 width 8": gradient(dtype="float32", width=8),
-    "gradient channel-first": gradient(batch=4, seqlen=2048, dim=4096, channel_first=True),
-    "gradient channel-first packed": gradient(tokens=4096, dim=2048, channel_first=True),
+    "gradient channel-first": gradient(batch=4, seqlen=2048, dim=4096, layout="channel_first"),
+    "gradient channel-first packed": gradient(tokens=4096, dim=2048, layout="channel_first"),
 }

@@ -90,10 +90,11 @@ def ask(checkout, twin, target, names):
     """(the process that adds the missing facts of a checkout to its file, or None; the file)"""
     place = CACHE / f"{twin}-{key(checkout, twin, target)}.json"
     known = json.loads(place.read_text()) if place.exists() else {}
-    if all(name in known for name in wanted(twin, names)):
+    missing = [name for name in wanted(twin, names) if name not in known]
+    if not missing:
         return None, place
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu", TRITON_INTERPRET="0")
-    command = [sys.executable, __file__, "--facts", str(checkout), twin, target, str(place), *names]
+    command = [sys.executable, __file__, "--facts", str(checkout), twin, target, str(place), *missing]
     return subprocess.Popen(command, env=environment), place
 
 
@@ -124,7 +125,7 @@ def key(checkout, twin, target):
 
 
 def write_facts(checkout, twin, target, place, *names):
-    """Adds the facts of this checkout's calls to a file; in a process of its own."""
+    """Adds the facts of a checkout's calls of these names to a file; in a process of its own."""
     sys.path[:] = [checkout, *(path for path in sys.path if Path(path).resolve() != Path(__file__).parent)]
     place = Path(place)
     known = json.loads(place.read_text()) if place.exists() else {}
@@ -135,12 +136,11 @@ def write_facts(checkout, twin, target, place, *names):
     if not Path(package.__file__).resolve().is_relative_to(Path(checkout).resolve()):
         raise SystemExit(f"expected {PACKAGES[twin]} of {checkout}, got {package.__file__}")
     calls = _tool("code_calls").CALLS
-    for name in wanted(twin, names):
-        if name not in known:
-            try:
-                known[name] = code.facts(calls[name], *([code.TARGETS[target]] if twin == "triton" else []))
-            except Exception as error:  # a call that raises is a fact as well
-                known[name] = [dict(kernel="call", failed=f"{type(error).__name__}: {error}"[:300])]
+    for name in names:
+        try:
+            known[name] = code.facts(calls[name], *([code.TARGETS[target]] if twin == "triton" else []))
+        except Exception as error:  # a call that raises is a fact as well
+            known[name] = [dict(kernel="call", failed=f"{type(error).__name__}: {error}"[:300])]
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(known))

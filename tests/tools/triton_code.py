@@ -6,6 +6,8 @@ it looks at the device when it is imported.
 """
 
 import contextlib
+import importlib
+import math
 import os
 import re
 import subprocess
@@ -96,9 +98,10 @@ def recorded(target):
             Launch(kernel, grids[-1], signature, constants, attributes, dict(options.__dict__), target)
         )
 
-    interpreted = triton.knobs.runtime.interpret
+    interpreted, fills = triton.knobs.runtime.interpret, torch.utils.deterministic.fill_uninitialized_memory
     JITFunction.run, JITFunction._do_compile = run_recorded, record
     driver.set_active(_Driver(target))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes, under tests/conftest.py
     triton.knobs.runtime.interpret = True  # so that backend="triton" takes tensors of a CPU
     try:
         yield launches
@@ -106,27 +109,40 @@ def recorded(target):
         JITFunction.run, JITFunction._do_compile = run, do_compile
         driver._active = None
         triton.knobs.runtime.interpret = interpreted
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def tensor(array):
-    """An uninitialised tensor; its memory is never touched."""
+    """An uninitialised tensor; its memory is hardly touched."""
     shape, dtype = array.shape, getattr(torch, array.dtype)
-    if array.channel_first:
-        return torch.empty(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
-    if array.odd:
-        rows, dim = shape
-        return torch.empty(rows * dim + 1, dtype=dtype)[1:].view(rows, dim)
+    if array.layout == "expanded":
+        return torch.empty((), dtype=dtype).expand(shape)
+    if array.layout == "odd":
+        return torch.empty(math.prod(shape) + 1, dtype=dtype)[1:].view(shape)
+    if array.layout in ("channel_first", "sliced"):
+        longer = shape[-2] + 8 * (array.layout == "sliced")
+        return torch.empty(*shape[:-2], shape[-1], longer, dtype=dtype)[..., : shape[-2]].transpose(-1, -2)
     return torch.empty(shape, dtype=dtype)
 
 
 def make(call):
     """Runs a `code_calls.Call` of the package that is imported."""
-    import triton_impl
-
+    triton_impl = importlib.import_module("triton_impl")
     arrays = {name: tensor(array) for name, array in call.arrays.items()}
     options = call.options_on("triton")
+    if call.operation == "backward":
+        names = ("dout", "dfinal_states", "x", "weight", "bias", "initial_states", "query_start_loc")
+        more = (
+            options["activation"],
+            options.get("max_seqlen"),
+            options.get("schedule", "auto"),
+            options["backend"],
+        )
+        needed = (True, "initial_states" in arrays)
+        with torch.no_grad():
+            return torch.ops.twinconv.causal_conv1d_backward(*map(arrays.get, names), *more, *needed)
     if call.operation == "gradient":
-        wanted = [a for a in arrays.values() if a is not None and a.is_floating_point()]
+        wanted = [a for a in arrays.values() if a.is_floating_point()]
         for a in wanted:
             a.requires_grad_()
         out, states = triton_impl.causal_conv1d(**arrays, **options)
@@ -137,6 +153,9 @@ def make(call):
 
 def launches_of(call, target):
     """The launches of a call."""
+    importlib.import_module(
+        "triton_impl"
+    )  # before `recorded`: `@triton.jit` asks whether kernels are interpreted
     with recorded(target) as launches:
         make(call)
     return launches
@@ -183,6 +202,17 @@ def ptx_opcodes(binary):
     return Counter(re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s[^;{]*;", text, re.MULTILINE))
 
 
+def accesses(binary):
+    """How many accesses to global memory there are, by kind and bytes a thread; "atom" and "red" are kinds too."""
+    if "amdgcn" in binary.asm:
+        found = re.findall(r"(?:global|buffer)_(load|store|atomic)_(\w+)", binary.asm["amdgcn"])
+        sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+        return Counter((kind, sizes.get(size, 2)) for kind, size in found)
+    found = re.findall(r"\b(ld|st|atom|red)\.global\.(?:[a-z_]\w*\.)*?(?:v(\d)\.)?b(\d+)", binary.asm["ptx"])
+    kinds = {"ld": "load", "st": "store"}
+    return Counter((kinds.get(kind, kind), int(n or 1) * int(bits) // 8) for kind, n, bits in found)
+
+
 @contextlib.contextmanager
 def _cubin(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -209,6 +239,7 @@ def facts(call, target):
                 registers=registers,
                 spilled=spilled,
                 shared=binary.metadata.shared,
+                accesses=[[*key, count] for key, count in sorted(accesses(binary).items())],
                 opcodes=machine_opcodes(binary),
                 ptx=ptx_opcodes(binary),
             )

@@ -1,0 +1,83 @@
+"""The kernels compiled for AMD as its launcher asks for them, `tt.pointer_range` included: they compile, and do not spill.
+
+The package looks at the device when it is imported, so another process imports it as on an AMD device.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tools.code_calls import CALLS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {
+    "gfx942": [
+        "prefill flat", "prefill per_sequence", "prefill small flat", "prefill short rows", "prefill float32",
+        "prefill width 8", "prefill no pool", "prefill pool float32", "prefill channel-first",
+        "prefill channel-first uneven", "prefill parts", "prefill residual", "prefill back", "prefill ring",
+        "prefill snapshots", "prefill tracks", "update 1 row", "update 256 rows", "update width 8", "update 4 tokens",
+        "update packed", "update rolling", "update ring", "verify", "verify ring", "tree", "commit", "gradient flat",
+        "gradient per_sequence", "gradient channel-first", "gradient channel-first packed",
+    ],
+    "gfx950": ["prefill flat", "prefill short rows", "update 1 row", "update 256 rows"],
+}  # fmt: skip
+# TritonAMDGPUConvertToBufferOps fails where a pointer is chosen between x and a pool of the same dtype.
+COMPILES = {"prefill no pool", "prefill pool float32"}
+FAILS = pytest.mark.xfail(
+    strict=True, reason="Triton's AMD backend fails where a pointer is chosen between tensors"
+)
+ROWS = [
+    pytest.param(
+        target, name, marks=FAILS if name.startswith(("prefill", "gradient")) and name not in COMPILES else ()
+    )
+    for target, names in NAMES.items()
+    for name in names
+]
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    """By target and call, what `triton_code.facts` found."""
+    found = {}
+    environment = dict(os.environ, TRITON_INTERPRET="0")
+    for target, names in NAMES.items():
+        path = tmp_path_factory.mktemp("amd") / f"{target}.json"
+        command = [
+            sys.executable,
+            "tests/tools/same_code.py",
+            "--facts",
+            str(ROOT),
+            "triton",
+            target,
+            str(path),
+            *names,
+        ]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=800)
+        found[target] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("target", "name"), ROWS)
+def test_a_call_compiles_as_launched_and_does_not_spill(facts, target, name):
+    launches = facts[target][name]
+    assert launches
+    for launch in launches:
+        assert "failed" not in launch, f"{launch['kernel']}: {launch['failed']}"
+        assert launch["spilled"] == 0
+        assert launch["threads"] % 64 == 0, "a warp has 64 threads"
+
+
+def test_the_fast_paths_access_memory_as_wide_as_on_other_devices(facts):
+    """A thread's channels in one access; outputs and windows of a verification 8 bytes a thread."""
+    for name, size in (("update 256 rows", 8), ("verify", 8), ("commit", 16)):
+        (launch,) = facts["gfx942"][name]
+        assert {bytes_ for kind, bytes_, _ in launch["accesses"] if kind == "store"} == {size}
+
+
+def test_every_name_is_a_call():
+    assert set().union(*NAMES.values()) <= CALLS.keys()
