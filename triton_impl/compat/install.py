@@ -8,105 +8,15 @@ import inspect
 import logging
 import re
 import sys
+import tomllib
 import types
 import warnings
-from typing import NamedTuple
+from pathlib import Path
 
 from oracle.contract import Unsupported
 
-
-class _Peer(NamedTuple):
-    """Where a peer has its functions, and which of ours stand for them.
-
-    Attributes:
-      distributions: whose version counts, if the package itself names none.
-      judged: first and last version whose functions were judged.
-      places: for each group of functions, the modules that may hold it (the first one found counts, releases differ),
-        {name of the peer's function: names of ours, the first whose arguments fit}, and whether releases may lack it.
-    """
-
-    distributions: tuple
-    judged: tuple
-    places: list
-
-
-_BOTH = {
-    "causal_conv1d_fn": ("causal_conv1d_fn",),
-    "causal_conv1d_update": ("causal_conv1d_update",),
-}
-_REPLACED = {
-    "sglang": _Peer(
-        ("sglang",),
-        ("0.5.8", "0.5.23"),
-        [
-            (["sglang.srt.layers.attention.mamba.causal_conv1d"], _BOTH, False),
-            (
-                [
-                    "sglang.kernels.ops.mamba.causal_conv1d_triton",
-                    "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
-                ],
-                {name: (f"{name}_triton",) for name in _BOTH},
-                False,
-            ),
-            *[
-                (
-                    [module],
-                    {
-                        "causal_conv1d_fwd": ("causal_conv1d_fwd_cuda",),
-                        "causal_conv1d_update": ("causal_conv1d_update_cuda",),
-                    },
-                    True,
-                )
-                for module in ("sglang.kernels.ops.mamba.causal_conv1d", "sglang.kernels.ops.mamba")
-            ],
-        ],
-    ),
-    "vllm": _Peer(
-        ("vllm",),
-        ("0.20.0", "0.33"),
-        [
-            (
-                ["vllm.model_executor.layers.mamba.ops.causal_conv1d"],
-                {name: (name, f"{name}_blocks") for name in _BOTH},
-                False,
-            )
-        ],
-    ),
-    "fla": _Peer(
-        ("flash-linear-attention", "fla-core"),
-        ("0.3.0", "0.6"),
-        [
-            # In every release since 0.3 this module has all of them; 0.6 keeps it as an alias.
-            (
-                ["fla.modules.convolution", "fla.modules.causal_conv1d", "fla.modules.conv"],
-                {name: (name,) for name in ("causal_conv1d", "causal_conv1d_update")},
-                False,
-            ),
-            *[
-                (["fla.modules.convolution", "fla.modules.causal_conv1d"], {name: (name,)}, True)
-                for name in (
-                    "causal_conv1d_fwd",
-                    "causal_conv1d_bwd",
-                    "causal_conv1d_update_states",
-                    "fast_causal_conv1d_fn",
-                )
-            ],
-        ],
-    ),
-    "aiter": _Peer(
-        ("amd-aiter", "aiter"),
-        ("0.1", "0.1"),
-        [
-            (["aiter.ops.triton.conv.causal_conv1d", "aiter.ops.triton.causal_conv1d"], _BOTH, False),
-            (
-                ["aiter.ops.triton.conv.causal_conv1d_update_single_token"],
-                {"causal_conv1d_update_single_token": ("causal_conv1d_update_single_token",)},
-                True,
-            ),
-        ],
-    ),
-}
-PEERS = ("causal_conv1d", *_REPLACED)
+_PEERS = tomllib.loads(Path(__file__).with_name("peers.toml").read_text())
+PEERS = ("causal_conv1d", *_PEERS)
 # What a peer's earlier releases call an argument: SGLang until 0.5.10, FLA until 0.5.
 _RENAMED = {"num_accepted_tokens": "num_accept_tokens", "BT": "chunk_size"}
 
@@ -239,9 +149,10 @@ def _replace(peer):
     adapter = importlib.import_module(f"triton_impl.compat.{peer}")
     version = _judged_version(peer)
     pairs = []
-    for paths, names, may_lack in _REPLACED[peer].places:
-        module = _first(paths, may_lack)
-        for theirs, ours in names.items():
+    for place in _PEERS[peer]["places"]:
+        may_lack = place.get("optional", False)
+        module = _first(place["modules"], may_lack)
+        for theirs, ours in place["functions"].items():
             function = getattr(module, theirs, None)
             if function is None and not may_lack:
                 raise ImportError(f"{module.__name__}: expected a function {theirs} to replace, found none")
@@ -281,7 +192,7 @@ def _first(paths, may_lack):
 def _judged_version(peer):
     """The version of the installed engine, or "of unknown version"; raises if it is not one that was judged."""
     version = getattr(_first([peer], False), "__version__", None)
-    for distribution in _REPLACED[peer].distributions:
+    for distribution in _PEERS[peer]["distributions"]:
         try:
             version = version or importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -289,10 +200,11 @@ def _judged_version(peer):
     if version is None:
         return "of unknown version"
     numbers = [int(number) for number in re.match(r"[0-9.]*", version)[0].split(".") if number]
-    first, last = ([int(number) for number in bound.split(".")] for bound in _REPLACED[peer].judged)
+    judged = _PEERS[peer]["judged"]
+    first, last = ([int(number) for number in bound.split(".")] for bound in judged)
     if not first <= numbers[: len(first)] or not numbers[: len(last)] <= last:
         raise Unsupported(
-            f"peer: expected {peer} {' to '.join(_REPLACED[peer].judged)}, whose functions were judged, got {version}"
+            f"peer: expected {peer} {' to '.join(judged)}, whose functions were judged, got {version}"
         )
     return version
 
