@@ -44,26 +44,102 @@ Memory. An array that a call updates shares none with another argument, nor with
 
 from __future__ import annotations
 
-import numbers
-import operator
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
 
 from oracle import contract_memory, contract_values
+from oracle.contract_checks import (
+    ACTIVATIONS,
+    EMPTY_ROWS,
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    MASK_DTYPES,
+    OFFSET_DTYPES,
+    SCHEDULES,
+    SPLITS_MAX,
+    STATE_LAYOUTS,
+    WIDTH_MAX,
+    WIDTH_MIN,
+    below,
+    check_activation,
+    check_array,
+    check_buffers,
+    check_channels,
+    check_choice,
+    check_dtype,
+    check_flag,
+    check_layout,
+    check_max_seqlen,
+    check_offsets,
+    check_options,
+    check_pool,
+    check_rows,
+    check_schedule,
+    check_shape,
+    check_slots,
+    check_split,
+    check_track,
+    check_tree,
+    check_weight,
+    check_window_out,
+    dtype_name,
+    host_int,
+    shape_of,
+    shown,
+)
 from oracle.contract_memory import Memory
 
-CONTRACT_VERSION = 1
+__all__ = [
+    "ACTIVATIONS",
+    "CONTRACT_VERSION",
+    "EMPTY_ROWS",
+    "FLOAT_DTYPES",
+    "INDEX_DTYPES",
+    "MASK_DTYPES",
+    "OFFSET_DTYPES",
+    "RECORDS",
+    "SCHEDULES",
+    "SPLITS_MAX",
+    "STATE_LAYOUTS",
+    "WIDTH_MAX",
+    "WIDTH_MIN",
+    "Array",
+    "CommitCall",
+    "CommitSizes",
+    "ConvOutput",
+    "ConvWindowOutput",
+    "FnCall",
+    "FnSizes",
+    "IndexArray",
+    "Integer",
+    "LinksCall",
+    "LinksSizes",
+    "Memory",
+    "RowSizes",
+    "RowsCall",
+    "Size",
+    "Sizes",
+    "Unsupported",
+    "UpdateCall",
+    "UpdateSizes",
+    "WrittenArray",
+    "check_backend",
+    "check_causal_conv1d",
+    "check_causal_conv1d_fn",
+    "check_causal_conv1d_update",
+    "check_commit_values",
+    "check_commit_windows",
+    "check_fn_values",
+    "check_memory",
+    "check_tree_parents_from_links",
+    "check_update_values",
+    "dtype_name",
+    "given_arrays",
+    "normalised",
+    "refuse_serving",
+]
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")
-OFFSET_DTYPES = ("int32", "int64")
-INDEX_DTYPES = ("int32", "int64", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
-MASK_DTYPES = ("bool",)
-ACTIVATIONS = (None, "silu", "swish")
-SCHEDULES = ("auto", "per_sequence", "flat")
-STATE_LAYOUTS = ("front", "back", "ring")
-EMPTY_ROWS = ("skip", "apply")
-WIDTH_MIN, WIDTH_MAX = 1, 8
-SPLITS_MAX = 8
+CONTRACT_VERSION = 1
 
 
 class Unsupported(NotImplementedError):
@@ -274,14 +350,14 @@ class FnCall(NamedTuple):
           ValueError: a shape or an option is wrong.
           TypeError: a dtype or the type of an option is wrong.
         """
-        tokens, dim = _shape("x", self.x, ("tokens", "dim"))
+        tokens, dim = check_shape("x", self.x, ("tokens", "dim"))
         if self.channel_offset is not None:
-            dim = _check_channels(dim, self.weight, self.channel_offset)
-        _dtype("x", self.x, FLOAT_DTYPES)
-        width = _check_weight(self.x, self.weight, self.bias, dim)
+            dim = check_channels(dim, self.weight, self.channel_offset)
+        check_dtype("x", self.x, FLOAT_DTYPES)
+        width = check_weight(self.x, self.weight, self.bias, dim)
         pooled = self.conv_states is not None
-        num_slots, state_len = _check_pool(self.conv_states, dim, width) if pooled else (0, 0)
-        batch = _check_offsets(self.query_start_loc)
+        num_slots, state_len = check_pool(self.conv_states, dim, width) if pooled else (0, 0)
+        batch = check_offsets(self.query_start_loc)
         if not pooled:
             for name in (
                 "cache_indices", "has_initial_state", "cache_seqlens", "write_indices", "snapshot_indices", "track_indices",
@@ -290,28 +366,21 @@ class FnCall(NamedTuple):
                     raise ValueError(
                         f"{name}: expected None, since conv_states is None and there is no slot to name"
                     )
-        _check_indices(self.cache_indices, batch, num_slots, pooled)
-        if self.has_initial_state is not None:
-            _shape("has_initial_state", self.has_initial_state, ("batch",), (batch,))
-            _dtype("has_initial_state", self.has_initial_state, MASK_DTYPES)
-        _check_options(self.activation, self.pad_slot_id, self.validate)
-        _check_schedule(self.max_seqlen, self.schedule)
-        _check_layout(self.state_layout, self.cache_seqlens, batch)
-        if self.write_indices is not None:
-            _check_integers("write_indices", self.write_indices, batch)
-        _check_choice("empty_rows", self.empty_rows, EMPTY_ROWS)
+        check_slots(self.cache_indices, batch, num_slots, pooled)
+        check_rows("has_initial_state", self.has_initial_state, batch, MASK_DTYPES)
+        check_options(self.activation, self.pad_slot_id, self.validate)
+        check_schedule(self.max_seqlen, self.schedule)
+        check_layout(self.state_layout, self.cache_seqlens, batch)
+        check_rows("write_indices", self.write_indices, batch)
+        check_choice("empty_rows", self.empty_rows, EMPTY_ROWS)
         self._check_snapshots(batch)
-        if self.track_indices is not None:
-            _check_track(self.track_indices, self.state_layout, batch)
-        if self.track_lengths is not None:
-            if self.track_indices is None:
-                raise ValueError("track_lengths: expected None, since track_indices is None")
-            _check_integers("track_lengths", self.track_lengths, batch)
+        check_track(self.track_indices, self.state_layout, batch)
+        if self.track_lengths is not None and self.track_indices is None:
+            raise ValueError("track_lengths: expected None, since track_indices is None")
+        check_rows("track_lengths", self.track_lengths, batch)
         if self.residual is not None:
-            _shape("residual", self.residual, ("tokens", "dim"), (tokens, dim))
-            _dtype("residual", self.residual, FLOAT_DTYPES)
-        if self.split_sizes is not None:
-            _check_split(self.split_sizes, dim)
+            check_array("residual", self.residual, ("tokens", "dim"), FLOAT_DTYPES, (tokens, dim))
+        check_split(self.split_sizes, dim)
         return FnSizes(tokens, dim, width, batch, num_slots, state_len)
 
     def check_values(self, sizes: FnSizes, on_host: OnHost) -> None:
@@ -326,16 +395,16 @@ class FnCall(NamedTuple):
             return
         if self.state_layout != "front":
             raise ValueError(f"snapshot_indices: expected None, since state_layout is {self.state_layout!r}")
-        _shape("snapshot_indices", self.snapshot_indices, ("batch", "blocks"), (batch, None))
-        _dtype("snapshot_indices", self.snapshot_indices, INDEX_DTYPES)
+        check_array(
+            "snapshot_indices", self.snapshot_indices, ("batch", "blocks"), INDEX_DTYPES, (batch, None)
+        )
         if self.snapshot_block_size is None:
             raise ValueError(
                 "snapshot_block_size: expected an integer, since snapshot_indices is given, got None"
             )
-        if _below(_host_int("snapshot_block_size", self.snapshot_block_size), 1):
+        if below(host_int("snapshot_block_size", self.snapshot_block_size), 1):
             raise ValueError(f"snapshot_block_size: expected an integer >= 1, got {self.snapshot_block_size}")
-        if self.num_computed_tokens is not None:
-            _check_integers("num_computed_tokens", self.num_computed_tokens, batch)
+        check_rows("num_computed_tokens", self.num_computed_tokens, batch)
 
 
 @_record("causal_conv1d_update", positional=5)
@@ -415,62 +484,58 @@ class UpdateCall(NamedTuple):
           ValueError: a shape or an option is wrong.
           TypeError: a dtype or the type of an option is wrong.
         """
-        shape = _shape_of("x", self.x)
+        shape = shape_of("x", self.x)
         if self.query_start_loc is not None:
-            tokens, dim = _shape("x", self.x, ("tokens", "dim"))
-            batch = _check_offsets(self.query_start_loc)
+            tokens, dim = check_shape("x", self.x, ("tokens", "dim"))
+            batch = check_offsets(self.query_start_loc)
             seqlen = None
         elif len(shape) == 2:
             (batch, dim), seqlen, tokens = shape, 1, shape[0]
         elif len(shape) == 3:
             batch, seqlen, dim = shape
             tokens = batch * seqlen
-            if _below(dim, 1):
+            if below(dim, 1):
                 raise ValueError(f"x: expected shape [batch, seqlen, dim] with dim >= 1, got {list(shape)}")
         else:
             raise ValueError(f"x: expected shape [batch, dim] or [batch, seqlen, dim], got {list(shape)}")
-        if _below(dim, 1):
+        if below(dim, 1):
             raise ValueError(f"x: expected dim >= 1, got shape {list(shape)}")
         if self.channel_offset is not None:
-            dim = _check_channels(dim, self.weight, self.channel_offset)
-        _dtype("x", self.x, FLOAT_DTYPES)
-        width = _check_weight(self.x, self.weight, self.bias, dim)
+            dim = check_channels(dim, self.weight, self.channel_offset)
+        check_dtype("x", self.x, FLOAT_DTYPES)
+        width = check_weight(self.x, self.weight, self.bias, dim)
         if self.conv_states is None:
             raise ValueError(
                 "conv_states: expected shape [num_slots, state_len, dim], got None "
                 "(an update continues from a state; a stateless call is causal_conv1d_fn)"
             )
-        num_slots, state_len = _check_pool(self.conv_states, dim, width)
-        _check_indices(self.cache_indices, batch, num_slots, True)
-        if self.max_seqlen is not None:
-            if self.query_start_loc is None:
-                got = _shown(self.max_seqlen)
-                raise ValueError(f"max_seqlen: expected None, since query_start_loc is None, got {got}")
-            _check_max_seqlen(self.max_seqlen)
+        num_slots, state_len = check_pool(self.conv_states, dim, width)
+        check_slots(self.cache_indices, batch, num_slots, True)
+        if self.max_seqlen is not None and self.query_start_loc is None:
+            got = shown(self.max_seqlen)
+            raise ValueError(f"max_seqlen: expected None, since query_start_loc is None, got {got}")
+        check_max_seqlen(self.max_seqlen)
         if self.num_accepted_tokens is not None:
-            _shape("num_accepted_tokens", self.num_accepted_tokens, ("batch",), (batch,))
-            _dtype("num_accepted_tokens", self.num_accepted_tokens, INDEX_DTYPES)
+            check_rows("num_accepted_tokens", self.num_accepted_tokens, batch)
             longest = self.max_seqlen if seqlen is None else seqlen
             if longest is None:
                 raise ValueError(
                     "max_seqlen: expected an integer, since query_start_loc and num_accepted_tokens are given "
                     "(a slot must be wide enough for the longest row), got None"
                 )
-            if not _below(width, 2) and _below(state_len, width - 2 + longest):
+            if not below(width, 2) and below(state_len, width - 2 + longest):
                 raise ValueError(
                     f"conv_states: expected state_len >= width-1 + {longest}-1 = {width - 2 + longest} on axis 1 for "
                     f"rows of up to {longest} tokens with num_accepted_tokens, got {state_len}"
                 )
-        _check_options(self.activation, self.pad_slot_id, self.validate)
-        _check_layout(self.state_layout, self.cache_seqlens, batch)
+        check_options(self.activation, self.pad_slot_id, self.validate)
+        check_layout(self.state_layout, self.cache_seqlens, batch)
         if self.num_accepted_tokens is not None and self.state_layout != "front":
             raise ValueError(
                 f"state_layout: expected 'front', since num_accepted_tokens is given, got {self.state_layout!r}"
             )
-        if self.write_indices is not None:
-            _check_integers("write_indices", self.write_indices, batch)
-        if self.track_indices is not None:
-            _check_track(self.track_indices, self.state_layout, batch)
+        check_rows("write_indices", self.write_indices, batch)
+        check_track(self.track_indices, self.state_layout, batch)
         if self.window_out is not None:
             longest = self.max_seqlen if seqlen is None else seqlen
             if longest is None:
@@ -478,10 +543,10 @@ class UpdateCall(NamedTuple):
                     "max_seqlen: expected an integer, since query_start_loc and window_out are given "
                     "(window_out must have steps enough for the longest row), got None"
                 )
-            _check_window_out(self.window_out, self.window_indices, batch, width, dim, longest)
+            check_window_out(self.window_out, self.window_indices, batch, width, dim, longest)
         elif self.window_indices is not None:
             raise ValueError("window_indices: expected None, since window_out is None")
-        _check_flag("commit", self.commit)
+        check_flag("commit", self.commit)
         if not self.commit:
             for name in ("write_indices", "track_indices"):
                 if getattr(self, name) is not None:
@@ -490,13 +555,11 @@ class UpdateCall(NamedTuple):
             other = "commit is False" if self.window_out is None else "window_out is given"
             raise ValueError(f"num_accepted_tokens: expected None, since {other}")
         if self.tree_parents is not None:
-            _check_tree(self.tree_parents, shape, self.query_start_loc, self.num_accepted_tokens, self.commit)
+            check_tree(self.tree_parents, shape, self.query_start_loc, self.num_accepted_tokens, self.commit)
         if self.residual is not None:
             axes = ("batch", "seqlen", "dim") if len(shape) == 3 else ("tokens", "dim")
-            _shape("residual", self.residual, axes, (*shape[:-1], dim))
-            _dtype("residual", self.residual, FLOAT_DTYPES)
-        if self.split_sizes is not None:
-            _check_split(self.split_sizes, dim)
+            check_array("residual", self.residual, axes, FLOAT_DTYPES, (*shape[:-1], dim))
+        check_split(self.split_sizes, dim)
         return UpdateSizes(batch, seqlen, dim, width, num_slots, state_len, tokens)
 
     def check_values(self, sizes: UpdateSizes, on_host: OnHost) -> None:
@@ -540,14 +603,12 @@ class CommitCall(NamedTuple):
           TypeError: a dtype or the type of an option is wrong.
         """
         axes = ("buffers", "steps", "width-1", "dim")
-        num_buffers, steps, history, dim = _shape("window_out", self.window_out, axes)
-        _dtype("window_out", self.window_out, FLOAT_DTYPES)
-        num_slots, state_len = _check_pool(self.conv_states, dim, history + 1)
-        (batch,) = _shape("accepted_steps", self.accepted_steps, ("batch",))
-        _dtype("accepted_steps", self.accepted_steps, INDEX_DTYPES)
-        _check_indices(self.cache_indices, batch, num_slots, True)
-        _check_buffers(self.window_indices, batch, num_buffers)
-        _check_options(None, self.pad_slot_id, self.validate)
+        num_buffers, steps, history, dim = check_array("window_out", self.window_out, axes, FLOAT_DTYPES)
+        num_slots, state_len = check_pool(self.conv_states, dim, history + 1)
+        (batch,) = check_array("accepted_steps", self.accepted_steps, ("batch",), INDEX_DTYPES)
+        check_slots(self.cache_indices, batch, num_slots, True)
+        check_buffers(self.window_indices, batch, num_buffers)
+        check_options(None, self.pad_slot_id, self.validate)
         return CommitSizes(batch, num_slots, state_len, num_buffers, steps, history, dim)
 
     def check_values(self, sizes: CommitSizes, on_host: OnHost) -> None:
@@ -579,10 +640,8 @@ class LinksCall(NamedTuple):
           ValueError: a shape is wrong.
           TypeError: a dtype is wrong.
         """
-        batch, nodes = _shape("next_token", self.next_token, ("batch", "n"))
-        _dtype("next_token", self.next_token, INDEX_DTYPES)
-        _shape("next_sibling", self.next_sibling, ("batch", "n"), (batch, nodes))
-        _dtype("next_sibling", self.next_sibling, INDEX_DTYPES)
+        batch, nodes = check_array("next_token", self.next_token, ("batch", "n"), INDEX_DTYPES)
+        check_array("next_sibling", self.next_sibling, ("batch", "n"), INDEX_DTYPES, (batch, nodes))
         return LinksSizes(batch, nodes)
 
 
@@ -625,8 +684,8 @@ class RowsCall(NamedTuple):
           TypeError: a dtype or the type of an option is wrong.
         """
         if self.query_start_loc is None:
-            shape = _shape_of("x", self.x)
-            if len(shape) != 3 or _below(shape[2], 1):
+            shape = shape_of("x", self.x)
+            if len(shape) != 3 or below(shape[2], 1):
                 raise ValueError(
                     "x: expected shape [batch, seqlen, dim] with dim >= 1, since query_start_loc is None, "
                     f"got {list(shape)}"
@@ -634,17 +693,15 @@ class RowsCall(NamedTuple):
             batch, seqlen, dim = shape
             tokens = batch * seqlen
         else:
-            tokens, dim = _shape("x", self.x, ("tokens", "dim"))
-            batch = _check_offsets(self.query_start_loc)
-        _dtype("x", self.x, FLOAT_DTYPES)
-        width = _check_weight(self.x, self.weight, self.bias, dim)
+            tokens, dim = check_shape("x", self.x, ("tokens", "dim"))
+            batch = check_offsets(self.query_start_loc)
+        check_dtype("x", self.x, FLOAT_DTYPES)
+        width = check_weight(self.x, self.weight, self.bias, dim)
         if self.initial_states is not None:
-            _shape(
-                "initial_states", self.initial_states, ("batch", "width-1", "dim"), (batch, width - 1, dim)
-            )
-            _dtype("initial_states", self.initial_states, FLOAT_DTYPES)
-        _check_activation(self.activation)
-        _check_schedule(self.max_seqlen, self.schedule)
+            axes = ("batch", "width-1", "dim")
+            check_array("initial_states", self.initial_states, axes, FLOAT_DTYPES, (batch, width - 1, dim))
+        check_activation(self.activation)
+        check_schedule(self.max_seqlen, self.schedule)
         return RowSizes(tokens, dim, width, batch)
 
 
@@ -659,12 +716,12 @@ def normalised(call: _Record) -> _Record:
         if value is None:
             continue
         if kind == "integer":
-            slot = _host_int(name, value)
+            slot = host_int(name, value)
             plain[name] = slot if -(2**63) <= slot < 2**63 else -1
         elif kind == "size":
-            plain[name] = _host_int(name, value)
+            plain[name] = host_int(name, value)
         elif kind == "sizes":
-            plain[name] = tuple(_host_int(name, size) for size in value)
+            plain[name] = tuple(host_int(name, size) for size in value)
     return call._replace(**plain)
 
 
@@ -703,261 +760,7 @@ def refuse_serving(why: str, *, state_layout: Any, empty_rows: Any, **arguments:
 
 def check_backend(backend, names: Sequence[str]) -> None:
     """Raises ValueError unless `backend` is "auto" or one of an implementation's `names`."""
-    _check_choice("backend", backend, ("auto", *names))
-
-
-def dtype_name(dtype: Any) -> str:
-    """Returns "bfloat16", "int32", ... for a NumPy, Torch or JAX dtype."""
-    try:
-        return _DTYPE_NAMES[dtype]
-    except KeyError:
-        name = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
-        _DTYPE_NAMES[dtype] = name
-        return name
-    except TypeError:  # not hashable, so no dtype object
-        return str(dtype)
-
-
-_DTYPE_NAMES: dict[Any, str] = {}
-
-
-def _shape_of(name: str, value: Any) -> tuple:
-    try:
-        return tuple(value.shape)
-    except (AttributeError, TypeError):
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from None
-
-
-def _shape(
-    name: str, value: Any, axes: tuple[str, ...], sizes: tuple[int | None, ...] = (), hint: str = ""
-) -> tuple:
-    shape = _shape_of(name, value)
-    fits = len(shape) == len(axes) and all(
-        want is None or got == want for got, want in zip(shape, sizes, strict=False)
-    )
-    if not fits or ("dim" in axes and _below(shape[axes.index("dim")], 1)):
-        known = dict(zip(axes, sizes, strict=False))
-        text = ", ".join(a if known.get(a) is None else f"{a}={known[a]}" for a in axes)
-        limit = " with dim >= 1" if fits else ""
-        raise ValueError(f"{name}: expected shape [{text}]{limit}, got {list(shape)}{hint}")
-    return shape
-
-
-def _dtype(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if not hasattr(value, "dtype"):
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
-    got = dtype_name(value.dtype)
-    if got not in allowed:
-        raise TypeError(f"{name}: expected dtype {' or '.join(allowed)}, got {got}")
-
-
-def _check_weight(x: Any, weight: Any, bias: Any, dim: int) -> int:
-    """Returns the width. Where another axis of x has the weight's dim, x is blamed."""
-    shape, x_shape = _shape_of("weight", weight), _shape_of("x", x)
-    if len(shape) == 2 and shape[0] != dim and shape[0] in x_shape[:-1]:
-        raise ValueError(
-            f"x: expected dim={shape[0]}, as the weight has, on the last axis, got {list(x_shape)} (transposed?)"
-        )
-    _, width = _weight_shape(weight, dim)
-    _dtype("weight", weight, FLOAT_DTYPES)
-    if _below(width, WIDTH_MIN) or _below(WIDTH_MAX, width):
-        raise ValueError(f"weight: expected width {WIDTH_MIN} to {WIDTH_MAX} on axis 1, got {width}")
-    if bias is not None:
-        _shape("bias", bias, ("dim",), (dim,))
-        _dtype("bias", bias, FLOAT_DTYPES)
-    return width
-
-
-def _weight_shape(weight: Any, dim: int | None = None) -> tuple:
-    shape = _shape_of("weight", weight)
-    conv1d = len(shape) == 3 and shape[1] == 1
-    hint = " (that of a Conv1d: give weight.squeeze(1))" if conv1d else ""
-    return _shape("weight", weight, ("dim", "width"), (dim, None), hint)
-
-
-def _check_pool(conv_states: Any, dim: int, width: int) -> tuple[int, int]:
-    axes = ("num_slots", "state_len", "dim")
-    num_slots, state_len, _ = _shape("conv_states", conv_states, axes, (None, None, dim))
-    _dtype("conv_states", conv_states, FLOAT_DTYPES)
-    if _below(state_len, width - 1):
-        raise ValueError(
-            f"conv_states: expected state_len >= width-1 = {width - 1} on axis 1, got {state_len}"
-        )
-    return num_slots, state_len
-
-
-def _check_offsets(query_start_loc: Any) -> int:
-    """Returns the number of rows."""
-    (offsets,) = _shape("query_start_loc", query_start_loc, ("batch+1",))
-    _dtype("query_start_loc", query_start_loc, OFFSET_DTYPES)
-    if _below(offsets, 1):
-        raise ValueError("query_start_loc: expected shape [batch+1] with at least one entry, got [0]")
-    return offsets - 1
-
-
-def _check_indices(cache_indices: Any, batch: int, num_slots: int, pooled: bool) -> None:
-    if cache_indices is not None:
-        _shape("cache_indices", cache_indices, ("batch",), (batch,))
-        _dtype("cache_indices", cache_indices, INDEX_DTYPES)
-    elif pooled and _below(num_slots, batch):
-        raise ValueError(
-            f"conv_states: expected num_slots >= batch = {batch}, since cache_indices is None, got {num_slots}"
-        )
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {_shown(value)}")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if value is not True and value is not False:
-        raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
-
-
-def _check_activation(activation: Any) -> None:
-    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {_shown(activation)}")
-
-
-def _check_options(activation: Any, pad_slot_id: Any, validate: Any) -> None:
-    _check_activation(activation)
-    if _symbolic(_host_int("pad_slot_id", pad_slot_id)):
-        raise TypeError(f"pad_slot_id: expected an integer known on the host, got {_shown(pad_slot_id)}")
-    _check_flag("validate", validate)
-
-
-def _check_max_seqlen(max_seqlen: Any) -> None:
-    if _below(_host_int("max_seqlen", max_seqlen), 0):
-        raise ValueError(f"max_seqlen: expected None or an integer >= 0, got {max_seqlen}")
-
-
-def _check_schedule(max_seqlen: Any, schedule: Any) -> None:
-    if max_seqlen is not None:
-        _check_max_seqlen(max_seqlen)
-    _check_choice("schedule", schedule, SCHEDULES)
-
-
-def _check_integers(name: str, value: Any, batch: int) -> None:
-    _shape(name, value, ("batch",), (batch,))
-    _dtype(name, value, INDEX_DTYPES)
-
-
-def _check_layout(state_layout: Any, cache_seqlens: Any, batch: int) -> None:
-    _check_choice("state_layout", state_layout, STATE_LAYOUTS)
-    if state_layout != "ring":
-        if cache_seqlens is not None:
-            raise ValueError(f"cache_seqlens: expected None, since state_layout is {state_layout!r}")
-        return
-    if cache_seqlens is None:
-        raise ValueError("cache_seqlens: expected shape [batch], since state_layout is 'ring', got None")
-    _check_integers("cache_seqlens", cache_seqlens, batch)
-
-
-def _check_track(track_indices: Any, state_layout: str, batch: int) -> None:
-    if state_layout != "front":
-        raise ValueError(f"track_indices: expected None, since state_layout is {state_layout!r}")
-    _check_integers("track_indices", track_indices, batch)
-
-
-def _check_channels(channels: int, weight: Any, channel_offset: Any) -> int:
-    """Returns how many channels of x are the input: those of the weight."""
-    dim, _ = _weight_shape(weight)
-    offset = _host_int("channel_offset", channel_offset)
-    if _below(offset, 0) or _below(channels - dim, offset):
-        raise ValueError(
-            f"channel_offset: expected None, or an integer >= 0 with channel_offset + dim <= {channels}, the channels "
-            f"of x, for dim={dim}, got {offset}"
-        )
-    return dim
-
-
-def _check_split(split_sizes: Any, dim: int) -> None:
-    if not isinstance(split_sizes, (tuple, list)):
-        raise TypeError(f"split_sizes: expected a tuple of integers, got {type(split_sizes).__name__}")
-    sizes = [_host_int("split_sizes", size) for size in split_sizes]
-    small = any(_below(size, 1) for size in sizes)
-    if not 1 <= len(sizes) <= SPLITS_MAX or small or sum(sizes) != dim:
-        raise ValueError(
-            f"split_sizes: expected 1 to {SPLITS_MAX} integers >= 1 that add up to dim={dim}, got {split_sizes}"
-        )
-
-
-def _check_buffers(window_indices: Any, batch: int, num_buffers: int) -> None:
-    if window_indices is not None:
-        _check_integers("window_indices", window_indices, batch)
-    elif _below(num_buffers, batch):
-        raise ValueError(
-            f"window_out: expected buffers >= batch = {batch}, since window_indices is None, got {num_buffers}"
-        )
-
-
-def _check_window_out(
-    window_out: Any, window_indices: Any, batch: int, width: int, dim: int, longest: int
-) -> None:
-    axes = ("buffers", "steps", "width-1", "dim")
-    num_buffers, steps, _, _ = _shape("window_out", window_out, axes, (None, None, width - 1, dim))
-    _dtype("window_out", window_out, FLOAT_DTYPES)
-    if _below(steps, longest):
-        raise ValueError(
-            f"window_out: expected steps >= {longest} on axis 1, the tokens of the longest row, got {steps}"
-        )
-    _check_buffers(window_indices, batch, num_buffers)
-
-
-def _check_tree(
-    tree_parents: Any, shape: tuple, query_start_loc: Any, num_accepted_tokens: Any, commit: bool
-) -> None:
-    for name, value in (("query_start_loc", query_start_loc), ("num_accepted_tokens", num_accepted_tokens)):
-        if value is not None:
-            raise ValueError(f"{name}: expected None, since tree_parents is given")
-    if len(shape) != 3:
-        raise ValueError(
-            f"x: expected shape [batch, seqlen, dim], since tree_parents is given, got {list(shape)}"
-        )
-    if commit:
-        raise ValueError(
-            "commit: expected False, since tree_parents is given and a tree has no last node, got True"
-        )
-    _shape("tree_parents", tree_parents, ("batch", "seqlen"), shape[:-1])
-    _dtype("tree_parents", tree_parents, INDEX_DTYPES)
-
-
-def _host_int(name: str, value: Any) -> Any:
-    """The plain int that a value stands for, or the symbol that it is."""
-    if type(value) is int or _symbolic(value):
-        return value
-    # NumPy's integers have a shape and yet are no arrays.
-    array = hasattr(value, "shape") and not isinstance(value, numbers.Integral)
-    try:
-        if isinstance(value, bool) or array:
-            raise TypeError
-        return int(operator.index(value))
-    except Exception:
-        raise TypeError(f"{name}: expected an integer known on the host, got {_shown(value)}") from None
-
-
-def _symbolic(value: Any) -> bool:
-    """Whether this is a tracer's symbol for a size: asking `torch.SymInt` for its number would fix it."""
-    return type(value).__name__ == "SymInt" or hasattr(value, "dimension_as_value")
-
-
-def _below(a: Any, b: Any) -> bool:
-    """Whether a < b, where that is known."""
-    if type(a).__name__ == "SymInt" or type(b).__name__ == "SymInt":
-        return False  # the comparison would become a guard; the operator checks again when it has the numbers
-    try:
-        return bool(a < b)
-    except Exception:  # inconclusive for a dimension of `jax.export`
-        return False
-
-
-def _shown(value: Any) -> str:
-    """What an error says that it got. An array is not printed: that would read it."""
-    if not hasattr(value, "shape") or isinstance(value, numbers.Number):
-        return repr(value)
-    kind = type(value).__name__
-    return f"a {kind}" + (" (make the argument static)" if "Tracer" in kind else "")
+    check_choice("backend", backend, ("auto", *names))
 
 
 # The checks under their names of before there were records; they go when nobody calls them.

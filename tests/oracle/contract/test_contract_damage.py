@@ -1,6 +1,6 @@
 """The tables of the contract's tests are complete, shown by mutation.
 
-The syntax trees of the contract and of what it checks values by are damaged in one place at a time, and some row of
+The syntax trees of the contract and of what its records check by are damaged in one place at a time, and some row of
 the tables must notice.
 """
 
@@ -12,7 +12,7 @@ import inspect
 import operator
 import types
 
-from oracle import contract, contract_values
+from oracle import contract, contract_checks, contract_values
 from tests.oracle.contract import (
     test_contract_commit,
     test_contract_fn,
@@ -100,7 +100,7 @@ def load(source):
 
 
 def damaged_contracts():
-    """Yields (name, description, a contract with one place damaged in it, or in what it checks values by).
+    """Yields (name, description, a contract with one place damaged in it, or in what it checks by).
 
     It is the same copy each time, damaged in another place; but what makes the records damages a copy of its own.
     """
@@ -113,21 +113,29 @@ def damaged_contracts():
             except Exception:  # that is noticed
                 continue
             yield name, description, module
-    module, values = load(inspect.getsource(contract)), load(inspect.getsource(contract_values))
+    module, checks, values = map(load, map(inspect.getsource, (contract, contract_checks, contract_values)))
     module.contract_values = values
-    for damaged in (module, values):
-        for name, description, tree in mutants(
-            inspect.getsource(contract if damaged is module else contract_values)
-        ):
+    rebind(module, checks)
+    for damaged, original in ((module, contract), (checks, contract_checks), (values, contract_values)):
+        for name, description, tree in mutants(inspect.getsource(original)):
             if name == "_record":
                 continue
             sound, records = getattr(damaged, name), dict(module.RECORDS)
             code = compile(tree, "<damaged>", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
             exec(code, damaged.__dict__)
-            module._DTYPE_NAMES.clear()
+            rebind(module, checks)
+            checks._DTYPE_NAMES.clear()
             yield name, description, module
             setattr(damaged, name, sound)
+            rebind(module, checks)
             module.RECORDS.update(records)
+
+
+def rebind(module, checks):
+    """Lets a copy of the contract use the functions of a copy of its checks."""
+    for name, value in vars(checks).items():
+        if isinstance(value, types.FunctionType) and hasattr(module, name):
+            setattr(module, name, value)
 
 
 def same(module, operation, overrides, result):
