@@ -37,7 +37,7 @@ class TorchAdapter:
             for name, a in arrays.items()
         }
         if op == "tree_parents_from_links":
-            return {"parents": _to_numpy(triton_impl.tree_parents_from_links(**views, **options))}
+            return {"parents": to_numpy(triton_impl.tree_parents_from_links(**views, **options))}
         if op == "causal_conv1d_backward":
             return self._gradients(views, options) | {"memory": _memory(arrays, bases)}
         result = getattr(triton_impl, op)(**views, **{"backend": self.backend, **options})
@@ -45,7 +45,7 @@ class TorchAdapter:
         for name in ("conv_states", "window_out"):
             if name in found and found[name] is not views[name]:
                 raise RuntimeError(f"{name}: expected the very tensor that was passed in")
-        return {name: _typed(value) for name, value in found.items()} | {"memory": _memory(arrays, bases)}
+        return {name: typed(value) for name, value in found.items()} | {"memory": _memory(arrays, bases)}
 
     def _gradients(self, views, options):
         """The differentiable form and its backward pass, through autograd."""
@@ -60,7 +60,7 @@ class TorchAdapter:
         leaves = {name: arguments[of] for name, of in GRADIENTS.items() if arguments[of] is not None}
         found = torch.autograd.grad(outputs, list(leaves.values()), upstream)
         found = dict(zip(leaves, found, strict=True))
-        return {name: _typed(found.get(name)) for name in GRADIENTS}
+        return {name: typed(found.get(name)) for name in GRADIENTS}
 
     def _base(self, array):
         """The whole buffer on the device; of a huge, mostly empty one only the view is copied."""
@@ -86,7 +86,7 @@ def eager(device=None):
 
 
 def _memory(arrays, bases):
-    return {name: _to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse}
+    return {name: to_numpy(bases[name]) for name, a in arrays.items() if a is not None and not a.sparse}
 
 
 def _to_torch(dtype, storage):
@@ -95,16 +95,16 @@ def _to_torch(dtype, storage):
     return torch.from_numpy(storage.copy())
 
 
-def _to_numpy(tensor):
+def to_numpy(tensor):
     tensor = tensor.detach().contiguous().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
 
 
-def _typed(tensor):
+def typed(tensor):
     if tensor is None:
         return None
     if isinstance(tensor, tuple):
-        return tuple(_typed(part) for part in tensor)
-    return TypedArray(str(tensor.dtype).removeprefix("torch."), _to_numpy(tensor))
+        return tuple(typed(part) for part in tensor)
+    return TypedArray(str(tensor.dtype).removeprefix("torch."), to_numpy(tensor))

@@ -69,11 +69,11 @@ class PeerAdapter(own.TorchAdapter):
                 out = function(**tensors, **options)
         except (ValueError, TypeError, Unsupported) as error:
             raise type(error)(_contract_names(str(error))) from error
-        memory = {name: own._to_numpy(bases[name]) for name, a in given.items() if not a.sparse}
+        memory = {name: own.to_numpy(bases[name]) for name, a in given.items() if not a.sparse}
         result = {"out": out, "conv_states": tensors["conv_states"]}
         if "window_out" in given:
             result["window_out"] = tensors["window_out"]
-        return {name: own._typed(value) for name, value in result.items()} | {"memory": memory}
+        return {name: own.typed(value) for name, value in result.items()} | {"memory": memory}
 
 
 def _refuse_what_engines_pass(tensors):
