@@ -22,6 +22,7 @@ from oracle.conformance.cases import TIERS, select
 from oracle.conformance.catalogue import catalogue
 
 PACKAGES = {
+    "aiter": "aiter",
     "causal_conv1d_fn": "causal_conv1d",
     "causal_conv1d_update": "causal_conv1d",
     "fla": "fla",
@@ -34,7 +35,7 @@ PACKAGES = {
 }
 """Peer -> the package that must be importable."""
 FACTORIES = {"causal_conv1d_fn": "causal_conv1d:prefill", "causal_conv1d_update": "causal_conv1d:update"}
-TRITON = ("fla", "sglang", "vllm")
+TRITON = ("aiter", "fla", "sglang", "vllm")
 
 
 def main(arguments: list[str] | None = None) -> int:
