@@ -234,7 +234,7 @@ def test_against_torch():
 @pytest.mark.parametrize(
     "module",
     ["reference", "conformance.commands", "conformance.runner", "conformance.mutants", "conformance.demo",
-     "conformance.judge", "conformance.relations", "conformance.engine", "tolerance", "values"],
+     "conformance.judge", "conformance.relations", "conformance.traffic.engine", "tolerance", "contract"],
 )  # fmt: skip
 def test_the_oracle_loads_nothing_but_numpy(module):
     code = f"import sys; before = set(sys.modules); import oracle.{module}; tops = {{n.partition('.')[0] for n in " \

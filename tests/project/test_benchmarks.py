@@ -68,11 +68,11 @@ def test_workloads_are_calls_the_contract_accepts():
         if w.op == wl.PREFILL:
             offsets = array(w.batch + 1, dtype="int32")
             x = array(w.tokens, w.dim, dtype=w.dtype)
-            contract.check_causal_conv1d_fn(x, weight, bias, pool, offsets, activation=w.activation)
+            contract.FnCall(x, weight, bias, pool, offsets, activation=w.activation).check()
         else:
             assert len(set(w.lengths)) == 1
             x = array(w.batch, w.lengths[0], w.dim, dtype=w.dtype)
-            contract.check_causal_conv1d_update(x, weight, bias, pool, activation=w.activation)
+            contract.UpdateCall(x, weight, bias, pool, activation=w.activation).check()
         assert w.source
 
 
@@ -101,7 +101,9 @@ def test_random_batches_are_valid_and_differ():
         assert offsets[0] == 0
         assert offsets[-1] <= 512
         assert (len(offsets), len(indices), len(has)) == (17, 16, 16)
-        contract.check_fn_values(offsets, indices, 512, 64, -1, longest)
+        pool = SimpleNamespace(shape=(64, 3, 8), dtype="bfloat16")
+        call = contract.FnCall(None, None, None, pool, offsets, indices, max_seqlen=longest)
+        call.check_values(contract.FnSizes(512, 8, 4, 16, 64, 3), lambda name, values: values)
         assert longest == max(b - a for a, b in itertools.pairwise(offsets))
     assert len({tuple(b[0]) for b in batches}) == 50
     assert max(b[3] for b in batches) == 512 - 15
