@@ -13,7 +13,7 @@ def run_processes(script, arguments, ranks, environment=(), limit=280):
     """Runs `python script RANK *arguments` for every rank at the same time; returns (exit codes, texts)."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / script), str(rank), *map(str, arguments)],
+            [sys.executable, str(ROOT / "tests/tools" / script), str(rank), *map(str, arguments)],
             cwd=ROOT,
             env=os.environ | dict(environment),
             stdout=subprocess.PIPE,
