@@ -18,9 +18,13 @@ except ImportError as error:
         + (f"finds {_found}, which hides it; rename that file" if _found else "finds none")
     ) from error
 
-from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
+from pallas_impl.api import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    commit_windows,
+    tree_parents_from_links,
+)
 from pallas_impl.functional import causal_conv1d
-from pallas_impl.speculative import commit_windows, tree_parents_from_links
 
 __all__ = [
     "ConvOutput",

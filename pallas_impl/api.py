@@ -1,28 +1,8 @@
-"""The public operations of the JAX twin: check, choose, launch."""
+"""The public operations of the JAX twin: signatures and what they mean. `call` runs them."""
 
-import functools
-import operator
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from oracle.contract import (
-    ConvOutput,
-    ConvWindowOutput,
-    check_causal_conv1d_fn,
-    check_causal_conv1d_update,
-    check_fn_values,
-    check_update_values,
-)
-from pallas_impl import prefill, rolling, serving, update, xla
-from pallas_impl.backends import CLIPS
-from pallas_impl.backends import interpreter as _interpreter
-from pallas_impl.backends import on_host as _on_host
-from pallas_impl.backends import resolve as _resolve
-from pallas_impl.config import choose_lanes, prefill_config, tma_dim, update_config
-from pallas_impl.transforms import refuse_transforms
-from pallas_impl.xla_serving import Arrays, Options
+from oracle.contract import CommitCall, FnCall, LinksCall, UpdateCall
+from pallas_impl import trees
+from pallas_impl.call import run_commit, run_prefill, run_update
 
 
 def causal_conv1d_fn(
@@ -100,71 +80,17 @@ def causal_conv1d_fn(
       their last width-1 inputs; None if none was given.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; with `validate`, bad offsets, slots,
+      ValueError, TypeError: as `oracle.contract.FnCall`; with `validate`, bad offsets, slots,
         counters or max_seqlen.
       Unsupported: the backend asked for cannot run here; `validate` in a trace; a grid of 2**31 programs.
     """
-    sizes = check_causal_conv1d_fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
-        backend=backend, validate=validate, state_layout=state_layout, cache_seqlens=cache_seqlens,
-        write_indices=write_indices, empty_rows=empty_rows, snapshot_indices=snapshot_indices,
-        snapshot_block_size=snapshot_block_size, num_computed_tokens=num_computed_tokens,
-        track_indices=track_indices, track_lengths=track_lengths, residual=residual,
-        channel_offset=channel_offset, split_sizes=split_sizes,
+    call = FnCall(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation,
+        pad_slot_id, max_seqlen, schedule, backend, validate, state_layout, cache_seqlens, write_indices,
+        empty_rows, snapshot_indices, snapshot_block_size, num_computed_tokens, track_indices,
+        track_lengths, residual, channel_offset, split_sizes,
     )  # fmt: skip
-    backend = _resolve(backend, x)
-    if validate:
-        check_fn_values(
-            _on_host("query_start_loc", query_start_loc),
-            _on_host("cache_indices", cache_indices),
-            sizes.tokens,
-            None if conv_states is None else sizes.num_slots,
-            pad_slot_id,
-            max_seqlen,
-            has_initial_state=_on_host("has_initial_state", has_initial_state),
-            cache_seqlens=_on_host("cache_seqlens", cache_seqlens),
-            write_indices=_on_host("write_indices", write_indices),
-            empty_rows=empty_rows,
-            snapshot_indices=_on_host("snapshot_indices", snapshot_indices),
-            snapshot_block_size=1 if snapshot_block_size is None else snapshot_block_size,
-            num_computed_tokens=_on_host("num_computed_tokens", num_computed_tokens),
-            track_indices=_on_host("track_indices", track_indices),
-            track_lengths=_on_host("track_lengths", track_lengths),
-        )
-    config = None
-    if backend != "xla":
-        config = prefill_config(
-            sizes.tokens, sizes.dim, sizes.batch, None if max_seqlen is None else operator.index(max_seqlen), schedule
-        )  # fmt: skip
-    plain = (
-        state_layout == "front" and write_indices is None and empty_rows == "skip" and snapshot_indices is None
-        and track_indices is None and residual is None and channel_offset is None and split_sizes is None
-    )  # fmt: skip
-    if not plain:
-        arrays = Arrays(
-            has_initial_state=has_initial_state, cache_seqlens=cache_seqlens, write_indices=write_indices,
-            snapshot_indices=snapshot_indices, num_computed_tokens=num_computed_tokens, track_indices=track_indices,
-            track_lengths=track_lengths, residual=residual,
-        )  # fmt: skip
-        options = Options(
-            silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), always_state=False,
-            state_layout=state_layout, apply_empty=empty_rows == "apply",
-            snapshot_block_size=None if snapshot_indices is None else operator.index(snapshot_block_size),
-            channel=0 if channel_offset is None else operator.index(channel_offset),
-            split_sizes=None if split_sizes is None else tuple(map(operator.index, split_sizes)),
-        )  # fmt: skip
-        out, pool = serving.prefill(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, arrays, options=options, config=config,
-            interpret=backend == "mosaic_gpu_interpret",
-        )  # fmt: skip
-        return ConvOutput(out, pool)
-    out, pool = _prefill(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), config=config,
-        interpret=backend == "mosaic_gpu_interpret",
-    )  # fmt: skip
-    return ConvOutput(out, pool)
+    return run_prefill(call)
 
 
 def causal_conv1d_update(
@@ -235,175 +161,68 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
-    sizes = check_causal_conv1d_update(
-        x, weight, bias, conv_states, cache_indices, query_start_loc=query_start_loc,
-        num_accepted_tokens=num_accepted_tokens, max_seqlen=max_seqlen, activation=activation,
-        pad_slot_id=pad_slot_id, backend=backend, validate=validate, state_layout=state_layout,
-        cache_seqlens=cache_seqlens, write_indices=write_indices, track_indices=track_indices,
-        window_out=window_out, window_indices=window_indices, commit=commit, tree_parents=tree_parents,
-        residual=residual, channel_offset=channel_offset, split_sizes=split_sizes,
+    call = UpdateCall(
+        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, max_seqlen,
+        activation, pad_slot_id, backend, validate, state_layout, cache_seqlens, write_indices,
+        track_indices, window_out, window_indices, commit, tree_parents, residual, channel_offset,
+        split_sizes,
     )  # fmt: skip
-    backend = _resolve(backend, x)
-    if validate:
-        check_update_values(
-            _on_host("cache_indices", cache_indices),
-            sizes,
-            pad_slot_id,
-            _on_host("query_start_loc", query_start_loc),
-            _on_host("num_accepted_tokens", num_accepted_tokens),
-            max_seqlen,
-            cache_seqlens=_on_host("cache_seqlens", cache_seqlens),
-            write_indices=_on_host("write_indices", write_indices),
-            track_indices=_on_host("track_indices", track_indices),
-            num_buffers=None if window_out is None else window_out.shape[0],
-            window_indices=_on_host("window_indices", window_indices),
-            commit=commit,
-            tree_parents=_on_host("tree_parents", tree_parents),
-        )
-    plain = (
-        state_layout == "front" and write_indices is None and track_indices is None and window_out is None and commit
-        and tree_parents is None and residual is None and channel_offset is None and split_sizes is None
-    )  # fmt: skip
-    if not plain:
-        arrays = Arrays(
-            num_accepted_tokens=num_accepted_tokens, cache_seqlens=cache_seqlens, write_indices=write_indices,
-            track_indices=track_indices, window_out=window_out, window_indices=window_indices,
-            tree_parents=tree_parents, residual=residual,
-        )  # fmt: skip
-        options = Options(
-            silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), always_state=True,
-            state_layout=state_layout, channel=0 if channel_offset is None else operator.index(channel_offset),
-            split_sizes=None if split_sizes is None else tuple(map(operator.index, split_sizes)), commit=commit,
-        )  # fmt: skip
-        out, pool, windows = serving.update(
-            x, weight, bias, conv_states, cache_indices, query_start_loc, arrays, options=options,
-            kernel=backend != "xla", interpret=backend == "mosaic_gpu_interpret",
-        )  # fmt: skip
-        return ConvOutput(out, pool) if window_out is None else ConvWindowOutput(out, pool, windows)
-    config = None
-    if backend != "xla":
-        config = update_config(sizes.batch, sizes.dim)
-        if num_accepted_tokens is None and sizes.seqlen != 1:
-            longest = sizes.seqlen if max_seqlen is None else operator.index(max_seqlen)
-            # Rows of equal length need no flat schedule, and no offsets.
-            schedule = "auto" if sizes.seqlen is None else "per_sequence"
-            config = prefill_config(sizes.tokens, sizes.dim, sizes.batch, longest, schedule)
-    out, pool = _update(
-        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
-        silu=activation is not None, pad_slot_id=operator.index(pad_slot_id), config=config,
-        interpret=backend == "mosaic_gpu_interpret",
-    )  # fmt: skip
-    return ConvOutput(out, pool)
+    return run_update(call)
 
 
-@functools.partial(jax.jit, static_argnames=("silu", "pad_slot_id", "config", "interpret"))
-def _prefill(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, *,
-    silu, pad_slot_id, config, interpret,
-):  # fmt: skip
-    if config is None or x.size == 0 or query_start_loc.shape[0] == 1:
-        return xla.prefill(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            silu=silu, pad_slot_id=pad_slot_id,
-        )  # fmt: skip
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state = refuse_transforms(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state
-    )
-    starts = query_start_loc
-    if starts.dtype != jnp.int32:
-        starts = xla.offsets(starts, x.shape[0])
-    return _on_tma(
-        lambda x, weight, bias, pool, slots, pad_slot_id: prefill.launch(
-            x, weight, bias, pool, starts, slots, has_initial_state,
-            silu=silu, pad_slot_id=pad_slot_id, config=config, interpret=_interpreter(interpret),
-        ),
-        x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, weight.shape[1] - 1, interpret,
-    )  # fmt: skip
+def commit_windows(
+    conv_states,
+    window_out,
+    accepted_steps,
+    cache_indices=None,
+    window_indices=None,
+    *,
+    pad_slot_id=-1,
+    backend="auto",
+    validate=False,
+):
+    """Moves the window after each row's last accepted token from `window_out` to the row's slot.
 
+    Args:
+      conv_states: [num_slots, state_len, dim] float32, float16 or bfloat16, state_len >= width-1; not copied where
+        the caller donates it to the enclosing `jit`.
+      window_out: [buffers, steps, width-1, dim] float, as `causal_conv1d_update` returned it.
+      accepted_steps: [batch] integer, the last accepted token of each row, from 0; outside [0, steps): the row is
+        left alone.
+      cache_indices: [batch] integer slots; None: row i uses slot i.
+      window_indices: [batch] integer buffers; None: row i uses buffer i.
+      pad_slot_id: slot (and buffer) number of padding rows; those out of range are padding as well.
+      backend, validate: as in `causal_conv1d_fn`.
 
-@functools.partial(jax.jit, static_argnames=("silu", "pad_slot_id", "config", "interpret"))
-def _update(
-    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, *,
-    silu, pad_slot_id, config, interpret,
-):  # fmt: skip
-    batch, dim = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1, x.shape[-1]
-    if config is None or x.size == 0 or batch == 0:
-        return xla.update(
-            x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
-            silu=silu, pad_slot_id=pad_slot_id,
-        )  # fmt: skip
-    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens = refuse_transforms(
-        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens
-    )
-    rows = x.reshape(-1, dim)
-    options = dict(silu=silu, interpret=_interpreter(interpret))
-    seqlen = None if query_start_loc is not None else rows.shape[0] // batch
-    starts = query_start_loc
-    if starts is None:
-        starts = np.arange(batch + 1, dtype=np.int32) * np.int32(seqlen)
-    elif starts.dtype != jnp.int32:
-        starts = xla.offsets(starts, x.shape[0])
-    columns = weight.shape[1] - 1
-    if num_accepted_tokens is not None:
-        counts = num_accepted_tokens  # the kernel clamps them
-        if counts.dtype != jnp.int32:
-            counts = xla.first_columns(counts, conv_states.shape[1] - columns) + 1
-        columns = conv_states.shape[1] if columns else 0
+    Returns:
+      The new pool: columns 0 to width-2 of the slots are exact copies, cast once if the dtypes differ.
 
-    def launch(x, weight, bias, pool, slots, pad_slot_id):
-        if num_accepted_tokens is not None:
-            return rolling.launch(
-                x, weight, bias, pool, starts if seqlen is None else None, slots, counts,
-                seqlen=seqlen, pad_slot_id=pad_slot_id, lanes=choose_lanes(dim), **options,
-            )  # fmt: skip
-        if seqlen == 1:
-            return update.launch(
-                x, weight, bias, pool, slots, pad_slot_id=pad_slot_id, config=config, **options
-            )
-        return prefill.launch(
-            x, weight, bias, pool, starts if seqlen is None else None, slots, None, seqlen=seqlen,
-            pad_slot_id=pad_slot_id, always_state=True, config=config, **options
-        )  # fmt: skip
-
-    out, pool = _on_tma(
-        launch, rows, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret
-    )
-    return out.reshape(x.shape), pool
-
-
-def _on_tma(launch, x, weight, bias, conv_states, cache_indices, pad_slot_id, starts, columns, interpret):
-    """Calls `launch` with arrays that TMA can address, and with int32 slots.
-
-    A dim whose rows are no multiple of 16 bytes is padded, which copies x and out; of the pool only the first
-    `columns` columns of this batch's slots are padded, never the pool itself.
+    Raises:
+      ValueError, TypeError: as `oracle.contract.CommitCall`; with `validate`, bad steps, slots or buffers.
+      Unsupported: as `causal_conv1d_fn`.
     """
-    batch, dim = starts.shape[0] - 1, x.shape[1]
-    slots = cache_indices
-    if slots is not None and slots.dtype != jnp.int32:
-        slots = xla.live_slots(slots, batch, conv_states.shape[0], pad_slot_id)
-        pad_slot_id = -1
-    itemsizes = tuple(a.dtype.itemsize for a in (x, conv_states) if a is not None)
-    extra = tma_dim(dim, itemsizes) - dim
-    if interpret and not CLIPS:
-        extra = -dim % choose_lanes(dim)
-    if not extra:
-        return launch(x, weight, bias, conv_states, slots, pad_slot_id)
-
-    wide = functools.partial(_pad_last, extra=extra)
-    windows = None
-    if conv_states is not None:
-        slots = xla.live_slots(slots, batch, conv_states.shape[0], pad_slot_id)
-        windows = wide(xla.read_windows(conv_states, slots, slots >= 0, columns))
-    weight = jnp.pad(weight, ((0, extra), (0, 0)))
-    rows = jnp.where(slots >= 0, jnp.arange(batch, dtype=jnp.int32), -1) if windows is not None else None
-    out, windows = launch(wide(x), weight, None if bias is None else wide(bias), windows, rows, -1)
-    out = out[:, :dim]
-    if windows is None or windows.shape[1] == 0:
-        return out, conv_states
-    target = jnp.where(starts[1:] > starts[:-1], slots, -1)
-    return out, xla.write_windows(conv_states, target, windows[:, :, :dim])
+    call = CommitCall(
+        conv_states, window_out, accepted_steps, cache_indices, window_indices, pad_slot_id, backend,
+        validate,
+    )  # fmt: skip
+    return run_commit(call)
 
 
-def _pad_last(array, extra):
-    padded = jnp.pad(xla.to_bits(array), [(0, 0)] * (array.ndim - 1) + [(0, extra)])
-    return jax.lax.bitcast_convert_type(padded, array.dtype)
+def tree_parents_from_links(next_token, next_sibling):
+    """The parents of a draft tree's nodes from its links, for `tree_parents` of `causal_conv1d_update`.
+
+    Plain `jax.numpy` on every backend, in log2(n) steps.
+
+    Args:
+      next_token: [batch, n] integer: the first child of each node, larger than the node; any value outside
+        (node, n) means none.
+      next_sibling: [batch, n] integer: its next sibling, by the same rules.
+
+    Returns:
+      int32 [batch, n]. Node 0 is the root, with parent -1. A node that nobody names has parent 0.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.LinksCall`.
+    """
+    sizes = LinksCall(next_token, next_sibling).check()
+    return trees.parents_from_links(next_token, next_sibling, tuple(sizes))

@@ -11,7 +11,6 @@ places up in their order, so the sums have the same bits in every run and in bot
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,65 +21,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math
 
-from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, _offset, check_grid, copy_out, store_rows, store_zeros
-from pallas_impl.taps import (
-    LOG2E,
-    SCALE,
-    _constant,
-    _map,
-    _ptx,
+from pallas_impl.arithmetic import (
+    constant,
     convolve,
     div,
-    find_row,
     in_layout,
     layout,
     load_taps,
+    map_registers,
     rem,
+    silu_slope,
+    silu_slope_of_register,
 )
-from pallas_impl.xla_backward import silu_slope
+from pallas_impl.config import BACKWARD_D, cdiv
+from pallas_impl.launch import run
+from pallas_impl.rows import copy_out, find_row, row_facts, store_rows, store_zeros
 
-LANES = 128
 GROUP = 8  # tokens between two turns of the loop, and places of the workspace loaded at a time
 
 
-class BackwardConfig(NamedTuple):
-    """How a backward pass is launched.
-
-    Attributes:
-      flat: schedule "flat" rather than "per_sequence".
-      block_t: tokens a program, a power of two; the same for both schedules, since the order of sums follows from it.
-      row_blocks: per_sequence: programs along a row; 0 with flat.
-    """
-
-    flat: bool
-    block_t: int
-    row_blocks: int
-
-
-def backward_config(
-    tokens: int, dim: int, batch: int, itemsize: int, max_seqlen: int | None, schedule: str
-) -> BackwardConfig:
-    """Chooses blocks and schedule from sizes alone; x and dout of a block lie in shared memory together."""
-    block_t = 256 // itemsize
-    while block_t > 16 and tokens * cdiv(dim, LANES) < block_t * 396:  # three on each of 132 multiprocessors
-        block_t //= 2
-    longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
-    row_blocks = max(cdiv(longest, block_t), 1)
-    flat_blocks = tokens // block_t + batch + 1
-    if schedule == "flat" or (schedule == "auto" and 4 * (batch + 1) * row_blocks > 5 * flat_blocks):
-        return BackwardConfig(True, block_t, 0)
-    return BackwardConfig(False, block_t, row_blocks)
-
-
-def launch(dout, dfinal, x, weight, bias, initial_states, starts, *, silu, config, interpret):
+def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, silu, config, interpret):
     """Runs both kernels.
 
     Args:
       dout, x: [tokens, dim]; rows of every array are multiples of 16 bytes and at least 128 channels long.
       dfinal: [batch, width-1, dim], or None.
       weight, bias, initial_states: as in `causal_conv1d`.
-      starts: [batch+1] int32.
+      query_start_loc: [batch+1] int32.
       config: a `BackwardConfig`.
       interpret: False, or the parameters of Pallas' GPU interpreter.
 
@@ -88,26 +55,24 @@ def launch(dout, dfinal, x, weight, bias, initial_states, starts, *, silu, confi
       (dx, dweight, dbias, dinitial), each in the dtype of its argument; dbias and dinitial None without one.
     """
     (tokens, dim), width = x.shape, weight.shape[1]
-    batch, history = starts.shape[0] - 1, width - 1
+    batch, history = query_start_loc.shape[0] - 1, width - 1
     if history == 0:
         dfinal = None
-    columns = cdiv(dim, LANES)
+    columns = cdiv(dim, BACKWARD_D)
     places = tokens // config.block_t + batch + 1
     blocks = places if config.flat else (batch + 1) * config.row_blocks
-    programs = check_grid(blocks * columns, places * config.block_t)
     kinds = width + (bias is not None)
 
-    optional = {"bias": bias, "dfinal": dfinal, "initial": initial_states if history else None}
-    operands = {"x": x, "dout": dout, "weight": weight, "starts": starts}
-    operands |= {name: operand for name, operand in optional.items() if operand is not None}
+    operands = {"x": x, "dout": dout, "weight": weight, "query_start_loc": query_start_loc}
+    operands |= {"bias": bias, "dfinal_states": dfinal, "initial_states": initial_states if history else None}
     outputs = {
         "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
-        "sums": jax.ShapeDtypeStruct((places, kinds, columns * LANES), jnp.float32),
+        "sums": jax.ShapeDtypeStruct((places, kinds, columns * BACKWARD_D), jnp.float32),
     }
-    if "initial" in operands:
+    if operands["initial_states"] is not None:
         outputs["dinitial"] = jax.ShapeDtypeStruct(initial_states.shape, initial_states.dtype)
 
-    rows = lambda n, dtype: plgpu.SMEM((n, LANES), dtype)  # noqa: E731
+    rows = lambda n, dtype: plgpu.SMEM((n, BACKWARD_D), dtype)  # noqa: E731
     scratch = {
         "tile": rows(config.block_t + history, x.dtype),
         "upstream": rows(config.block_t + history, dout.dtype),
@@ -116,54 +81,42 @@ def launch(dout, dfinal, x, weight, bias, initial_states, starts, *, silu, confi
         "tile_ready": plgpu.Barrier(num_arrivals=2),
         "edge_ready": plgpu.Barrier(num_arrivals=1),
     }
-    if "initial" in operands:
+    if operands["initial_states"] is not None:
         scratch |= {
             "window": rows(history, initial_states.dtype),
             "dwindow": rows(history, initial_states.dtype),
         }
         scratch |= {"window_ready": plgpu.Barrier(num_arrivals=1)}
-    if "dfinal" in operands:
+    if dfinal is not None:
         scratch |= {"late": rows(history, dfinal.dtype), "late_ready": plgpu.Barrier(num_arrivals=1)}
 
-    def kernel(*refs):
-        named = dict(zip([*operands, *outputs], refs, strict=True))
-        body = functools.partial(
-            _kernel, named, columns=columns, config=config, silu=silu, interpret=bool(interpret)
-        )
-        pl.run_scoped(body, **scratch)
-
-    found = pl.kernel(
-        kernel,
-        out_type=tuple(outputs.values()),
-        mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",)),
-        compiler_params=COMPILER_PARAMS,
-        interpret=interpret,
-        name="causal_conv1d_backward",
-    )(*operands.values())
+    found = run(
+        functools.partial(_kernel, columns=columns, config=config, silu=silu, interpret=bool(interpret)),
+        "backward", blocks * columns, operands, outputs, scratch,
+        interpret=interpret, tokens=places * config.block_t,
+    )  # fmt: skip
     found = dict(zip(outputs, found, strict=True))
-    total = _add_places(found["sums"], interpret)[:, :dim]
+    total = add_places(found["sums"], interpret)[:, :dim]
     dinitial = found.get("dinitial", initial_states)  # with width 1 it has no elements
     dbias = None if bias is None else total[width].astype(bias.dtype)
     return found["dx"], total[:width].T.astype(weight.dtype), dbias, dinitial
 
 
-def _kernel(
-    refs, *, tile, upstream, edge, total, tile_ready, edge_ready, window=None, dwindow=None, window_ready=None,
-    late=None, late_ready=None, columns, config, silu, interpret,
-):  # fmt: skip
-    x, dout, weight, starts, dx = (refs[name] for name in ("x", "dout", "weight", "starts", "dx"))
+def _kernel(refs, *, columns, config, silu, interpret):
+    x, dout, weight, query_start_loc = refs.x, refs.dout, refs.weight, refs.query_start_loc
+    tile, upstream, edge, total = refs.tile, refs.upstream, refs.edge, refs.total
+    window, dwindow, late = refs.window, refs.dwindow, refs.late
     (tokens, dim), width = x.shape, weight.shape[1]
-    history, batch, block_t = width - 1, starts.shape[0] - 1, config.block_t
+    history, batch, block_t = width - 1, query_start_loc.shape[0] - 1, config.block_t
 
     program = lax.axis_index("program")
     block, column = div(program, columns), rem(program, columns)
-    channels = pl.ds(column * LANES, LANES)
+    channels = pl.ds(column * BACKWARD_D, BACKWARD_D)
     if config.flat:
-        row = find_row(starts, block, block_t, batch, tokens, interpret=interpret)
+        row = find_row(query_start_loc, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = div(block, config.row_blocks)
-    start = jnp.where(row == 0, 0, _offset(starts, row, tokens))
-    end = jnp.where(row == batch, tokens, _offset(starts, jnp.minimum(row + 1, batch), tokens))
+    start, end = row_facts(query_start_loc, row, batch, tokens)
     number = div(start, block_t) + row  # of the row's first block
     numbers = div(end, block_t) + row + 1 - number  # up to the next row's; the last may be no block
 
@@ -186,13 +139,13 @@ def _kernel(
                 store_zeros(total, j, interpret)
 
         plgpu.commit_smem()
-        store_rows(tile.at[pl.ds(0, block_t)], dx, channels, begin, length)
-        plgpu.copy_smem_to_gmem(total, refs["sums"].at[number + index, :, channels])
+        store_rows(tile.at[pl.ds(0, block_t)], refs.dx, channels, begin, length)
+        plgpu.copy_smem_to_gmem(total, refs.sums.at[number + index, :, channels])
         if dwindow is not None:
 
             @pl.when(live & first)
             def _():
-                copy_out(dwindow, lambda c: refs["dinitial"].at[row, pl.ds(0, history), c], channels, dim)
+                copy_out(dwindow, lambda c: refs.dinitial.at[row, pl.ds(0, history), c], channels, dim)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -207,7 +160,7 @@ def _kernel(
             def _(size=size):
                 for source, target in ((x, tile), (dout, upstream)):
                     plgpu.copy_gmem_to_smem(
-                        source.at[pl.ds(begin, size), channels], target.at[pl.ds(0, size)], tile_ready
+                        source.at[pl.ds(begin, size), channels], target.at[pl.ds(0, size)], refs.tile_ready
                     )
 
             smaller = size
@@ -217,21 +170,25 @@ def _kernel(
 
             @pl.when(jnp.logical_not(first))
             def _():
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(begin - history, history), channels], edge, edge_ready)
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(begin - history, history), channels], edge, refs.edge_ready
+                )
 
         if window is not None:
 
             @pl.when(first)
             def _():
                 plgpu.copy_gmem_to_smem(
-                    refs["initial"].at[row, pl.ds(0, history), channels], window, window_ready
+                    refs.initial_states.at[row, pl.ds(0, history), channels], window, refs.window_ready
                 )
 
         if late is not None:
-            plgpu.copy_gmem_to_smem(refs["dfinal"].at[row, pl.ds(0, history), channels], late, late_ready)
+            plgpu.copy_gmem_to_smem(
+                refs.dfinal_states.at[row, pl.ds(0, history), channels], late, refs.late_ready
+            )
 
     def walk(rest, length, first):
-        taps, bias = load_taps(weight, refs.get("bias"), channels.start, LANES, interpret=interpret)
+        taps, bias = load_taps(weight, refs.bias, channels.start, BACKWARD_D, interpret=interpret)
         zero = _zeros(interpret)
         past = (zero,) * history
         if history:
@@ -239,23 +196,23 @@ def _kernel(
 
                 @pl.when(jnp.logical_not(first))
                 def _():
-                    plgpu.barrier_wait(edge_ready)
+                    plgpu.barrier_wait(refs.edge_ready)
 
             if window is not None:
 
                 @pl.when(first)
                 def _():
-                    plgpu.barrier_wait(window_ready)
+                    plgpu.barrier_wait(refs.window_ready)
 
             entries = lambda ref: tuple(ref[j].astype(jnp.float32) for j in range(history))  # noqa: E731
             initial = (lambda: entries(window)) if window is not None else (lambda: past)
             past = lax.cond(first, initial, lambda: entries(edge)) if tokens > block_t else initial()
             if late is not None:
-                plgpu.barrier_wait(late_ready)
+                plgpu.barrier_wait(refs.late_ready)
 
         @pl.when(length > 0)
         def _():
-            plgpu.barrier_wait(tile_ready)
+            plgpu.barrier_wait(refs.tile_ready)
 
         def step(t, carry):
             """Token t of the block; returns the gradient of the entry that it completes."""
@@ -263,7 +220,7 @@ def _kernel(
             past = (*past, tile[t].astype(jnp.float32))
             g, *sums = _step(
                 past, taps, bias, upstream[t].astype(jnp.float32), sums, t < rest, t < length,
-                silu=silu, has_bias="bias" in refs, interpret=interpret,
+                silu=silu, has_bias=refs.bias is not None, interpret=interpret,
             )  # fmt: skip
             gs = (*gs, g)
             begin = zero
@@ -307,7 +264,7 @@ def _kernel(
 
 
 def _zeros(interpret):
-    return in_layout(jnp.zeros((LANES,), jnp.float32), interpret=interpret)
+    return in_layout(jnp.zeros((BACKWARD_D,), jnp.float32), interpret=interpret)
 
 
 def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interpret):
@@ -321,8 +278,8 @@ def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interp
         terms = [value * g for value in past] + [g] * has_bias
         return g, *(jnp.where(counted, s + term, s) for s, term in zip(sums, terms, strict=True))
 
-    kind, scalar = layout(LANES), plgpu.Layout.WG_SPLAT
-    row = plgpu.ShapeDtypeStruct((LANES,), jnp.float32, kind)
+    kind, scalar = layout(BACKWARD_D), plgpu.Layout.WG_SPLAT
+    row = plgpu.ShapeDtypeStruct((BACKWARD_D,), jnp.float32, kind)
 
     @plgpu.inline_mgpu(
         arg_types=(scalar, scalar, *(kind,) * (2 * width + 2 + len(sums))),
@@ -333,45 +290,35 @@ def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interp
         if silu:
             pre = bias
             for tap, value in zip(taps, past, strict=True):
-                pre = _map(math.fma, tap, value, pre)
-            g = _map(lambda g, z: arith.mulf(g, _silu_slope(z)), g, pre)
+                pre = map_registers(math.fma, tap, value, pre)
+            g = map_registers(lambda g, z: arith.mulf(g, silu_slope_of_register(z)), g, pre)
         nothing = ir.IntegerType.get_signless(32)
         here, counted = (
             arith.cmpi(arith.CmpIPredicate.ne, flag.registers.item(), mgpu.c(0, nothing))
             for flag in (here, counted)
         )
-        g = _map(lambda g: arith.select(here, g, _constant(g.type, 0.0)), g)
-        new = [_map(lambda x, g, s: arith.select(counted, math.fma(x, g, s), s), x, g, s)
+        g = map_registers(lambda g: arith.select(here, g, constant(g.type, 0.0)), g)
+        new = [map_registers(lambda x, g, s: arith.select(counted, math.fma(x, g, s), s), x, g, s)
                for x, s in zip(past, sums, strict=False)]  # fmt: skip
         if has_bias:
-            new.append(_map(lambda g, s: arith.select(counted, arith.addf(s, g), s), g, sums[width]))
+            new.append(map_registers(lambda g, s: arith.select(counted, arith.addf(s, g), s), g, sums[width]))
         return g, *new
 
     return run(here.astype(jnp.int32), counted.astype(jnp.int32), bias, dout, *past, *taps, *sums)
 
 
-def _silu_slope(z):
-    """`xla_backward.silu_slope` of a register, in the instructions of the Triton twin."""
-    kind = z.type
-    one = lambda value: _constant(kind, value)  # noqa: E731
-    z = arith.minimumf(arith.maximumf(z, one(-97.0)), one(97.0))
-    p = _ptx("ex2.approx.ftz.f32", math.fma(z, one(-LOG2E), one(-14.0)))
-    r = _ptx("rcp.approx.ftz.f32", arith.addf(p, one(SCALE)))
-    return arith.mulf(arith.mulf(r, math.fma(z, arith.mulf(p, r), one(1.0))), one(SCALE))
-
-
-def _add_places(sums, interpret):
+def add_places(sums, interpret):
     """The sum of a workspace [places, kinds, channels] over its places, one after another."""
     places, kinds, channels = sums.shape
-    columns = channels // LANES
+    columns = channels // BACKWARD_D
 
-    def kernel(sums, out):
+    def kernel(refs):
         program = lax.axis_index("program")
         kind, column = div(program, columns), rem(program, columns)
-        lanes = pl.ds(column * LANES, LANES)
+        lanes = pl.ds(column * BACKWARD_D, BACKWARD_D)
 
         def read(place):
-            return in_layout(sums[place, kind, lanes], interpret=interpret)
+            return in_layout(refs.sums[place, kind, lanes], interpret=interpret)
 
         def group(i, acc):
             loaded = [read(i * GROUP + r) for r in range(GROUP)]
@@ -380,14 +327,10 @@ def _add_places(sums, interpret):
         acc = lax.fori_loop(0, places // GROUP, group, _zeros(interpret))
         for place in range(places - places % GROUP, places):
             acc = acc + read(place)
-        out[kind, lanes] = acc
+        refs.total[kind, lanes] = acc
 
-    (total,) = pl.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct((kinds, channels), jnp.float32),),
-        mesh=plgpu.Mesh(grid=(kinds * columns,), grid_names=("program",)),
-        compiler_params=COMPILER_PARAMS,
-        interpret=interpret,
-        name="causal_conv1d_backward_sums",
-    )(sums)
+    results = dict(total=jax.ShapeDtypeStruct((kinds, channels), jnp.float32))
+    (total,) = run(
+        kernel, "backward_sums", kinds * columns, dict(sums=sums), results, {}, interpret=interpret
+    )
     return total

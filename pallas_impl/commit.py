@@ -2,79 +2,61 @@
 
 import functools
 
-import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_impl.arithmetic import div, rem, round_to
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, check_grid, copy_out, row_slot
-from pallas_impl.states import in_range
-from pallas_impl.taps import div, rem
+from pallas_impl.launch import run
+from pallas_impl.rows import copy_out
+from pallas_impl.slots import find_slot, is_slot
 
 
-def launch(conv_states, window_out, steps, slots, buffers, *, pad_slot_id, lanes, interpret):
+def launch(arrays, options):
     """Runs the kernel.
 
     Args:
-      conv_states: the pool. It is written in place where XLA owns it, else XLA copies it first.
-      window_out: as in `commit_windows`; its rows and the pool's are multiples of 16 bytes and at least 128
-        channels long.
-      steps: [batch] int32.
-      slots, buffers: [batch] int32, or None for the identity.
-      pad_slot_id: of slots and buffers.
-      lanes: channels of a tile.
-      interpret: False, or the parameters of Pallas' GPU interpreter.
+      arrays: conv_states, window_out, accepted_steps, cache_indices and window_indices, integers as int32; rows of
+        the pool and of the windows are multiples of 16 bytes and at least 128 channels long. The pool is written in
+        place where XLA owns it, else XLA copies it first.
+      options: `Options`; pad_slot_id is that of slots and buffers.
 
     Returns:
       The new pool.
     """
-    (batch,), dim, history = steps.shape, conv_states.shape[2], window_out.shape[2]
-    columns = cdiv(dim, lanes)
-    operands = dict(steps=steps, windows=window_out, slots=slots, buffers=buffers)
-    operands = {name: operand for name, operand in operands.items() if operand is not None}
-    pool = jax.new_ref(conv_states, memory_space=plgpu.GMEM)
-    scratch = dict(window=plgpu.SMEM((history, lanes), window_out.dtype), ready=plgpu.Barrier())
-    if window_out.dtype != conv_states.dtype:
-        scratch["rounded"] = plgpu.SMEM((history, lanes), conv_states.dtype)
-    body = functools.partial(_kernel, batch=batch, columns=columns, lanes=lanes, pad_slot_id=pad_slot_id)
-
-    def kernel(*refs):
-        pl.run_scoped(functools.partial(body, dict(zip((*operands, "pool"), refs, strict=True))), **scratch)
-
-    pl.kernel(
-        kernel,
-        out_type=(),
-        mesh=plgpu.Mesh(grid=(check_grid(batch * columns),), grid_names=("program",)),
-        compiler_params=COMPILER_PARAMS,
-        interpret=interpret,
-        name="causal_conv1d_commit_windows",
-    )(*operands.values(), pool)
-    return jax.freeze(pool)
+    pool, windows, block_d = arrays.conv_states, arrays.window_out, options.block_d
+    (batch,), history = arrays.accepted_steps.shape, windows.shape[2]
+    columns = cdiv(pool.shape[2], block_d)
+    scratch = dict(window=plgpu.SMEM((history, block_d), windows.dtype), ready=plgpu.Barrier())
+    if windows.dtype != pool.dtype:
+        scratch["rounded"] = plgpu.SMEM((history, block_d), pool.dtype)
+    (pool,) = run(
+        functools.partial(_kernel, batch=batch, columns=columns, o=options), "commit_windows", batch * columns,
+        arrays.named("accepted_steps", "window_out", "cache_indices", "window_indices", "conv_states"), {}, scratch,
+        written=("conv_states",), interpret=options.interpret,
+    )  # fmt: skip
+    return pool
 
 
-def _kernel(refs, *, window, ready, batch, columns, lanes, pad_slot_id, rounded=None):
-    pool, windows = refs["pool"], refs["windows"]
+def _kernel(refs, *, batch, columns, o):
+    pool, windows, window, rounded = refs.conv_states, refs.window_out, refs.window, refs.rounded
     history = window.shape[0]
     program = lax.axis_index("program")
     row, column = div(program, columns), rem(program, columns)
-    channels = pl.ds(column * lanes, lanes)
-    slot, live = row_slot(refs, row, batch, pool.shape[0], pad_slot_id)
-    buffer = refs["buffers"][row] if "buffers" in refs else row
-    step = refs["steps"][row]
-    kept = (
-        (step >= 0)
-        & (step < windows.shape[1])
-        & in_range(buffer, end=windows.shape[0], pad_slot_id=pad_slot_id)
-    )
+    channels = pl.ds(column * o.block_d, o.block_d)
+    slot, live = find_slot(refs.cache_indices, row, batch, pool.shape[0], o.pad_slot_id)
+    buffer = row if refs.window_indices is None else refs.window_indices[row]
+    step = refs.accepted_steps[row]
+    kept = (step >= 0) & (step < windows.shape[1]) & is_slot(buffer, windows.shape[0], o.pad_slot_id)
 
     @pl.when(live & kept)
     def _():
-        plgpu.copy_gmem_to_smem(windows.at[buffer, step, pl.ds(0, history), channels], window, ready)
-        plgpu.barrier_wait(ready)
+        plgpu.copy_gmem_to_smem(windows.at[buffer, step, pl.ds(0, history), channels], window, refs.ready)
+        plgpu.barrier_wait(refs.ready)
         if rounded is not None:
             for j in range(history):
-                rounded[j] = window[j].astype(rounded.dtype)
+                rounded[j] = round_to(window[j], rounded.dtype)
             plgpu.commit_smem()
         rows = window if rounded is None else rounded
         copy_out(rows, lambda channels: pool.at[slot, pl.ds(0, history), channels], channels, pool.shape[2])

@@ -5,6 +5,8 @@ from typing import NamedTuple
 # Flat: places of the batch worked on at a time, so that short rows, which mostly wait, run beside long ones, which
 # fill the memory's bandwidth.
 STREAMS = 4
+BLOCK_T = 8  # tokens of a row that an update has on their way at a time
+BACKWARD_D = 128  # channels of a tile of the backward pass
 
 
 class PrefillConfig(NamedTuple):
@@ -13,14 +15,14 @@ class PrefillConfig(NamedTuple):
     Attributes:
       flat: schedule "flat" rather than "per_sequence".
       block_t: tokens a program, a power of two, at least 8, so that a halo never leaves the row.
-      lanes: channels a program, 128 or 256 (an axis of a TMA box has at most 256 elements).
+      block_d: channels a program, 128 or 256 (an axis of a TMA box has at most 256 elements).
       row_blocks: per_sequence: programs along a row; 0 with flat.
       tail_blocks: per_sequence: programs that write the zeros after the last row; 0 with flat.
     """
 
     flat: bool
     block_t: int
-    lanes: int
+    block_d: int
     row_blocks: int
     tail_blocks: int
 
@@ -37,13 +39,52 @@ class UpdateConfig(NamedTuple):
 
     Attributes:
       rows: rows a program.
-      lanes: channels of a tile: 128, 256, or in registers 512.
-      in_registers: window and token meet in registers; the lanes must divide the channels. Else in shared memory.
+      block_d: channels of a tile: 128, 256, or in registers 512.
+      in_registers: window and token meet in registers; block_d must divide the channels. Else in shared memory.
     """
 
     rows: int
-    lanes: int
+    block_d: int
     in_registers: bool
+
+
+class BackwardConfig(NamedTuple):
+    """How a backward pass is launched.
+
+    Attributes:
+      flat: schedule "flat" rather than "per_sequence".
+      block_t: tokens a program, a power of two; the same for both schedules, since the order of sums follows from it.
+      row_blocks: per_sequence: programs along a row; 0 with flat.
+    """
+
+    flat: bool
+    block_t: int
+    row_blocks: int
+
+
+def kernel_of(call) -> str:
+    """Which kernel runs an update, the contract's `UpdateCall`.
+
+    | kernel | file | calls |
+    |---|---|---|
+    | "token" | `update` | one token a row; the window in front of the slot that is read, or residual, parts of x and `out` |
+    | "rows" | `verify` | several tokens a row, packed or not, rolling slots, other layouts and slots, windows of every step |
+    | "tree" | `trees` | draft trees |
+    """
+    if call.tree_parents is not None:
+        return "tree"
+    one = call.query_start_loc is None and (len(call.x.shape) == 2 or call.x.shape[1] == 1)
+    return "token" if one and _is_plain(call) else "rows"
+
+
+def has_long_rows(call, longest: int | None) -> bool:
+    """Whether an update runs as a prefill, whose programs share a row: rows that may be longer than a block of "rows"."""
+    return call.tree_parents is None and _is_plain(call) and (longest is None or longest > BLOCK_T)
+
+
+def _is_plain(call) -> bool:
+    others = (call.num_accepted_tokens, call.write_indices, call.track_indices, call.window_out)
+    return call.state_layout == "front" and call.commit and all(other is None for other in others)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -59,7 +100,7 @@ def tma_dim(dim: int, itemsizes: tuple[int, ...]) -> int:
     return max(cdiv(dim, channels) * channels, 128)
 
 
-def choose_lanes(dim: int) -> int:
+def choose_block_d(dim: int) -> int:
     """Channels of a tile: 256, unless too many of them would lie past the end."""
     return 128 if cdiv(dim, 128) % 2 and dim < 1024 else 256
 
@@ -72,25 +113,25 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
       max_seqlen: host bound of the longest row, or None.
       schedule: "auto", "per_sequence" or "flat".
     """
-    lanes = choose_lanes(dim)
+    block_d = choose_block_d(dim)
     average = tokens // max(batch, 1)
-    enough = tokens * cdiv(dim, lanes) >= 32 * 1056  # for every program an H100 holds at once
+    enough = tokens * cdiv(dim, block_d) >= 32 * 1056  # for every program an H100 holds at once
     block_t = 16 if enough and average >= 8 else 8
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     row_blocks = max(cdiv(longest, block_t), 1)
     flat_blocks = tokens // block_t + batch + 1
     at_once = (
-        batch * row_blocks * cdiv(dim, lanes) <= 1056
+        batch * row_blocks * cdiv(dim, block_d) <= 1056
     )  # no program waits for another: no row to look for is best
     wasteful = batch * row_blocks > flat_blocks + flat_blocks // 8 and not at_once
     if schedule == "flat" or (schedule == "auto" and wasteful):
-        return PrefillConfig(True, block_t, lanes, 0, 0)
-    return PrefillConfig(False, block_t, lanes, row_blocks, min(cdiv(tokens, block_t), 8))
+        return PrefillConfig(True, block_t, block_d, 0, 0)
+    return PrefillConfig(False, block_t, block_d, row_blocks, min(cdiv(tokens, block_t), 8))
 
 
 def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Grid:
     """The grid of a prefill; with flat it depends on shapes alone."""
-    columns = cdiv(dim, config.lanes)
+    columns = cdiv(dim, config.block_d)
     if not config.flat:
         return Grid(batch * config.row_blocks + config.tail_blocks, columns)
     return Grid(cdiv(tokens // config.block_t + batch + 1, STREAMS) * STREAMS, columns)
@@ -99,10 +140,27 @@ def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Gr
 def update_config(batch: int, dim: int) -> UpdateConfig:
     """Chooses rows and channels a program for a decode step of `batch` rows."""
     channels = batch * dim
-    for lanes in (512, 256, 128) if channels >= 1 << 17 else (256, 128):
-        if dim % lanes == 0:
-            return UpdateConfig(2 if channels >= 1 << 20 else 1, lanes, True)
-    lanes = choose_lanes(dim)
-    work = batch * cdiv(dim, lanes)
+    for block_d in (512, 256, 128) if channels >= 1 << 17 else (256, 128):
+        if dim % block_d == 0:
+            return UpdateConfig(2 if channels >= 1 << 20 else 1, block_d, True)
+    block_d = choose_block_d(dim)
+    work = batch * cdiv(dim, block_d)
     rows = 4 if work >= 16 * 1056 else 2 if work >= 4 * 1056 else 1
-    return UpdateConfig(rows, lanes, False)
+    return UpdateConfig(rows, block_d, False)
+
+
+def backward_config(
+    tokens: int, dim: int, batch: int, itemsize: int, max_seqlen: int | None, schedule: str
+) -> BackwardConfig:
+    """Chooses blocks and schedule from sizes alone; x and dout of a block lie in shared memory together."""
+    block_t = 256 // itemsize
+    while (
+        block_t > 16 and tokens * cdiv(dim, BACKWARD_D) < block_t * 396
+    ):  # three on each of 132 multiprocessors
+        block_t //= 2
+    longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
+    row_blocks = max(cdiv(longest, block_t), 1)
+    flat_blocks = tokens // block_t + batch + 1
+    if schedule == "flat" or (schedule == "auto" and 4 * (batch + 1) * row_blocks > 5 * flat_blocks):
+        return BackwardConfig(True, block_t, 0)
+    return BackwardConfig(False, block_t, row_blocks)

@@ -21,10 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import ConvOutput, check_causal_conv1d, check_causal_conv1d_fn
-from pallas_impl import api, backends, functional, xla
+from pallas_impl import api, functional, plain
+from pallas_impl.arithmetic import WARPGROUP
+from pallas_impl.call import interpreter, resolve
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import COMPILER_PARAMS, check_grid
-from pallas_impl.taps import WARPGROUP
+from pallas_impl.launch import run
 
 TOGETHER = 8  # devices whose last tokens travel with the new windows in one sum
 
@@ -72,10 +73,10 @@ def causal_conv1d_fn(
         activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
         backend=backend, validate=validate,
     )  # fmt: skip
-    backend = backends.resolve(backend, x)
+    backend = resolve(backend, x)
     tokens, history, batch = sizes.tokens, sizes.width - 1, sizes.batch
     begin = lax.axis_index(axis_name) * tokens
-    offsets = xla.offsets(query_start_loc, lax.axis_size(axis_name) * tokens)
+    offsets = plain.offsets(query_start_loc, lax.axis_size(axis_name) * tokens)
     starts = jnp.clip(offsets - begin, 0, tokens)
     here = offsets[:-1] >= begin  # the row does not begin in an earlier part
 
@@ -83,11 +84,11 @@ def causal_conv1d_fn(
     stateful = jnp.zeros((batch,), bool)
     windows = jnp.zeros((batch, history, sizes.dim), x.dtype)
     if conv_states is not None:
-        slots = xla.live_slots(cache_indices, batch, sizes.num_slots, pad_slot_id)
+        slots = plain.live_slots(cache_indices, batch, sizes.num_slots, pad_slot_id)
         rows = jnp.where(slots >= 0, jnp.arange(batch, dtype=jnp.int32), -1)
         if has_initial_state is not None:
             stateful = has_initial_state & (slots >= 0)
-        windows = xla.read_windows(conv_states, slots, stateful, history)
+        windows = plain.read_windows(conv_states, slots, stateful, history)
 
     def convolve(count, windows, stateful):
         """The first `count` tokens of the part, each row from its own window."""
@@ -102,7 +103,7 @@ def causal_conv1d_fn(
         return ConvOutput(convolve(tokens, windows, stateful), conv_states)
     # Bits where the dtypes agree: XLA moves 16-bit floats through float32 on some backends. Else float32 holds both.
     same = windows.dtype == x.dtype
-    as_entries = xla.to_bits if same else lambda a: a.astype(jnp.float32)
+    as_entries = plain.to_bits if same else lambda a: a.astype(jnp.float32)
     arrived, past = as_entries(x), as_entries(windows)
     entry = jnp.arange(history, dtype=jnp.int32)
 
@@ -120,7 +121,7 @@ def causal_conv1d_fn(
         given = jnp.where(old[:, :, None], of_old(kept), 0)
         own = (kept >= history) & (place >= 0) & (place < tokens)
         given = jnp.where(own[:, :, None], arrived[jnp.clip(place, 0, tokens - 1)], given)
-        given = given if same else xla.to_bits(given.astype(conv_states.dtype))
+        given = given if same else plain.to_bits(given.astype(conv_states.dtype))
 
     together = given is not None and lax.axis_size(axis_name) <= TOGETHER
     sent = _send_together(given, x, history, axis_name) if together else _halo(arrived, history, axis_name)
@@ -146,7 +147,7 @@ def causal_conv1d_fn(
         )  # NCCL adds no 16-bit integers
     new = lax.bitcast_convert_type(told, conv_states.dtype)
     written = jnp.where(offsets[1:] > offsets[:-1], slots, -1)
-    return ConvOutput(out, xla.write_windows(conv_states, written, new))
+    return ConvOutput(out, plain.write_windows(conv_states, written, new))
 
 
 def causal_conv1d(
@@ -198,7 +199,7 @@ def causal_conv1d(
         activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
     )  # fmt: skip
     options = _Options(
-        axis_name, bool(sum_weight_gradients), activation, max_seqlen, schedule, backends.resolve(backend, x)
+        axis_name, bool(sum_weight_gradients), activation, max_seqlen, schedule, resolve(backend, x)
     )
     return _convolve(options, x, weight, bias, query_start_loc)
 
@@ -265,7 +266,7 @@ def _backward(options, residuals, dout):
     # Float32 copies of weight and bias, which change no product, so that their gradients come unrounded.
     precise = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
     inputs = x, *precise, _windows(halo, offsets, begin), starts
-    dx, dweight, dbias, *_ = functional._differentiate(options.of(tokens), inputs, (dout, None))
+    dx, dweight, dbias, *_ = functional.differentiate(options.of(tokens), inputs, (dout, None))
     if after is not None:
         dx, after = lax.optimization_barrier((dx, after))
         last = _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin)
@@ -282,7 +283,7 @@ def _place(options, x, query_start_loc):
     """Where this device's part begins in the whole, and the whole's offsets."""
     tokens = x.shape[0]
     whole = lax.axis_size(options.axis_name) * tokens
-    return lax.axis_index(options.axis_name) * tokens, xla.offsets(query_start_loc, whole)
+    return lax.axis_index(options.axis_name) * tokens, plain.offsets(query_start_loc, whole)
 
 
 def _windows(halo, offsets, begin):
@@ -306,7 +307,7 @@ def _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin):
     count = x_around.shape[0]
     starts = jnp.clip(offsets - (begin + tokens - tail - history), 0, count)
     inputs = x_around, weight, bias, None, starts
-    dx, *_ = functional._differentiate(options.of(count), inputs, (dout_around, None))
+    dx, *_ = functional.differentiate(options.of(count), inputs, (dout_around, None))
     return dx[history : history + tail]
 
 
@@ -335,21 +336,16 @@ def overwrite(whole, rows, first, backend):
         padded = jnp.pad(rows, ((first, tokens - first - count), (0, 0)))
         token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
         return jnp.where((token >= first) & (token < first + count), padded, whole)
-    flat = jax.new_ref(whole.reshape(-1), memory_space=plgpu.GMEM)
 
-    def kernel(rows, flat):
+    def kernel(refs):
         place = jnp.minimum(lax.axis_index("program") * WARPGROUP, size - WARPGROUP)
-        flat[pl.ds(place + first * dim, WARPGROUP)] = rows[pl.ds(place, WARPGROUP)]
+        refs.whole[pl.ds(place + first * dim, WARPGROUP)] = refs.rows[pl.ds(place, WARPGROUP)]
 
-    pl.kernel(
-        kernel,
-        out_type=(),
-        mesh=plgpu.Mesh(grid=(check_grid(cdiv(size, WARPGROUP)),), grid_names=("program",)),
-        compiler_params=COMPILER_PARAMS,
-        interpret=backends.interpreter(backend == "mosaic_gpu_interpret"),
-        name="causal_conv1d_overwrite",
-    )(rows.reshape(-1), flat)
-    return jax.freeze(flat).reshape(whole.shape)
+    (flat,) = run(
+        kernel, "overwrite", cdiv(size, WARPGROUP), dict(rows=rows.reshape(-1), whole=whole.reshape(-1)), {}, {},
+        written=("whole",), interpret=interpreter(backend == "mosaic_gpu_interpret"),
+    )  # fmt: skip
+    return flat.reshape(whole.shape)
 
 
 def _send_together(given, x, history, axis_name):
@@ -359,7 +355,7 @@ def _send_together(given, x, history, axis_name):
     Over many devices these are too many bytes.
     """
     device = jnp.arange(lax.axis_size(axis_name), dtype=jnp.int32)[:, None, None]
-    last = xla.to_bits(x[x.shape[0] - min(x.shape[0], history) :])
+    last = plain.to_bits(x[x.shape[0] - min(x.shape[0], history) :])
     last = jnp.where(device == lax.axis_index(axis_name), last, 0)
     flat = [
         bits.reshape(-1, x.shape[1]).astype(jnp.uint32) for bits in (given, last)
@@ -374,7 +370,7 @@ def _receive_together(told, given, x, history, axis_name):
         lax.axis_index(axis_name) * min(x.shape[0], history) - history + jnp.arange(history, dtype=jnp.int32)
     )
     halo = jnp.where((place >= 0)[:, None], told[count + jnp.maximum(place, 0)], 0)
-    halo = lax.bitcast_convert_type(halo.astype(xla.to_bits(x).dtype), x.dtype)
+    halo = lax.bitcast_convert_type(halo.astype(plain.to_bits(x).dtype), x.dtype)
     return halo, told[:count].reshape(given.shape).astype(given.dtype)
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from oracle.contract import ConvOutput, check_causal_conv1d
-from pallas_impl import api, backward, transforms, xla, xla_backward
-from pallas_impl.config import tma_dim
+from pallas_impl import api, backward, plain, tracing
+from pallas_impl.call import CLIPS, interpreter, resolve
+from pallas_impl.config import BACKWARD_D, backward_config, tma_dim
 
 
 def causal_conv1d(
@@ -54,7 +55,7 @@ def causal_conv1d(
         x, weight, bias, initial_states, query_start_loc,
         activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
     )  # fmt: skip
-    backend = api._resolve(backend, x)
+    backend = resolve(backend, x)
     rows = x
     if query_start_loc is None:
         max_seqlen = x.shape[1]
@@ -67,7 +68,7 @@ def causal_conv1d(
 
 def _transformed_by_xla_alone(backend, *arrays):
     """The arrays as they are; for the kernels, an error under `jax.vmap` and where they are differentiated again."""
-    return arrays if backend == "xla" else transforms.refuse_transforms(*arrays)
+    return arrays if backend == "xla" else tracing.refuse_transforms(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,7 +93,8 @@ def _keep_inputs(options, *primals):
     return _convolve(options, *inputs), inputs
 
 
-def _differentiate(options, inputs, upstream):
+def differentiate(options, inputs, upstream):
+    """The gradients of `_convolve` in all its arguments, of the upstream gradients of its results."""
     activation, max_seqlen, schedule, backend = options
     # what no loss depends on comes as a symbolic zero
     dout, dfinal = (None if isinstance(a, jax.custom_derivatives.SymbolicZero) else a for a in upstream)
@@ -100,7 +102,7 @@ def _differentiate(options, inputs, upstream):
         dout = jnp.zeros_like(inputs[0])
 
     if backend == "xla" or inputs[0].size == 0 or inputs[-1].shape[0] == 1:
-        found = xla_backward.backward(dout, dfinal, *inputs, silu=activation is not None)
+        found = plain.backward(dout, dfinal, *inputs, silu=activation is not None)
     else:
         dout, dfinal, *arrays = _transformed_by_xla_alone(backend, dout, dfinal, *inputs[:4])
         found = _kernels(
@@ -117,21 +119,21 @@ def _kernels(
     (tokens, dim), batch = x.shape, query_start_loc.shape[0] - 1
     arrays = [a for a in (dout, dfinal, x, initial_states) if a is not None]
     extra = tma_dim(dim, tuple(a.dtype.itemsize for a in arrays)) - dim
-    if interpret and not api.CLIPS:
-        extra = -dim % backward.LANES
+    if interpret and not CLIPS:
+        extra = -dim % BACKWARD_D
     starts = query_start_loc
     if starts.dtype != jnp.int32:
-        starts = xla.offsets(starts, tokens)
+        starts = plain.offsets(starts, tokens)
 
     def wide(array):
         if array is None or not extra:
             return array
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
 
-    config = backward.backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
+    config = backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
     dx, dweight, dbias, dinitial = backward.launch(
         wide(dout), wide(dfinal), wide(x), jnp.pad(weight, ((0, extra), (0, 0))), wide(bias), wide(initial_states),
-        starts, silu=silu, config=config, interpret=api._interpreter(interpret),
+        starts, silu=silu, config=config, interpret=interpreter(interpret),
     )  # fmt: skip
     return (
         dx[:, :dim],
@@ -141,4 +143,4 @@ def _kernels(
     )
 
 
-_convolve.defvjp(_keep_inputs, _differentiate, symbolic_zeros=True)
+_convolve.defvjp(_keep_inputs, differentiate, symbolic_zeros=True)

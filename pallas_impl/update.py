@@ -8,110 +8,75 @@ without its first entry: one TMA box in, one TMA box out.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_impl.arithmetic import add_residual, convolve, div, in_layout, issue_loads, keep, load_taps, rem
 from pallas_impl.config import cdiv
-from pallas_impl.prefill import (
-    COMPILER_PARAMS,
-    check_grid,
-    copy_out,
-    in_parts,
-    read_window,
-    row_slot,
-    store_zeros,
-    write_window,
-)
-from pallas_impl.taps import add, convolve, div, in_layout, issue_loads, keep, load_taps, rem
+from pallas_impl.launch import joined, parts, run
+from pallas_impl.rows import copy_out, store_zeros
+from pallas_impl.slots import find_slot, part_of_out, read_window, write_window
 
 
-def launch(
-    x, weight, bias, conv_states, slots, *, silu, pad_slot_id, config, interpret, residual=None, channel=0,
-    split_sizes=None,
-):  # fmt: skip
+def launch(arrays, options):
     """Runs the kernel on one token a row.
 
     Args:
-      x: [batch, channels]; rows of x and of the pool are multiples of 16 bytes and at least 128 channels long.
-      weight, bias, conv_states: as in `causal_conv1d_update`. The pool is written in place where XLA owns
-        it, else XLA copies it first.
-      slots: [batch] int32, or None for the identity.
-      config: an `UpdateConfig`.
-      interpret: False, or the parameters of Pallas' GPU interpreter.
-      residual: [batch, dim], or None.
-      channel: first channel of x that is read, a multiple of 16 bytes.
-      split_sizes: channels of each result, multiples of `config.lanes`; None: one result.
+      arrays: x [batch, channels], weight, bias, conv_states, cache_indices and residual are used, slots as int32; rows
+        of x, of the pool and of residual are multiples of 16 bytes and at least 128 channels long. The pool is written
+        in place where XLA owns it, else XLA copies it first.
+      options: `Options`; `channel` is a multiple of 16 bytes, `split_sizes` are of `config.block_d`.
 
     Returns:
       (out, conv_states); with `split_sizes`, `out` is a tuple.
     """
-    batch = x.shape[0]
-    dim, width = weight.shape
-    columns = cdiv(dim, config.lanes)
-    config = config._replace(rows=min(config.rows, batch))
-    names, operands = ["x", "weight"], [x, weight]
-    for name, operand in (("bias", bias), ("slots", slots), ("residual", residual)):
-        if operand is not None:
-            names.append(name)
-            operands.append(operand)
-    if width > 1:
-        names.append("pool")
-        operands.append(jax.new_ref(conv_states, memory_space=plgpu.GMEM))
+    x, pool = arrays.x, arrays.conv_states
+    batch, (dim, width) = x.shape[0], arrays.weight.shape
+    config = options.config._replace(rows=min(options.config.rows, batch))
+    columns = cdiv(dim, config.block_d)
     scratch, body = {}, _in_registers
     if not config.in_registers:
         body = _in_shared_memory
         scratch = dict(
-            tile=plgpu.SMEM((config.rows, config.lanes), x.dtype),
-            entries=plgpu.SMEM((config.rows, width, config.lanes), conv_states.dtype),
+            tile=plgpu.SMEM((config.rows, config.block_d), x.dtype),
+            entries=plgpu.SMEM((config.rows, width, config.block_d), pool.dtype),
             tile_ready=plgpu.Barrier(num_arrivals=1),
             window_ready=plgpu.Barrier(num_arrivals=1, num_barriers=config.rows),
         )
-        if residual is not None:
-            scratch["added"] = plgpu.SMEM((config.rows, config.lanes), residual.dtype)
+        if arrays.residual is not None:
+            scratch["added"] = plgpu.SMEM((config.rows, config.block_d), arrays.residual.dtype)
             scratch["added_ready"] = plgpu.Barrier()
-    body = functools.partial(
-        body, columns=columns, num_slots=conv_states.shape[0], config=config, silu=silu, pad_slot_id=pad_slot_id,
-        channel=channel, interpret=bool(interpret),
+    operands = arrays.named("x", "weight", "bias", "cache_indices", "residual")
+    *outs, new_pool = run(
+        functools.partial(body, columns=columns, num_slots=pool.shape[0], o=options._replace(config=config)),
+        "update", cdiv(batch, config.rows) * columns, operands | dict(conv_states=pool if width > 1 else None),
+        parts(x.dtype, batch, dim, options.split_sizes), scratch,
+        written=("conv_states",), interpret=options.interpret,
     )  # fmt: skip
-    sizes = (dim,) if split_sizes is None else split_sizes
-
-    def kernel(*refs):
-        inputs, outs = refs[: len(names)], refs[len(names) :]
-        pl.run_scoped(functools.partial(body, dict(zip(names, inputs, strict=True)), outs), **scratch)
-
-    outs = pl.kernel(
-        kernel,
-        out_type=tuple(jax.ShapeDtypeStruct((batch, size), x.dtype) for size in sizes),
-        mesh=plgpu.Mesh(grid=(check_grid(cdiv(batch, config.rows) * columns),), grid_names=("program",)),
-        compiler_params=COMPILER_PARAMS,
-        interpret=interpret,
-        name="causal_conv1d_update",
-    )(*operands)
-    out = outs[0] if split_sizes is None else tuple(outs)
-    return out, jax.freeze(operands[-1]) if width > 1 else conv_states
+    return joined(outs, options.split_sizes), pool if new_pool is None else new_pool
 
 
-def _in_registers(refs, outs, *, columns, num_slots, config, silu, pad_slot_id, channel, interpret):
-    x, weight, pool, residual = refs["x"], refs["weight"], refs.get("pool"), refs.get("residual")
-    batch, history, lanes = x.shape[0], weight.shape[1] - 1, config.lanes
+def _in_registers(refs, *, columns, num_slots, o):
+    x, weight, pool, residual = refs.x, refs.weight, refs.conv_states, refs.residual
+    config, interpret = o.config, bool(o.interpret)
+    batch, history, block_d = x.shape[0], weight.shape[1] - 1, config.block_d
     program = lax.axis_index("program")
-    first, channels = div(program, columns) * config.rows, pl.ds(rem(program, columns) * lanes, lanes)
-    of_x = pl.ds(channels.start + channel, lanes) if channel else channels
+    first, channels = div(program, columns) * config.rows, pl.ds(rem(program, columns) * block_d, block_d)
+    of_x = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
 
     # window: everything else is asked for before the slots are waited for
     slots, live, tokens, added = [], [], [], []
     for r in range(config.rows):
         row = jnp.minimum(first + r, batch - 1)
-        slot, is_live = row_slot(refs, first + r, batch, num_slots, pad_slot_id)
+        slot, is_live = find_slot(refs.cache_indices, first + r, batch, num_slots, o.pad_slot_id)
         slots.append(slot)
         live.append(is_live)
         tokens.append(in_layout(x[row, of_x], interpret=interpret))
         if residual is not None:
             added.append(in_layout(residual[row, channels], interpret=interpret))
-    taps, bias = load_taps(weight, refs.get("bias"), channels.start, lanes, interpret=interpret)
+    taps, bias = load_taps(weight, refs.bias, channels.start, block_d, interpret=interpret)
     issue_loads(interpret=interpret)
     past = [()] * config.rows
     if history:
@@ -121,42 +86,44 @@ def _in_registers(refs, outs, *, columns, num_slots, config, silu, pad_slot_id, 
     for r in range(config.rows):
         # taps
         entries = tuple(entry.astype(jnp.float32) for entry in (*past[r], tokens[r]))
-        y = convolve(entries, taps, bias, silu=silu, interpret=interpret)
+        y = convolve(entries, taps, bias, silu=o.silu, interpret=interpret)
         if residual is not None:
-            y = add(y, added[r].astype(jnp.float32), interpret=interpret)
+            y = add_residual(y, added[r].astype(jnp.float32), interpret=interpret)
         y = keep(live[r], y, interpret=interpret).astype(x.dtype)
 
         # store
         def store(out, part, r=r, y=y):
             out[first + r, part] = y
 
-        pl.when(first + r < batch)(functools.partial(in_parts, outs, channels, store))
+        pl.when(first + r < batch)(functools.partial(part_of_out, refs.outs, channels, store))
 
         # state
         if history:
             write_window(pool, slots[r], live[r], channels, past[r], tokens[r])
 
 
-def _in_shared_memory(
-    refs, outs, *, tile, entries, tile_ready, window_ready, columns, num_slots, config, silu, pad_slot_id, channel,
-    interpret, added=None, added_ready=None,
-):  # fmt: skip
-    x, weight, pool = refs["x"], refs["weight"], refs.get("pool")
-    batch = x.shape[0]
+def _in_shared_memory(refs, *, columns, num_slots, o):
+    x, weight, pool = refs.x, refs.weight, refs.conv_states
+    tile, entries, added, window_ready = refs.tile, refs.entries, refs.added, refs.window_ready
+    config, interpret = o.config, bool(o.interpret)
+    batch, block_d = x.shape[0], config.block_d
     dim, history = weight.shape[0], weight.shape[1] - 1
     program = lax.axis_index("program")
     group, column = div(program, columns), rem(program, columns)
-    channels = pl.ds(column * config.lanes, config.lanes)
+    channels = pl.ds(column * block_d, block_d)
     rows = pl.ds(group * config.rows, config.rows)
     slots, live = zip(
-        *(row_slot(refs, group * config.rows + r, batch, num_slots, pad_slot_id) for r in range(config.rows)),
+        *(
+            find_slot(refs.cache_indices, group * config.rows + r, batch, num_slots, o.pad_slot_id)
+            for r in range(config.rows)
+        ),
         strict=True,
     )
 
-    x_channels = pl.ds(channels.start + channel, config.lanes) if channel else channels
-    plgpu.copy_gmem_to_smem(x.at[rows, x_channels], tile, tile_ready)
+    x_channels = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
+    plgpu.copy_gmem_to_smem(x.at[rows, x_channels], tile, refs.tile_ready)
     if added is not None:
-        plgpu.copy_gmem_to_smem(refs["residual"].at[rows, channels], added, added_ready)
+        plgpu.copy_gmem_to_smem(refs.residual.at[rows, channels], added, refs.added_ready)
     if history:
         for r in range(config.rows):
 
@@ -165,10 +132,10 @@ def _in_shared_memory(
                 window = pool.at[slots[r], pl.ds(0, history), channels]
                 plgpu.copy_gmem_to_smem(window, entries.at[r, pl.ds(0, history)], window_ready.at[r])
 
-    taps, bias = load_taps(weight, refs.get("bias"), channels.start, config.lanes, interpret=interpret)
-    plgpu.barrier_wait(tile_ready)
+    taps, bias = load_taps(weight, refs.bias, channels.start, block_d, interpret=interpret)
+    plgpu.barrier_wait(refs.tile_ready)
     if added is not None:
-        plgpu.barrier_wait(added_ready)
+        plgpu.barrier_wait(refs.added_ready)
     for r in range(config.rows):
 
         @pl.when(live[r])
@@ -179,9 +146,9 @@ def _in_shared_memory(
                 plgpu.barrier_wait(window_ready.at[r])
                 past = tuple(entries[r, j].astype(jnp.float32) for j in range(history))
                 entries[r, history] = token.astype(entries.dtype)
-            y = convolve((*past, token.astype(jnp.float32)), taps, bias, silu=silu, interpret=interpret)
+            y = convolve((*past, token.astype(jnp.float32)), taps, bias, silu=o.silu, interpret=interpret)
             if added is not None:
-                y = add(y, added[r].astype(jnp.float32), interpret=interpret)
+                y = add_residual(y, added[r].astype(jnp.float32), interpret=interpret)
             tile[r] = y.astype(tile.dtype)
 
         @pl.when(jnp.logical_not(live[r]))
@@ -189,8 +156,8 @@ def _in_shared_memory(
             store_zeros(tile, r, interpret)
 
     plgpu.commit_smem()
-    in_parts(
-        outs, channels,
+    part_of_out(
+        refs.outs, channels,
         lambda out, part: copy_out(tile, lambda channels: out.at[rows, channels], part, out.shape[1]),
     )  # fmt: skip
     if history:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from oracle.contract import ACTIVATIONS, Unsupported
-from pallas_impl import xla
+from pallas_impl import plain
 from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
 
 NULL_SLOT = 0  # read like any other slot, never written
@@ -170,21 +170,21 @@ def _gather(conv_state, state_indices, has_initial_state, weight):
     """
     _check_states("conv_state", conv_state, weight)
     (batch,) = state_indices.shape
-    slots = xla.live_slots(jnp.asarray(state_indices), batch, conv_state.shape[0], pad_slot_id=-1)
+    slots = plain.live_slots(jnp.asarray(state_indices), batch, conv_state.shape[0], pad_slot_id=-1)
     stateful = slots >= 0 if has_initial_state is None else has_initial_state & (slots >= 0)
     pool = jnp.asarray(conv_state)
-    windows = jnp.swapaxes(xla.read_windows(pool, slots, stateful, conv_state.shape[1]), 1, 2)
+    windows = jnp.swapaxes(plain.read_windows(pool, slots, stateful, conv_state.shape[1]), 1, 2)
     return jax.lax.optimization_barrier((pool, windows))
 
 
 def _scatter(conv_state, windows, state_indices, track_indices, track_mask):
     batch, num_slots = windows.shape[0], conv_state.shape[0]
     windows = jnp.swapaxes(windows, 1, 2)
-    slots = xla.live_slots(jnp.asarray(state_indices), batch, num_slots, pad_slot_id=NULL_SLOT)
-    conv_state = xla.write_windows(jnp.asarray(conv_state), slots, windows)
+    slots = plain.live_slots(jnp.asarray(state_indices), batch, num_slots, pad_slot_id=NULL_SLOT)
+    conv_state = plain.write_windows(jnp.asarray(conv_state), slots, windows)
     if track_indices is None:
         return conv_state
     if track_mask is None:
         raise ValueError("track_mask: expected [batch] with track_indices, got None")
-    slots = xla.live_slots(jnp.asarray(track_indices), batch, num_slots, pad_slot_id=NULL_SLOT)
-    return xla.write_windows(conv_state, jnp.where(track_mask != 0, slots, -1), windows)
+    slots = plain.live_slots(jnp.asarray(track_indices), batch, num_slots, pad_slot_id=NULL_SLOT)
+    return plain.write_windows(conv_state, jnp.where(track_mask != 0, slots, -1), windows)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from oracle import reference
-from pallas_impl import causal_conv1d_fn, causal_conv1d_update, config, prefill, update, xla
+from pallas_impl import causal_conv1d_fn, causal_conv1d_update, config, prefill, update
+from pallas_impl.call import resolve
+from pallas_impl.records import Arrays, Options
 
 pytestmark = pytest.mark.gpu
 SEED_LENGTHS = (1, 9, 2, 17, 4)
@@ -53,16 +55,12 @@ def assert_same_bits(got, expected):
 
 
 def run(arguments, conf, silu=False):
-    launch = functools.partial(
-        prefill.launch, silu=silu, pad_slot_id=-1, config=config.PrefillConfig(*conf), interpret=False
-    )
-    return jax.jit(launch)(*arguments.values())
+    options = Options(silu=silu, config=config.PrefillConfig(*conf))
+    return jax.jit(functools.partial(prefill.launch, options=options))(Arrays(**arguments))
 
 
 def test_auto_is_the_kernel():
-    from pallas_impl.api import _resolve
-
-    assert _resolve("auto", jnp.zeros(1)) == "mosaic_gpu"
+    assert resolve("auto", jnp.zeros(1)) == "mosaic_gpu"
 
 
 @pytest.mark.parametrize(
@@ -152,11 +150,8 @@ def test_update_equals_prefill_bit_for_bit(batch, dim, width, pool_dtype, activa
         for conf in itertools.product((1, 2, 8), (128, 256, 512), (True, False)):
             if conf[1:] == (512, False):
                 continue
-            launch = functools.partial(
-                update.launch, silu=activation is not None, pad_slot_id=-1,
-                config=config.UpdateConfig(*conf), interpret=False,
-            )  # fmt: skip
-            results.append(jax.jit(launch)(*step.values()))
+            options = Options(silu=activation is not None, config=config.UpdateConfig(*conf))
+            results.append(jax.jit(functools.partial(update.launch, options=options))(Arrays(**step)))
     for out, pool in results:
         assert_same_bits(out.reshape(batch, dim), expected.out)
         assert_same_bits(pool, expected.conv_states)
@@ -226,5 +221,5 @@ def test_new_lengths_do_not_compile_again():
         arguments = problem(rng.multinomial(300, [1 / 6] * 6), 256)
         result = jitted(*arguments.values())
     assert len(traces) == 1
-    expected = xla.prefill(*arguments.values(), silu=False, pad_slot_id=-1)
-    assert_same_bits(result.out, expected[0])
+    expected = causal_conv1d_fn(*arguments.values(), backend="xla")
+    assert_same_bits(result.out, expected.out)

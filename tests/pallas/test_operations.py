@@ -18,6 +18,9 @@ from pallas_impl import (
     prefill,
     update,
 )
+from pallas_impl.call import interpreter
+from pallas_impl.records import Arrays, Options
+from tests.tools.races_jax import run_with_races
 
 CPU_BACKENDS = ("xla", "mosaic_gpu_interpret")
 SEED_LENGTHS = (1, 9, 2, 17, 4)
@@ -168,15 +171,12 @@ def test_empty_sizes(backend, lengths):
 
 
 def in_interpreter(problem, conf, races=False):
-    from pallas_impl.api import _interpreter
-
-    interpret = _interpreter(True)
+    """The prefill kernel's result; with `races`, that and whether the detector saw one."""
+    arrays, options = Arrays(**problem), Options(config=config.PrefillConfig(*conf))
     if races:
-        interpret = type(interpret)(out_of_bounds_reads="uninitialized", detect_races=True)
-    launch = functools.partial(
-        prefill.launch, silu=False, pad_slot_id=-1, config=config.PrefillConfig(*conf), interpret=interpret
-    )
-    return jax.block_until_ready(jax.jit(launch)(*problem.values()))
+        return run_with_races(prefill.launch, arrays, options)
+    launch = functools.partial(prefill.launch, options=options._replace(interpret=interpreter(True)))
+    return jax.jit(launch)(arrays)
 
 
 def test_schedules_and_block_sizes_give_the_same_bits():
@@ -214,55 +214,33 @@ def test_rows_of_one_token_under_flat(shape):
     check(result, "causal_conv1d_fn", problem, activation="silu")
 
 
-def races_found():
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    return gpu_callbacks.get_races().races_found
-
-
-def reset_interpreter():
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
 @pytest.mark.parametrize("flat", [True, False])
 def test_no_data_races(flat):
     problem = prefill_problem((3, 20), padding=())
-    in_interpreter(problem, (flat, 8, 128, 1, 1), races=True)
-    assert not races_found()
+    assert not in_interpreter(problem, (flat, 8, 128, 1, 1), races=True)[1]
 
 
 def test_rows_of_one_token_have_no_data_races():
     problem = prefill_problem((1, 0, 1, 9, 1, 1), padding=(4,), seed=3)
-    result = in_interpreter(problem, (True, 8, 128, 0, 0), races=True)
+    result, races = in_interpreter(problem, (True, 8, 128, 0, 0), races=True)
     check(ConvOutput(*result), "causal_conv1d_fn", problem)
-    assert not races_found()
+    assert not races
 
 
 def test_a_missing_wait_is_a_data_race(monkeypatch):
     """Shows that the detector sees this kernel: without its waits it races."""
     problem = prefill_problem((3, 20), padding=(), seed=5)
     monkeypatch.setattr(prefill.plgpu, "barrier_wait", lambda barrier: None)
-    try:
-        in_interpreter(problem, (True, 8, 128, 0, 0), races=True)
-        assert races_found()
-    finally:
-        reset_interpreter()
+    assert in_interpreter(problem, (True, 8, 128, 0, 0), races=True)[1]
 
 
 @pytest.mark.parametrize("conf", [(5, 128, False), (2, 128, True), (1, 256, True)])
 def test_update_has_no_data_races(conf):
     problem = update_problem(5, 256, slots=[0, 2, -1, 4, 1])
-    from pallas_impl.api import _interpreter
-
-    interpret = type(_interpreter(True))(out_of_bounds_reads="uninitialized", detect_races=True)
-    launch = functools.partial(
-        update.launch, silu=False, pad_slot_id=-1, config=config.UpdateConfig(*conf), interpret=interpret
-    )
-    result = jax.jit(launch)(*problem.values())
+    options = Options(config=config.UpdateConfig(*conf))
+    result, races = run_with_races(update.launch, Arrays(**problem), options)
     check(ConvOutput(*result), "causal_conv1d_update", problem)
-    assert not races_found()
+    assert not races
 
 
 def chunked(backend, dtype, cuts, lengths=(23,), dim=128):
@@ -505,7 +483,7 @@ def test_tiles_cover_every_channel_once(dim):
             assert wide == dim
     conf = config.prefill_config(1000, dim, 4, None, "auto")
     columns = config.prefill_grid(conf, 1000, dim, 4).columns
-    assert (columns - 1) * conf.lanes < dim <= columns * conf.lanes
+    assert (columns - 1) * conf.block_d < dim <= columns * conf.block_d
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 33, 1000, 65536])
@@ -529,8 +507,8 @@ def test_every_block_has_a_program(tokens, batch):
 def test_decode_tiles(batch, dim):
     conf = config.update_config(batch, dim)
     assert conf.in_registers == (dim % 128 == 0)
-    assert conf.lanes in ((128, 256, 512) if conf.in_registers else (128, 256))
-    assert dim % conf.lanes == 0 or not conf.in_registers
+    assert conf.block_d in ((128, 256, 512) if conf.in_registers else (128, 256))
+    assert dim % conf.block_d == 0 or not conf.in_registers
     assert conf.rows == 1 or batch * dim >= 1 << 20
 
 

@@ -1,17 +1,14 @@
 """The kernels of the serving arguments under the race detector of Pallas' GPU interpreter."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_impl import states, verify
-from pallas_impl.backends import interpreter
-from pallas_impl.xla_serving import Arrays, Options
+from pallas_impl import states, trees, verify
+from pallas_impl.records import Arrays, Options
+from tests.tools.races_jax import run_with_races
 
-DIM, LANES = 128, 128
+DIM = 128
 
 
 def normal(seed, *shape, dtype="bfloat16"):
@@ -22,42 +19,25 @@ def index(*values):
     return jnp.asarray(values, jnp.int32)
 
 
-def races(launch, *arguments):
-    """Whether the detector sees a race in a call."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    interpret = type(interpreter(True))(out_of_bounds_reads="uninitialized", detect_races=True)
-    try:
-        jax.block_until_ready(jax.jit(functools.partial(launch, interpret=interpret))(*arguments))
-        return gpu_callbacks.get_races().races_found
-    finally:
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
 def store_states(layout, **arrays):
-    options = Options(False, -1, False, state_layout=layout, snapshot_block_size=3, apply_empty=True)
-
-    def launch(x, pool, interpret):
-        return states.launch(
-            x, pool, index(0, 9, 9, 14), index(0, 1, 2), Arrays(jnp.asarray([True, False, True]), **arrays),
-            after=x, history=3, options=options, lanes=LANES, interpret=interpret,
-        )  # fmt: skip
-
-    return races(launch, normal(0, 14, DIM), normal(1, 30, 11, DIM))
+    options = Options(state_layout=layout, snapshot_block_size=3, apply_empty=True, own_state=False)
+    x = normal(0, 14, DIM)
+    arrays = Arrays(
+        x, normal(4, DIM, 4), None, normal(1, 30, 11, DIM), index(0, 9, 9, 14), index(0, 1, 2),
+        jnp.asarray([True, False, True]), **arrays,
+    )  # fmt: skip
+    return run_with_races(states.launch, arrays, options, after=x)[1]
 
 
 def decode(**arrays):
+    tree = "tree_parents" in arrays
     options = Options(
-        True, -1, True, commit="tree_parents" not in arrays, state_layout="back" if "tree_parents" not in arrays else "front"
+        True, always_state=True, commit=not tree, state_layout="front" if tree else "back", seqlen=10
+    )
+    arrays = Arrays(
+        normal(3, 20, DIM), normal(4, DIM, 4), None, normal(5, 3, 11, DIM), window_out=normal(2, 2, 10, 3, DIM), **arrays
     )  # fmt: skip
-
-    def launch(x, weight, pool, interpret):
-        return verify.launch(
-            x, weight, None, pool, None, None, Arrays(window_out=normal(2, 2, 10, 3, DIM), **arrays), seqlen=10,
-            options=options, lanes=LANES, interpret=interpret,
-        )  # fmt: skip
-
-    return races(launch, normal(3, 20, DIM), normal(4, DIM, 4), normal(5, 3, 11, DIM))
+    return run_with_races((trees if tree else verify).launch, arrays, options)[1]
 
 
 TABLE = jnp.arange(10, 28, dtype=jnp.int32).reshape(3, 6)
@@ -80,8 +60,4 @@ def test_a_missing_wait_is_seen(case, monkeypatch):
     """As a race, or by the interpreter where a barrier completes again before anyone looked."""
     monkeypatch.setattr(states.plgpu, "barrier_wait", lambda barrier: None)
     run, arrays = CASES[case]
-    try:
-        seen = run(**arrays)
-    except jax.errors.JaxRuntimeError as error:
-        seen = "previous completion was observed" in str(error) or "threads observed phase" in str(error)
-    assert seen
+    assert run(**arrays)

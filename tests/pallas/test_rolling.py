@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from oracle import numerics, reference
-from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, rolling
+from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, verify
+from pallas_impl.records import Arrays, Options
+from tests.tools.races_jax import run_with_races
 
 BACKENDS = ("xla", "mosaic_gpu_interpret")
 
@@ -160,32 +162,20 @@ def test_every_acceptance_equals_the_plain_run(backend):
 
 def races_in_interpreter(arguments):
     """Runs the kernel with the race detector on; returns its result and whether there were races."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    from pallas_impl.api import _interpreter
-
-    interpret = type(_interpreter(True))(out_of_bounds_reads="uninitialized", detect_races=True)
-    launch = functools.partial(
-        rolling.launch, seqlen=None, silu=False, pad_slot_id=-1, lanes=128, interpret=interpret
-    )
-    names = ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "num_accepted_tokens")
-    try:
-        out, pool = jax.block_until_ready(jax.jit(launch)(*(arguments[name] for name in names)))
-        return out, pool, gpu_callbacks.get_races().races_found
-    finally:
-        gpu_callbacks.reset_gpu_interpret_mode_state()
+    arrays = Arrays(**{name: array for name, array in arguments.items() if name in Arrays._fields})
+    return run_with_races(verify.launch, arrays, Options())
 
 
 def test_a_rolling_step_has_no_data_races(monkeypatch):
     arguments = step((2, 0, 11, 1), (3, 2, 1, 7), columns=16, tail=3)
-    out, pool, races = races_in_interpreter(arguments)
+    (out, pool, _), races = races_in_interpreter(arguments)
     host = {name: np.asarray(a) for name, a in arguments.items()}
     expected = reference.causal_conv1d_update(**host, max_seqlen=11)
     same_bits(out, expected.out)
     same_bits(pool, expected.conv_states)
     assert not races
-    monkeypatch.setattr(rolling.plgpu, "barrier_wait", lambda barrier: None)
-    assert races_in_interpreter(step((3,), (1,), columns=6))[2], "the detector does not see a missing wait"
+    monkeypatch.setattr(verify.plgpu, "barrier_wait", lambda barrier: None)
+    assert races_in_interpreter(step((3,), (1,), columns=6))[1], "the detector does not see a missing wait"
 
 
 def test_a_donated_pool_is_updated_in_place():

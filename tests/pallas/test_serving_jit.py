@@ -14,7 +14,6 @@ from pallas_impl import (
     causal_conv1d_fn,
     causal_conv1d_update,
     commit_windows,
-    serving,
 )
 
 BACKENDS = ("xla", "mosaic_gpu_interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu))
@@ -263,21 +262,6 @@ def test_validate_reads_the_new_values():
         commit_windows(pool, buffers, index(2, 0), validate=True)
     with pytest.raises(Unsupported, match="got a tracer for write_indices"):
         jax.jit(lambda slots: fn(write_indices=slots))(index(2, 3))
-
-
-def test_plain_calls_never_take_the_second_path(monkeypatch):
-    def fail(*args, **options):
-        raise AssertionError("the second path")
-
-    monkeypatch.setattr(serving, "prefill", fail)
-    monkeypatch.setattr(serving, "update", fail)
-    pool, x = normal(20, 5, 3, DIM), normal(21, 4, DIM)
-    causal_conv1d_fn(x, WEIGHT, None, pool, index(0, 2, 4), index(0, 1))
-    causal_conv1d_update(x, WEIGHT, None, pool, index(0, 1, 2, 3))
-    with pytest.raises(AssertionError, match="the second path"):
-        causal_conv1d_fn(x, WEIGHT, None, pool, index(0, 2, 4), index(0, 1), empty_rows="apply")
-    with pytest.raises(AssertionError, match="the second path"):
-        causal_conv1d_update(x, WEIGHT, None, pool, index(0, 1, 2, 3), commit=False)
 
 
 def test_shapes_and_options_are_checked():

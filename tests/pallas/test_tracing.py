@@ -15,11 +15,11 @@ from jax import export, lax
 
 import pallas_impl
 from oracle.contract import Unsupported
-from pallas_impl import causal_conv1d_fn, causal_conv1d_update, xla
+from pallas_impl import causal_conv1d_fn, causal_conv1d_update, plain
 
 SLOTS = 300
 # XLA of JAX 0.10 moves 16-bit floats through float32 on a CPU, a 16-bit pool as a whole.
-POOLS = ["float32"] if xla.WIDENS_SCATTERS else ["float32", "bfloat16"]
+POOLS = ["float32"] if plain.WIDENS_SCATTERS else ["float32", "bfloat16"]
 FN = ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state")
 UPDATE = ("x", "weight", "bias", "conv_states", "cache_indices")
 OPERATIONS = {"causal_conv1d_fn": FN, "causal_conv1d_update": UPDATE}

@@ -1,6 +1,6 @@
-"""Device code that both kernels share: the taps of a block of channels, one output row, the row search.
+"""The arithmetic of every kernel: the taps of a block of channels, the sum, SiLU and its slope, rounding.
 
-A warpgroup holds one row of `lanes` channels (128 or 256) as a vector, one or two neighbouring channels
+A warpgroup holds one row of `block_d` channels (128 or 256) as a vector, one or two neighbouring channels
 a thread. One formula in one order everywhere is what makes prefill, decode, both schedules and all block
 sizes agree bit for bit. The interpreter cannot run inline Mosaic GPU code, so each function has a plain
 form as well; there SiLU uses exact exp2 and division.
@@ -23,9 +23,9 @@ LOG2E = 1.4426950408889634
 SCALE = 2.0**-14
 
 
-def layout(lanes):
-    """How a row of `lanes` channels lies in a warpgroup's registers: neighbouring channels a thread."""
-    return plgpu.Layout.WG_STRIDED((lanes,), vec_size=lanes // WARPGROUP)
+def layout(block_d):
+    """How a row of `block_d` channels lies in a warpgroup's registers: neighbouring channels a thread."""
+    return plgpu.Layout.WG_STRIDED((block_d,), vec_size=block_d // WARPGROUP)
 
 
 def in_layout(value, *, interpret):
@@ -33,8 +33,8 @@ def in_layout(value, *, interpret):
     return value if interpret else plgpu.layout_cast(value, layout(value.shape[0]))
 
 
-def load_taps(weight_ref, bias_ref, channel, lanes, *, interpret):
-    """Loads the taps and the bias of channels `channel` to `channel + lanes - 1`, as float32 vectors.
+def load_taps(weight_ref, bias_ref, channel, block_d, *, interpret):
+    """Loads the taps and the bias of channels `channel` to `channel + block_d - 1`, as float32 vectors.
 
     Channels past the end repeat the last one, so nothing outside the arrays is read; what is computed for
     them is never stored.
@@ -44,13 +44,13 @@ def load_taps(weight_ref, bias_ref, channel, lanes, *, interpret):
     """
     dim, width = weight_ref.shape
     if interpret:
-        columns = pl.ds(channel, lanes)
+        columns = pl.ds(channel, block_d)
         taps = tuple(weight_ref[columns, j].astype(jnp.float32) for j in range(width))
         if bias_ref is None:
-            return taps, jnp.zeros((lanes,), jnp.float32)
+            return taps, jnp.zeros((block_d,), jnp.float32)
         return taps, bias_ref[columns].astype(jnp.float32)
 
-    row = plgpu.ShapeDtypeStruct((lanes,), jnp.float32, layout(lanes))
+    row = plgpu.ShapeDtypeStruct((block_d,), jnp.float32, layout(block_d))
     refs = (weight_ref,) if bias_ref is None else (weight_ref, bias_ref)
 
     @plgpu.inline_mgpu(
@@ -61,12 +61,12 @@ def load_taps(weight_ref, bias_ref, channel, lanes, *, interpret):
         oldest_first = [mgpu.c(j, ir.IndexType.get()) for j in range(width)]
         columns = [lambda c, j=j: memref.load(weight, [c, j]) for j in oldest_first]
         columns += [lambda c, b=b: memref.load(b, [c]) for b in bias]
-        return tuple(_gather(column, first, dim, lanes) for column in columns)
+        return tuple(_gather(column, first, dim, block_d) for column in columns)
 
     loaded = load(channel, *refs)
     if bias_ref is not None:
         return loaded[:width], loaded[width]
-    return loaded, plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), layout(lanes))
+    return loaded, plgpu.layout_cast(jnp.zeros((block_d,), jnp.float32), layout(block_d))
 
 
 def convolve(window, taps, start, *, silu, interpret):
@@ -77,22 +77,22 @@ def convolve(window, taps, start, *, silu, interpret):
             total = multiply_add(split(tap), split(value), total)
         return activate(total) if silu else total
 
-    lanes = start.shape[0]
+    block_d = start.shape[0]
     width = len(taps)
-    kind = layout(lanes)
+    kind = layout(block_d)
 
     @plgpu.inline_mgpu(
-        arg_types=(kind,) * (2 * width + 1), return_type=plgpu.ShapeDtypeStruct((lanes,), jnp.float32, kind)
+        arg_types=(kind,) * (2 * width + 1), return_type=plgpu.ShapeDtypeStruct((block_d,), jnp.float32, kind)
     )
     def run(_, total, *operands):
         for tap, value in zip(operands[:width], operands[width:], strict=True):
-            total = _map(math.fma, tap, value, total)
-        return _map(_silu, total) if silu else total
+            total = map_registers(math.fma, tap, value, total)
+        return map_registers(silu_of_register, total) if silu else total
 
     return run(start, *taps, *window)
 
 
-def add(total, value, *, interpret):
+def add_residual(total, value, *, interpret):
     """total + value of float32 vectors; the product that `total` ends with is rounded before."""
     if interpret:
         # Compilers fuse that product into the sum even across an optimization barrier, but not across a choice.
@@ -103,7 +103,7 @@ def add(total, value, *, interpret):
         arg_types=(kind, kind), return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, kind)
     )
     def run(_, total, value):
-        return _map(functools.partial(_ptx, "add.rn.f32"), total, value)
+        return map_registers(functools.partial(ptx, "add.rn.f32"), total, value)
 
     return run(total, value)
 
@@ -121,7 +121,9 @@ def keep(condition, value, *, interpret):
     def run(_, condition, value):
         zero = mgpu.c(0, ir.IntegerType.get_signless(32))
         holds = arith.cmpi(arith.CmpIPredicate.ne, condition.registers.item(), zero)
-        return _map(lambda register: arith.select(holds, register, _constant(register.type, 0.0)), value)
+        return map_registers(
+            lambda register: arith.select(holds, register, constant(register.type, 0.0)), value
+        )
 
     return run(condition.astype(jnp.int32), value)
 
@@ -169,6 +171,22 @@ def activate(z):
     return (z * SCALE) * (1.0 / (jnp.exp2(exponent) + SCALE))
 
 
+def silu_slope(z):
+    """The derivative of SiLU, s * (1 + z * (1 - s)); 2**14 * s in between, and no cancellation in 1 - s.
+
+    Beyond 97 it is 0 or 1 to the last bit of a float32.
+    """
+    z = jnp.clip(z, -97.0, 97.0)
+    p = jnp.exp2(z * -LOG2E - 14.0)
+    r = 1.0 / (p + SCALE)
+    return r * (1.0 + z * (p * r)) * SCALE
+
+
+def round_to(value, dtype):
+    """The value in `dtype`; as it is where it has it, since a conversion may lose a NaN's payload."""
+    return value if value.dtype == dtype else value.astype(dtype)
+
+
 def div(a, b):
     """Quotient of an int32 and a Python int, both >= 0; the sizes stay int32 under jax_enable_x64 too."""
     return lax.div(a, jnp.int32(b))
@@ -178,59 +196,12 @@ def rem(a, b):
     return lax.rem(a, jnp.int32(b))
 
 
-def find_row(starts_ref, block, block_t, batch, tokens, *, interpret):
-    """The last row whose first block is at most `block`; blocks are numbered start // block_t + row.
-
-    Row `batch` is the tail after the last row. With offsets that increase, as they must, the first blocks
-    increase strictly, so a descent over powers of two finds the row; with others it finds some row. The
-    last ten steps of a descent are one vote of the warpgroup, since each step waits for memory.
-    """
-    vote = 1 if interpret or batch < 8 else min(1024, -(-batch // WARPGROUP) * WARPGROUP)
-
-    row = jnp.int32(0)
-    for step in (1 << i for i in reversed(range(batch.bit_length())) if 1 << i >= vote):
-        probe = row + step
-        start = jnp.clip(starts_ref[jnp.minimum(probe, batch)], 0, tokens)
-        row = jnp.where((probe <= batch) & (div(start, block_t) + probe <= block), probe, row)
-    if vote == 1:
-        return row
-
-    scalar = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), scalar, scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, scalar)
-    )
-    def count(_, starts, row, block):
-        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        constant = lambda value: mgpu.c(value, int32)  # noqa: E731
-        at_most = lambda a, b: arith.cmpi(arith.CmpIPredicate.sle, a, b)  # noqa: E731
-        row, block = row.registers.item(), block.registers.item()
-        lane = arith.addi(row, mgpu.thread_idx())
-        votes = []
-        for offset in range(0, vote, WARPGROUP):
-            probe = arith.addi(lane, constant(offset + 1))
-            start = memref.load(starts, [arith.index_cast(index, arith.minsi(probe, constant(batch)))])
-            start = arith.minsi(arith.maxsi(start, constant(0)), constant(tokens))
-            first = arith.addi(arith.divui(start, constant(block_t)), probe)
-            votes.append(arith.andi(at_most(probe, constant(batch)), at_most(first, block)))
-        for ballot in votes:
-            found = llvm.inline_asm(
-                int32, [arith.extui(int32, ballot)],
-                "{ .reg .pred p; setp.ne.u32 p, $1, 0; barrier.cta.red.popc.aligned.u32 $0, 0, p; }",
-                "=r,r", has_side_effects=True,
-            )  # fmt: skip
-            row = arith.addi(row, found)
-        return mgpu.FragmentedArray.splat(row, (), is_signed=True)
-
-    return count(starts_ref, row, block)
-
-
-def _gather(load, first, dim, lanes):
+def _gather(load, first, dim, block_d):
     """A float32 FragmentedArray of `load(c)` for c from `first` on, clamped to the last channel."""
     index = ir.IndexType.get()
     float32 = ir.F32Type.get()
-    kind = mgpu.WGStridedFragLayout((lanes,), lanes // WARPGROUP)
-    registers = np.empty(kind.registers_shape((lanes,)), dtype=object)
+    kind = mgpu.WGStridedFragLayout((block_d,), block_d // WARPGROUP)
+    registers = np.empty(kind.registers_shape((block_d,)), dtype=object)
     base = arith.index_cast(
         index, first.registers.item() if isinstance(first, mgpu.FragmentedArray) else first
     )
@@ -244,27 +215,37 @@ def _gather(load, first, dim, lanes):
     return mgpu.FragmentedArray(_registers=registers, _layout=kind, _is_signed=None)
 
 
-def _map(op, *arrays):
+def map_registers(op, *arrays):
     registers = np.empty_like(arrays[0].registers)
     for i, parts in enumerate(zip(*(a.registers.flat for a in arrays), strict=True)):
         registers.flat[i] = op(*parts)
     return mgpu.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=None)
 
 
-def _silu(z):
+def silu_of_register(z):
     """`activate` of a register, in the instructions of the Triton twin."""
     kind = z.type
-    exponent = math.fma(z, _constant(kind, -LOG2E), _constant(kind, -14.0))
-    power = arith.addf(_ptx("ex2.approx.ftz.f32", exponent), _constant(kind, SCALE))
-    return arith.mulf(arith.mulf(z, _constant(kind, SCALE)), _ptx("rcp.approx.ftz.f32", power))
+    exponent = math.fma(z, constant(kind, -LOG2E), constant(kind, -14.0))
+    power = arith.addf(ptx("ex2.approx.ftz.f32", exponent), constant(kind, SCALE))
+    return arith.mulf(arith.mulf(z, constant(kind, SCALE)), ptx("rcp.approx.ftz.f32", power))
 
 
-def _constant(kind, value):
+def silu_slope_of_register(z):
+    """`silu_slope` of a register, in the instructions of the Triton twin."""
+    kind = z.type
+    one = lambda value: constant(kind, value)  # noqa: E731
+    z = arith.minimumf(arith.maximumf(z, one(-97.0)), one(97.0))
+    p = ptx("ex2.approx.ftz.f32", math.fma(z, one(-LOG2E), one(-14.0)))
+    r = ptx("rcp.approx.ftz.f32", arith.addf(p, one(SCALE)))
+    return arith.mulf(arith.mulf(r, math.fma(z, arith.mulf(p, r), one(1.0))), one(SCALE))
+
+
+def constant(kind, value):
     element = ir.FloatAttr.get(kind.element_type, value)
     return arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, element))
 
 
-def _ptx(instruction, *registers):
+def ptx(instruction, *registers):
     kind = ir.VectorType(registers[0].type)
     names = ", ".join(f"${i}" for i in range(len(registers) + 1))
     parts = []

@@ -1,0 +1,135 @@
+"""Rows of packed tokens on the device: where each lies, which one a block belongs to, its tokens in and out."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref
+from jaxlib.mlir.dialects import llvm  # not in jax.extend.mlir
+
+from pallas_impl.arithmetic import WARPGROUP, div, in_layout
+
+GROUP = 4  # rows of a tile convolved between two turns of the loop; more take more registers
+
+
+def row_facts(query_start_loc, row, batch, tokens, seqlen=None):
+    """First token and end of a row, inside [0, tokens]; of the tail for row `batch`.
+
+    Without offsets every row has `seqlen` tokens, and the tail none: there it may seem to end past the tokens.
+    """
+    if query_start_loc is None:
+        return row * seqlen, (row + 1) * seqlen
+    offset = lambda i: jnp.clip(query_start_loc[i], 0, tokens)  # noqa: E731
+    start = jnp.where(row == 0, 0, offset(row))
+    return start, jnp.where(row == batch, tokens, offset(jnp.minimum(row + 1, batch)))
+
+
+def find_row(query_start_loc, block, block_t, batch, tokens, *, interpret):
+    """The last row whose first block is at most `block`; blocks are numbered start // block_t + row.
+
+    Row `batch` is the tail after the last row. With offsets that increase, as they must, the first blocks
+    increase strictly, so a descent over powers of two finds the row; with others it finds some row. The
+    last ten steps of a descent are one vote of the warpgroup, since each step waits for memory.
+    """
+    vote = 1 if interpret or batch < 8 else min(1024, -(-batch // WARPGROUP) * WARPGROUP)
+
+    row = jnp.int32(0)
+    for step in (1 << i for i in reversed(range(batch.bit_length())) if 1 << i >= vote):
+        probe = row + step
+        start = jnp.clip(query_start_loc[jnp.minimum(probe, batch)], 0, tokens)
+        row = jnp.where((probe <= batch) & (div(start, block_t) + probe <= block), probe, row)
+    if vote == 1:
+        return row
+
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), scalar, scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, scalar)
+    )
+    def count(_, starts, row, block):
+        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        constant = lambda value: mgpu.c(value, int32)  # noqa: E731
+        at_most = lambda a, b: arith.cmpi(arith.CmpIPredicate.sle, a, b)  # noqa: E731
+        row, block = row.registers.item(), block.registers.item()
+        lane = arith.addi(row, mgpu.thread_idx())
+        votes = []
+        for offset in range(0, vote, WARPGROUP):
+            probe = arith.addi(lane, constant(offset + 1))
+            start = memref.load(starts, [arith.index_cast(index, arith.minsi(probe, constant(batch)))])
+            start = arith.minsi(arith.maxsi(start, constant(0)), constant(tokens))
+            first = arith.addi(arith.divui(start, constant(block_t)), probe)
+            votes.append(arith.andi(at_most(probe, constant(batch)), at_most(first, block)))
+        for ballot in votes:
+            found = llvm.inline_asm(
+                int32, [arith.extui(int32, ballot)],
+                "{ .reg .pred p; setp.ne.u32 p, $1, 0; barrier.cta.red.popc.aligned.u32 $0, 0, p; }",
+                "=r,r", has_side_effects=True,
+            )  # fmt: skip
+            row = arith.addi(row, found)
+        return mgpu.FragmentedArray.splat(row, (), is_signed=True)
+
+    return count(query_start_loc, row, block)
+
+
+def load_rows(x, channels, tile, ready, begin, length, fewest=1):
+    """Starts the copy of `length` tokens, or a few more, into the first rows of the tile: one of three boxes."""
+    smaller = 0
+    sizes = sorted({min(n, x.shape[0], tile.shape[0]) for n in (fewest, GROUP, tile.shape[0])})
+    for size in sizes:
+
+        @pl.when((length > smaller) & (length <= size))
+        def _(size=size):
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(begin, size), channels], tile.at[pl.ds(0, size)], ready)
+
+        smaller = size
+
+
+def copy_out(rows, target, channels, dim):
+    """Starts a copy from shared memory, [rows, lanes], to `target(channels)`, clipped at the last channel.
+
+    Mosaic GPU makes a box of one row a plain run of bytes, which does not clip, so that one is cut to size.
+    """
+    rest = dim % channels.size
+    if rows.shape[0] > 1 or not rest:
+        plgpu.copy_smem_to_gmem(rows, target(channels))
+        return
+
+    @pl.when(channels.start + channels.size <= dim)
+    def _():
+        plgpu.copy_smem_to_gmem(rows, target(channels))
+
+    @pl.when(channels.start + channels.size > dim)
+    def _():
+        plgpu.copy_smem_to_gmem(rows.at[:, pl.ds(0, rest)], target(pl.ds(channels.start, rest)))
+
+
+def store_rows(tile, out, channels, begin, length):
+    """Starts the copy of exactly `length` rows: one box if the tile is full, else row by row."""
+    size = tile.shape[0]
+
+    def store(done, rows):
+        copy_out(
+            tile.at[pl.ds(done, rows)], lambda c: out.at[pl.ds(begin + done, rows), c], channels, out.shape[1]
+        )
+
+    if size > 1 and size <= out.shape[0]:
+
+        @pl.when(length == size)
+        def _():
+            store(0, size)
+
+    rest = jnp.where(length == size, 0, length) if size > 1 and size <= out.shape[0] else length
+    lax.fori_loop(0, rest, lambda row, _: store(row, 1), None)
+
+
+def zero_tail(tile, interpret):
+    """Zeroes a tile of shared memory, for rows without results; a loop to their end would be unrolled into more code."""
+    for r in range(tile.shape[0]):
+        store_zeros(tile, r, interpret)
+
+
+def store_zeros(ref, row, interpret):
+    """Zeroes a row of shared memory, each thread the channels that it convolves."""
+    ref[row] = in_layout(jnp.zeros(ref.shape[-1:], ref.dtype), interpret=interpret)
