@@ -221,7 +221,8 @@ def read_windows(conv_states, slots, stateful, history):
 
 def read_columns(conv_states, slots, stateful, columns):
     """[batch, n, dim]: the columns, a slice or [batch, n], of stateful rows; for the others zeros, selected and not
-    multiplied."""
+    multiplied.
+    """
     count = (
         len(range(*columns.indices(conv_states.shape[1]))) if isinstance(columns, slice) else columns.shape[1]
     )
