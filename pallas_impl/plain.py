@@ -202,10 +202,10 @@ def rows_of(arrays, history, options):
         columns = slice(state_len - history, state_len)
     elif options.state_layout == "ring" and history:
         phase = ring_phase(arrays.cache_seqlens, state_len)
-        columns = jnp.mod(phase[:, None] - history + jnp.arange(history, dtype=jnp.int32), state_len)
+        columns = jnp.mod(phase[:, None] - history + jnp.arange(history, dtype=jnp.int32)[None], state_len)
     elif arrays.num_accepted_tokens is not None:
         columns = first_columns(arrays.num_accepted_tokens, state_len - history)[:, None]
-        columns = columns + jnp.arange(history, dtype=jnp.int32)
+        columns = columns + jnp.arange(history, dtype=jnp.int32)[None]
     return slots, slots >= 0, read_columns(conv_states, slots, stateful, columns)
 
 
@@ -282,7 +282,7 @@ def convolve(arrays, live, windows, options):
     else:
         chain = ancestors(arrays.tree_parents, history).reshape(tokens, history + 1)
         entries = [chain[:, j] for j in range(history + 1)]
-    short = jnp.promote_types(x.dtype, windows.dtype) != jnp.float32
+    short = x.dtype == windows.dtype != jnp.float32
     windows = windows.astype(jnp.float32)
     # Selected, so that a derivative does not multiply what lies in padding.
     wide = jnp.where(computed[:, None], x, jnp.zeros_like(x)).astype(jnp.float32)
@@ -317,7 +317,7 @@ def ancestors(tree_parents, history):
     """[batch, n, history+1]: of each node the entries its taps meet, oldest first; the last is history + node."""
     batch, n = tree_parents.shape
     node = jnp.arange(n, dtype=jnp.int32)
-    parents = jnp.minimum(node_parents(tree_parents), node - 1)
+    parents = jnp.minimum(node_parents(tree_parents), node[None] - 1)
     # before[e] of entry e: the entry of the parent, or the one before it in the window.
     inside = jnp.where(parents < 0, history - 1, history + parents)
     window = jnp.broadcast_to(jnp.arange(history, dtype=jnp.int32) - 1, (batch, history))
@@ -347,7 +347,7 @@ def store_windows(arrays, live, windows, options):
         return window_out
     row, owner, position = locate(starts, tokens)
     if arrays.tree_parents is None:
-        entry = position[:, None] + 1 + jnp.arange(history, dtype=jnp.int32)
+        entry = position[:, None] + 1 + jnp.arange(history, dtype=jnp.int32)[None]
     else:
         entry = ancestors(arrays.tree_parents, history).reshape(tokens, history + 1)[:, 1:]
     token = starts[owner][:, None] + entry - history
@@ -372,11 +372,11 @@ def store_states(arrays, slots, windows, options):
     if arrays.write_indices is not None:
         writes = live_slots(arrays.write_indices, batch, num_slots, options.pad_slot_id)
     writes = jnp.where(touched, writes, -1)
-    count = jnp.arange(history, dtype=jnp.int32)
+    count = jnp.arange(history, dtype=jnp.int32)[None]
     if options.state_layout != "front":
         pool = _store_slots(arrays, slots, writes, options)
     elif arrays.num_accepted_tokens is not None and history:
-        columns = jnp.arange(state_len, dtype=jnp.int32)
+        columns = jnp.arange(state_len, dtype=jnp.int32)[None]
         place = jnp.where(columns < (history - 1 + lengths)[:, None], columns, state_len)
         index = jnp.broadcast_to(columns + 1, (batch, state_len))
         pool = write_columns(conv_states, writes, place, _entries(arrays, windows, index))
@@ -391,10 +391,10 @@ def store_states(arrays, slots, windows, options):
         pool = write_windows(pool, jnp.where(touched, tracked, -1), values)
     if arrays.snapshot_indices is not None:
         saved, taken = _snapshots(arrays, lengths, touched, num_slots, options)
-        index = (taken[:, :, None] + count).reshape(batch, -1)
+        index = (taken[:, :, None] + count[None]).reshape(batch, -1)
         values = _entries(arrays, windows, index).reshape(*taken.shape, history, x.shape[1])
         target = jnp.where(saved < 0, num_slots, saved)[:, :, None]
-        pool = scatter(pool, (target, count), values)
+        pool = scatter(pool, (target, count[None]), values)
     return pool
 
 
@@ -411,7 +411,7 @@ def _store_slots(arrays, slots, writes, options):
     """The pool with whole slots written, in the layouts "back" and "ring"."""
     conv_states, starts = arrays.conv_states, arrays.query_start_loc
     state_len, lengths = conv_states.shape[1], starts[1:] - starts[:-1]
-    columns = jnp.arange(state_len, dtype=jnp.int32)
+    columns = jnp.arange(state_len, dtype=jnp.int32)[None]
     old = read_windows(conv_states, slots, stateful_rows(slots >= 0, arrays, options), state_len)
     if options.state_layout == "back":
         return write_columns(conv_states, writes, columns, _entries(arrays, old, lengths[:, None] + columns))
@@ -427,7 +427,7 @@ def _snapshots(arrays, lengths, touched, num_slots, options):
     """(saved, taken), each [batch, blocks]: the slot of each snapshot or -1, and after how many tokens it is taken."""
     table, batch = arrays.snapshot_indices, lengths.shape[0]
     first, offset = first_snapshot(arrays.num_computed_tokens, batch, options.snapshot_block_size)
-    block = jnp.arange(table.shape[1], dtype=jnp.int32)
+    block = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
     size = min(options.snapshot_block_size, np.iinfo(np.int32).max)
     more = (lengths - offset) // size  # negative: no boundary
     ahead = block - first[:, None]
@@ -447,7 +447,7 @@ def write_windows(conv_states, slots, windows):
 
 
 def write_columns(pool, slots, columns, values):
-    """The pool with `values` [batch, n, dim] in columns [n] or [batch, n] of the slots that are >= 0."""
+    """The pool with `values` [batch, n, dim] in columns [1, n] or [batch, n] of the slots that are >= 0."""
     if values.shape[1] == 0:
         return pool
     target = jnp.where(slots < 0, pool.shape[0], slots)[:, None]
@@ -500,9 +500,9 @@ def backward(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, 
 
     g = jnp.where(live[:, None], dout.astype(jnp.float32), 0.0)
     if silu:
-        pre = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
+        pre = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)[None]
         for j, column in enumerate(columns):
-            pre = pre + taps[:, j] * column
+            pre = pre + taps[None, :, j] * column
         g = jnp.where(live[:, None], g * silu_slope(pre), 0.0)
     padded = jnp.pad(g, ((0, history), (0, 0)))
 
@@ -515,7 +515,7 @@ def backward(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, 
         )
     for back in range(history + 1):  # the tokens that meet an input: from its own on, newest tap first
         met = jnp.where((live & (token + back < end))[:, None], padded[back : back + tokens], 0.0)
-        dx = dx + taps[:, history - back] * met
+        dx = dx + taps[None, :, history - back] * met
 
     dweight = jnp.stack([(column * g).sum(0) for column in columns], axis=1).astype(weight.dtype)
     dbias = None if bias is None else g.sum(0).astype(bias.dtype)
@@ -531,7 +531,7 @@ def backward(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, 
                 value = jnp.where((c >= length)[:, None], kept, 0.0)
             for j in range(c, -1, -1):
                 met = padded[jnp.minimum(starts[:-1] + (c - j), tokens)]
-                value = value + taps[:, j] * jnp.where((c - j < length)[:, None], met, 0.0)
+                value = value + taps[None, :, j] * jnp.where((c - j < length)[:, None], met, 0.0)
             entries.append(value)
         dinitial = jnp.stack(entries, axis=1) if entries else initial
         dinitial = dinitial.astype(initial_states.dtype)

@@ -153,7 +153,7 @@ def parents_from_links(next_token, next_sibling, shape):
     doubling.
     """
     batch, n = shape
-    node = jnp.arange(n, dtype=jnp.int32)
+    node = jnp.arange(n, dtype=jnp.int32)[None]
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
     # 2 * namer, and 1 more as its sibling; the last namer counts
     named_by = jnp.full((batch, n), -1, jnp.int32)
