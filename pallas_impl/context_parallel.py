@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import ConvOutput, check_causal_conv1d, check_causal_conv1d_fn
 from pallas_impl import api, functional, plain

@@ -56,14 +56,20 @@ def causal_conv1d(
         activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
     )  # fmt: skip
     backend = resolve(backend, x)
-    rows = x
     if query_start_loc is None:
         max_seqlen = x.shape[1]
-        rows = x.reshape(sizes.tokens, sizes.dim)
-        query_start_loc = jnp.arange(sizes.batch + 1, dtype=jnp.int32) * max_seqlen
     options = activation, max_seqlen, schedule, backend
+    return ConvOutput(*_run(options, sizes.batch, x, weight, bias, initial_states, query_start_loc))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(options, batch, x, weight, bias, initial_states, query_start_loc):
+    """As a program, also outside jit: then no constant of it is copied to the device in every call."""
+    rows = x.reshape(-1, x.shape[-1])
+    if query_start_loc is None:
+        query_start_loc = plain.equal_rows(batch, rows.shape[0])
     out, states = _convolve(options, rows, weight, bias, initial_states, query_start_loc)
-    return ConvOutput(out.reshape(x.shape), states)
+    return out.reshape(x.shape), states
 
 
 def _transformed_by_xla_alone(backend, *arrays):
