@@ -6,6 +6,7 @@ from typing import NamedTuple
 # fill the memory's bandwidth.
 STREAMS = 4
 BLOCK_T = 8  # tokens of a row that an update has on their way at a time
+LONG_ROW = 4  # tokens up to which one program for a row is the faster
 BACKWARD_D = 128  # channels of a tile of the backward pass
 
 
@@ -78,8 +79,8 @@ def kernel_of(call) -> str:
 
 
 def has_long_rows(call, longest: int | None) -> bool:
-    """Whether an update runs as a prefill, whose programs share a row: rows that may be longer than a block of "rows"."""
-    return call.tree_parents is None and _is_plain(call) and (longest is None or longest > BLOCK_T)
+    """Whether an update runs as a prefill, whose programs share a row."""
+    return call.tree_parents is None and _is_plain(call) and (longest is None or longest > LONG_ROW)
 
 
 def _is_plain(call) -> bool:

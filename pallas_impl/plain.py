@@ -308,7 +308,10 @@ def convolve(arrays, live, windows, options):
 def locate(starts, tokens):
     """Of each token: its row (`batch` for the tail), that clamped to the last row, and its place in that row."""
     token = jnp.arange(tokens, dtype=jnp.int32)
-    row = jnp.searchsorted(starts[1:], token, side="right", method="sort").astype(jnp.int32)
+    if isinstance(tokens, int) and isinstance(starts.shape[0], int):
+        row = jnp.searchsorted(starts[1:], token, side="right", method="sort").astype(jnp.int32)
+    else:  # no sort is made of a symbolic number of rows or tokens (`jax.export`)
+        row = (starts[None, 1:] <= token[:, None]).sum(axis=1, dtype=jnp.int32)
     owner = jnp.minimum(row, starts.shape[0] - 2)
     return row, owner, token - starts[owner]
 
@@ -483,19 +486,17 @@ def backward(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, 
     if initial_states is not None:
         initial = initial_states.astype(jnp.float32)
 
+    row, owner, position = locate(starts, tokens)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    row = jnp.searchsorted(starts[1:], token, side="right", method="sort").astype(jnp.int32)
-    live = row < batch
-    owner = jnp.minimum(row, batch - 1)
-    begin, end = starts[owner], starts[owner + 1]
+    live, end = row < batch, starts[owner + 1]
     values = jnp.where(live[:, None], x.astype(jnp.float32), 0.0)
     columns = []  # for each tap what it meets
     for j in range(history + 1):
         back = history - j
         column = jnp.pad(values, ((back, 0), (0, 0)))[:tokens]
         if back:
-            entry = jnp.clip(token - begin + j, 0, history - 1)
-            column = jnp.where((token - begin < back)[:, None], initial[owner, entry], column)
+            entry = jnp.clip(position + j, 0, history - 1)
+            column = jnp.where((position < back)[:, None], initial[owner, entry], column)
         columns.append(column)
 
     g = jnp.where(live[:, None], dout.astype(jnp.float32), 0.0)

@@ -163,6 +163,8 @@ def parents_from_links(next_token, next_sibling, shape):
         named_by = named_by.at[to].max(2 * node + as_sibling, mode="drop")
     elder = jnp.where((named_by >= 0) & (named_by % 2 == 1), named_by >> 1, node)
     parents = jnp.where(node == 0, -1, jnp.maximum(named_by >> 1, 0))
-    for _ in range(max(n - 1, 1).bit_length()):
-        elder = jnp.take_along_axis(elder, elder, axis=1)
+    step = lambda _, elder: jnp.take_along_axis(elder, elder, axis=1)  # noqa: E731
+    fixed = isinstance(n, int)  # or a symbol (`jax.export`): as many turns as any number takes
+    turns = max(n - 1, 1).bit_length() if fixed else 31
+    elder = lax.fori_loop(0, turns, step, elder, unroll=fixed)
     return jnp.take_along_axis(parents, elder, axis=1)

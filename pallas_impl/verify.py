@@ -189,12 +189,14 @@ def _walk(refs, place, weights, block_t, stores, o):
     if stores:
         kept = recent if refs.kept is None else refs.kept  # both hold the entries in one dtype
     runs = [ref for ref in (recent, refs.kept) if ref is not None]
+    # A rolling slot is left what arrives; the entries before that are kept for windows alone.
+    carried = [ref for ref in runs if ref is recent or not rolls or refs.track_indices is not None]
     past = ()
     if history:
         for j in range(history if o.state_layout == "ring" else 1):
             plgpu.barrier_wait(refs.window_ready.at[j])
         past = tuple(window[j].astype(jnp.float32) for j in range(history))
-        for entries in runs:
+        for entries in carried:
             for j in range(history):
                 entries[j] = window[j].astype(entries.dtype)
     target = place.slot
@@ -252,7 +254,7 @@ def _walk(refs, place, weights, block_t, stores, o):
         @pl.when(block + 1 < blocks)
         def _():
             load_block(refs, place, block + 1, block_t)
-            for entries in runs:
+            for entries in carried:
                 for j in range(history):
                     entries[j] = entries[block_t + j]
 
