@@ -227,7 +227,6 @@ def causal_conv1d(device=None):
     unsupported = {
         "max_seqlen:*": "the prefill takes no host lengths",
         "pad_slot_id:[0-9]*": "padding is a slot outside the pool",
-        "validate:*": "the peer's signature has no validation",
         "state_len:wider": "the update has its window at the back of a wide slot",
         "expect:*": "packed rows are carried by this adapter, which reads their data",
     }
@@ -284,7 +283,6 @@ def fla(device=None):
     unsupported = {
         "max_seqlen:*": "this adapter hands on no host lengths",
         "pad_slot_id:[0-9]*": "padding is a slot outside the pool",
-        "validate:*": "the peer's signature has no validation",
         "update:multi_token": "one token a row",
         "expect:*": "states are carried by this adapter, which reads the index data",
         "dtypes:mixed": "the peer returns final states in x's dtype",

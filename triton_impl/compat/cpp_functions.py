@@ -111,7 +111,7 @@ _OPERATORS = {
 
 
 def register_operators():
-    """Defines `torch.ops.DaoAILab.*` unless the peer has; returns the library, whose end undefines them, or None."""
+    """Defines `torch.ops.DaoAILab.*` unless the peer has; returns their library, or None."""
     if hasattr(torch.ops.DaoAILab, "_causal_conv1d_fwd_cpp"):
         return None
     library = torch.library.Library("DaoAILab", "FRAGMENT")
@@ -121,6 +121,12 @@ def register_operators():
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"DaoAILab::{name}", lambda *args: None, lib=library)
     return library
+
+
+def forget_operators(library):
+    """Undoes `register_operators`."""
+    if library is not None:
+        library._destroy()
 
 
 # The extension itself: from 1.5 on it writes what it is given, before that it returned its results.

@@ -107,7 +107,7 @@ def _register():
         modules[name] = module
     sys.modules.update(modules)
     sys.meta_path.insert(0, metadata)
-    operators = [functions.register_operators()]
+    operators = functions.register_operators()
 
     def restore():
         sys.meta_path.remove(metadata)
@@ -115,7 +115,7 @@ def _register():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
         sys.modules.update(hidden)
-        operators.clear()  # the end of the library undefines them
+        functions.forget_operators(operators)
 
     return [restore]
 
