@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.timing import take_turns
 from benchmarks.torch_backend import TorchBackend
+from oracle.contract import FnCall, UpdateCall
 from triton_impl import config, prefill, update
 
 WORKLOADS = {
@@ -66,7 +67,7 @@ def prefill_inputs(lengths, dim, dtype=torch.bfloat16):
     torch.manual_seed(0)
     rows, tokens = len(lengths), sum(lengths)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-    return (
+    return FnCall(
         torch.randn(tokens, dim, device="cuda", dtype=dtype),
         torch.randn(dim, 4, device="cuda", dtype=dtype),
         torch.randn(dim, device="cuda", dtype=dtype),
@@ -74,20 +75,28 @@ def prefill_inputs(lengths, dim, dtype=torch.bfloat16):
         offsets,
         torch.randperm(2 * rows + 3, device="cuda")[:rows].to(torch.int32),
         torch.arange(rows, device="cuda") % 2 == 0,
+        activation="silu",
     )
 
 
 def update_inputs(batch, dim, dtype=torch.bfloat16):
     torch.manual_seed(0)
-    return (
+    return UpdateCall(
         torch.randn(batch, dim, device="cuda", dtype=dtype),
         torch.randn(dim, 4, device="cuda", dtype=dtype),
         torch.randn(dim, device="cuda", dtype=dtype),
         torch.randn(batch + 3, 3, dim, device="cuda", dtype=dtype),
         torch.randperm(batch + 3, device="cuda")[:batch].to(torch.int32),
-        None,
-        None,
+        activation="silu",
     )
+
+
+def prepared(call, chosen):
+    """A function of `out` that launches the kernel of a call with these block sizes."""
+    module, options = (prefill, dict(stores=True)) if isinstance(call, FnCall) else (update, {})
+    launch = module.prepare(call, call.check(), chosen, **options)
+    arrays = [getattr(call, name) for name in module.ARRAYS]
+    return lambda out: launch(*arrays, out)
 
 
 def behind_flushes(calls, rounds=15):
@@ -130,27 +139,27 @@ def in_graphs(calls, inside=20, rounds=15):
 def tune(name):
     if name in DECODE:
         batch, dim = DECODE[name]
-        inputs, choices, module, clock = update_inputs(batch, dim), list(update_choices()), update, in_graphs
+        inputs, choices, clock = update_inputs(batch, dim), list(update_choices()), in_graphs
         source = torch.empty(batch * 4 * dim, device="cuda", dtype=torch.bfloat16)
     else:
         lengths, dim = WORKLOADS[name]
-        inputs, module, clock = prefill_inputs(lengths, dim), prefill, behind_flushes
+        inputs, clock = prefill_inputs(lengths, dim), behind_flushes
         choices = list(prefill_choices(sum(lengths), dim, len(lengths)))
-        source = inputs[0]
-    out, pool, copied = torch.empty_like(inputs[0]), inputs[3], torch.empty_like(source)
+        source = inputs.x
+    out, pool, copied = torch.empty_like(inputs.x), inputs.conv_states, torch.empty_like(source)
     calls = {"copy": lambda: copied.copy_(source)}
     start = pool.clone()
     first = None
     wrong = []
     for label, chosen in choices:
-        launch = module.prepare(*inputs, True, -1, chosen)
+        launch = prepared(inputs, chosen)
         pool.copy_(start)
         out.fill_(torch.nan)
-        launch(*inputs, out)
+        launch(out)
         result = out.clone(), pool.clone()
         first = first or result
         if all(torch.equal(a, b) for a, b in zip(result, first, strict=True)):
-            calls[label] = lambda go=launch: go(*inputs, out)
+            calls[label] = lambda go=launch: go(out)
         else:
             wrong.append(label)
     times = clock(calls)
@@ -172,11 +181,11 @@ def _compile_all(part):
         for _, chosen in prefill_choices(sum(WORKLOADS[name][0]), WORKLOADS[name][1], len(WORKLOADS[name][0]))
     }
     for chosen in sorted(variants, key=repr)[at::of]:
-        prefill.prepare(*inputs, True, -1, chosen)(*inputs, torch.empty_like(inputs[0]))
+        prepared(inputs, chosen)(torch.empty_like(inputs.x))
     if set(names) & set(DECODE):
         inputs = update_inputs(8, 2048)
         for _, chosen in list(update_choices())[at::of]:
-            update.prepare(*inputs, True, -1, chosen)(*inputs, torch.empty_like(inputs[0]))
+            prepared(inputs, chosen)(torch.empty_like(inputs.x))
 
 
 def main():

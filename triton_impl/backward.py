@@ -24,7 +24,9 @@ import triton.language as tl
 
 from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2, walks
 from triton_impl.launch import Launch, stride
-from triton_impl.prefill import _find_row, levels
+from triton_impl.prefill import levels
+from triton_impl.records import Items, Rows
+from triton_impl.rows import find_row
 from triton_impl.taps import (
     NATIVE_PTX,
     convolve,
@@ -501,9 +503,8 @@ def _backward_kernel(
         words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
         bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
     if FLAT:
-        facts = _find_row(
-            query_start_loc, None, None, program, batch, tokens, 0, 0, BLOCK_T, SEARCH, False, False
-        )
+        nothing = Items(None, None)
+        facts = find_row(Rows(query_start_loc, nothing, nothing, batch, tokens), program, BLOCK_T, SEARCH)
         row, row_start, row_end = facts[0], facts[1], facts[2]
     else:
         row = program

@@ -102,12 +102,32 @@ def prefill_config(
     )
 
 
+def kernel_of(call) -> str:
+    """Which kernel computes an `UpdateCall`.
+
+    =======  =======  ==============================================================================================
+    "token"  update   one token a row, the new window in front of the slot that was read, nothing else asked for
+    "rows"   verify   several tokens a row, packed rows, rolling slots, windows, other layouts and slots, a residual,
+                      split results
+    "tree"   trees    draft trees
+    =======  =======  ==============================================================================================
+    """
+    if call.tree_parents is not None:
+        return "tree"
+    others = (
+        call.query_start_loc, call.num_accepted_tokens, call.cache_seqlens, call.write_indices, call.track_indices,
+        call.window_out, call.residual, call.split_sizes,
+    )  # fmt: skip
+    plain = call.state_layout == "front" and call.commit and all(other is None for other in others)
+    return "token" if plain and (len(call.x.shape) == 2 or call.x.shape[1] == 1) else "rows"
+
+
 def row_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """One row and one warp of 16-byte accesses a program; arguments as in `update_config`."""
     return UpdateConfig(1, min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize)), 1)
 
 
-def step_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+def verify_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """The same with 8-byte accesses, for rows of several tokens: twice the warps hide their arithmetic."""
     return row_config(dim, 2 * itemsize, warp_size)
 
@@ -123,4 +143,4 @@ def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> U
     if batch * dim <= 1 << 18:  # only latency shows: two channels a thread, so fewer instructions in a row
         block_d = min(max(_next_power_of_2(dim), warp_size), 8 * warp_size)
         return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1))
-    return step_config(dim, itemsize, warp_size)._replace(rows=2)  # two rows share the taps
+    return verify_config(dim, itemsize, warp_size)._replace(rows=2)  # two rows share the taps

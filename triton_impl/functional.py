@@ -8,7 +8,7 @@ its inputs.
 import torch
 
 from oracle.contract import ConvOutput, RowSizes, Unsupported, check_backend, check_causal_conv1d
-from triton_impl import backward, eager_backward, run
+from triton_impl import backward, eager_backward, launch, run
 from triton_impl.config import walks
 from triton_impl.prepared import recall, remember
 
@@ -205,7 +205,7 @@ def _launch(
     key, call = recall("backward", weight_second, options)
     if call is None:
         config = backward.backward_config(
-            tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, run.WARP_SIZE
+            tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, launch.warp_size()
         )
         call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
         remember(key, call)

@@ -3,6 +3,7 @@
 import copy
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from triton_impl.config import MAX_GRID_YZ
@@ -112,8 +113,13 @@ def _same(some, others):
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
+def warp_size():
+    """Threads of a warp of this PyTorch's devices."""
+    return 64 if torch.version.hip else 32
+
+
 def program_grid(channel_blocks, places, blocks=1):
-    """Returns (the grid, FOLDED) of programs that `taps.channel_block_and_place` tells apart.
+    """Returns (the grid, whether it is folded) of programs that `rows.channel_block_and_place` tells apart.
 
     Args:
       channel_blocks: they come first within the grid: programs side by side read side by side.
@@ -124,9 +130,21 @@ def program_grid(channel_blocks, places, blocks=1):
     return ((channel_blocks * places, 1, blocks) if folded else (channel_blocks, places, blocks)), folded
 
 
+def strides_of(call, names):
+    """Strides in elements of a call's arrays; of an array of one axis the one stride, of an absent one None."""
+    arrays = (getattr(call, name) for name in names)
+    return [a if a is None else a.stride() if a.dim() > 1 else a.stride(0) for a in arrays]
+
+
 def stride(tensor, axis):
     """A stride in elements; 0 for an absent tensor."""
     return 0 if tensor is None else tensor.stride(axis)
+
+
+def like_result(call):
+    """A tensor without memory, laid out as the result of a call will be: flat where it is split."""
+    out = torch.empty_like(call.x, device="meta")
+    return out if call.split_sizes is None else out.new_empty(out.numel())
 
 
 def known_pad(pad_slot_id, num_slots):

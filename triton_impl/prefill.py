@@ -1,9 +1,9 @@
 """Packed prefill: every row's tokens convolved behind its window, the new window left in its slot.
 
-A program owns BLOCK_T tokens of one row and BLOCK_D channels. Schedule "per_sequence": behind the blocks of channels,
+A program owns block_t tokens of one row and block_d channels. Schedule "per_sequence": behind the blocks of channels,
 which come first in the grid so that programs side by side read side by side, the next axis is the row and the last
 one the block of tokens in it; programs past the end of their row return at once, and stride on if the grid is too
-small. Schedule "flat": the axis of rows has instead block k of row s as number `query_start_loc[s] // BLOCK_T + s + k`,
+small. Schedule "flat": the axis of rows has instead block k of row s as number `query_start_loc[s] // block_t + s + k`,
 so a program finds its row by a search on the device and the grid needs no lengths. Row `batch` stands for the
 padded tail.
 
@@ -12,560 +12,390 @@ The program of a row's first block reads the old window and writes the new one; 
 Nothing is planned on the host and nothing synchronises.
 """
 
+from collections import namedtuple
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from triton_impl.config import MAX_GRID_YZ
-from triton_impl.launch import Launch, known_pad, program_grid, stride
-from triton_impl.slots import add_residual, find_window, output_channels, split_blocks
-from triton_impl.taps import (
-    NATIVE_PTX,
+from triton_impl.arithmetic import (
     activate,
-    channel_block_and_place,
+    add_residual,
     convolve,
     join_columns,
-    load_bias_word,
-    load_words,
-    narrow,
-    offset,
+    load_taps,
+    load_weights,
+    native_ptx,
     recast,
+    round_to,
     split_columns,
-    unpack_taps,
     widen,
     word_bits,
 )
+from triton_impl.config import MAX_GRID_YZ
+from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
+from triton_impl.records import Items, Row, Rows, Slot, at, constants, slot_of, tokens_of
+from triton_impl.rows import channel_block_and_place, find_row, row_facts, zero_tail
+from triton_impl.slots import (
+    column,
+    column_start,
+    first_column,
+    is_slot,
+    part_of_out,
+    split_blocks,
+    store_window,
+)
+
+ARRAYS = (
+    "x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state", "cache_seqlens",
+    "residual",
+)  # fmt: skip
+Strides = namedtuple("Strides", (*ARRAYS, "out"))
 
 
-@triton.jit
-def _row_facts(
-    query_start_loc, cache_indices, has_initial_state, row, batch, tokens, stride_c, stride_h,
-    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """Start, end, slot and flag of rows, all asked for before any is used: one wait."""
-    slot = row
-    flag = tl.zeros_like(row)
-    start = offset(query_start_loc, row, batch, tokens)
-    end = offset(query_start_loc, row + 1, batch, tokens)
-    if HAS_INDICES:
-        slot = tl.load(cache_indices + row.to(tl.int64) * stride_c, mask=row < batch, other=0)
-    if HAS_MASK:
-        flag = tl.load(has_initial_state + row.to(tl.int64) * stride_h, mask=row < batch, other=0).to(
-            tl.int32
-        )
-    return start, end, slot, flag
+class Options(NamedTuple):
+    """What a prefill's kernel is compiled for: the call's options, then a `PrefillConfig` and what follows from layouts.
 
-
-@triton.jit
-def _find_row(
-    query_start_loc, cache_indices, has_initial_state, block, batch, tokens, stride_c, stride_h,
-    BLOCK_T: tl.constexpr, SEARCH: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """The last row in [0, batch] whose first block is at most `block`, with its facts; SEARCH candidates at a time.
-
-    The last step of the search loads the facts of all candidates, which saves a wait for those of the row found.
+    Attributes:
+      stores: whether the kernel leaves the new windows, in front of the slots that it reads.
+      sizes, align: `slots.split_blocks`.
+      levels: log2 of the tokens in a run of 16 bytes; aligned: whether runs begin and end on their boundaries.
     """
-    row = 0
-    size = batch + 1
-    lane = tl.arange(0, SEARCH)
-    while size > SEARCH:
-        step = (size + SEARCH - 1) // SEARCH
-        candidate = row + lane * step
-        start = offset(query_start_loc, candidate, batch, tokens)
-        passed = (lane * step < size) & (start // BLOCK_T + candidate <= block)
-        ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0) * step
-        row += ahead
-        size = tl.minimum(step, size - ahead)
-    candidate = row + lane
-    start, end, slot, flag = _row_facts(
-        query_start_loc, cache_indices, has_initial_state, candidate, batch, tokens, stride_c, stride_h,
-        HAS_INDICES, HAS_MASK,
-    )  # fmt: skip
-    passed = (lane < size) & (start // BLOCK_T + candidate <= block)
-    ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0)
-    found = lane == ahead
-    start = tl.sum(tl.where(found, start, 0), axis=0)
-    end = tl.sum(tl.where(found, end, 0), axis=0)
-    if HAS_INDICES:
-        slot = tl.sum(tl.where(found, slot, 0), axis=0)
-    else:
-        slot = row + ahead
-    if HAS_MASK:
-        flag = tl.sum(tl.where(found, flag, 0), axis=0)
-    else:
-        flag = 0
-    return row + ahead, start, end, slot, flag
+
+    width: Any
+    silu: Any
+    layout: Any
+    stores: Any
+    sizes: Any
+    align: Any
+    word_bits: Any
+    flat: Any
+    walk: Any
+    folded: Any
+    block_t: Any
+    block_d: Any
+    group: Any
+    stages: Any
+    search: Any
+    levels: Any
+    aligned: Any
+    ptx: Any
+    hip: Any
 
 
 @triton.jit
-def _column(ring, i):
-    """Column of the window's entry i, given (column of entry 0, state_len) of a ring, or None."""
-    if ring is not None:
-        i = (ring[0] + i) % ring[1]
-    return i
-
-
-@triton.jit
-def _entry(
-    x, pool, ring, position, row_start, ch, wanted, has_state, stride_x_t, stride_x_d, stride_s_l, stride_s_d,
-    WIDTH: tl.constexpr, HAS_POOL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _entry(x, row, position, channels, dtype: tl.constexpr, o: tl.constexpr):
     """The input at a position of a row; before the row's start the entry of its slot, or zero without a state."""
-    in_row = position >= row_start
-    source = x + position * stride_x_t
-    if HAS_POOL:
-        slot_source = pool + _column(ring, position - row_start + WIDTH - 1) * stride_s_l
-        if x.dtype == pool.dtype:  # one load from either place, so that nothing waits to choose
-            source = tl.where(in_row, source, slot_source)
-            step = tl.where(in_row, stride_x_d, stride_s_d)
-            value = tl.load(source + ch * step, mask=wanted & (in_row | has_state), other=0.0)
+    in_row = position >= row.start
+    past = row.past
+    if past is not None:
+        i = position - row.start + o.width - 1
+        if x.ptr.dtype == past.ptr.dtype and not o.hip:
+            # one load from either place, so that nothing waits to choose (AMD's buffer loads know no chosen pointer)
+            source = tl.where(in_row, x.ptr + position * x.t, column_start(past, i, o))
+            step = tl.where(in_row, x.d, past.d)
+            wanted = channels.exist & (in_row | row.has_state)
+            value = tl.load(source + channels.index * step, mask=wanted, other=0.0)
         else:
-            new = tl.load(source + ch * stride_x_d, mask=wanted & in_row, other=0.0)
-            old = tl.load(
-                slot_source + ch * stride_s_d, mask=wanted & has_state & (position < row_start), other=0.0
-            )
-            value = tl.where(in_row, recast(new, DTYPE), recast(old, DTYPE))
+            new = tl.load(at(x, position, channels), mask=channels.exist & in_row, other=0.0)
+            wanted = channels.exist & row.has_state & (position < row.start)
+            old = tl.load(column(past, i, channels, o), mask=wanted, other=0.0)
+            value = tl.where(in_row, recast(new, dtype), recast(old, dtype))
     else:
-        value = tl.load(source + ch * stride_x_d, mask=wanted & in_row, other=0.0)
-    return recast(value, DTYPE)
+        value = tl.load(at(x, position, channels), mask=channels.exist & in_row, other=0.0)
+    return recast(value, dtype)
 
 
 @triton.jit
-def _group(
-    source, added, target, window, words, bias_word, in_dim, left, stride_x_t, stride_r_t, stride_o_t,
-    weight_dtype: tl.constexpr, carried: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, PTX: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """Outputs of the first min(GROUP, left) tokens behind `window`; returns the window behind GROUP tokens."""
+def _group(source, added, target, steps, window, weights, exist, left, o: tl.constexpr):
+    """Outputs of the first min(group, left) tokens behind `window`; returns the window behind `group` tokens.
+
+    `steps` are the token strides of the three pointers.
+    """
     rows = ()
-    for i in tl.static_range(GROUP):  # all are asked for before the first is used
-        rows = rows + (tl.load(source, mask=in_dim & (i < left), other=0.0),)
-        source += stride_x_t  # carried along, which needs fewer registers than a product a row
+    for i in tl.static_range(o.group):  # all are asked for before the first is used
+        rows = rows + (tl.load(source, mask=exist & (i < left), other=0.0),)
+        source += steps[0]  # carried along, which needs fewer registers than a product a row
     residuals = ()
     if added is not None:
-        for i in tl.static_range(GROUP):
-            residuals = residuals + (tl.load(added, mask=in_dim & (i < left), other=0.0),)
-            added += stride_r_t
-    taps = unpack_taps(words, WIDTH, weight_dtype)
-    start = widen(bias_word)
-    for i in tl.static_range(GROUP):
-        e = window + (recast(rows[i], carried),)
-        value = activate(convolve(e, taps, start, WIDTH), SILU, PTX)
+        for i in tl.static_range(o.group):
+            residuals = residuals + (tl.load(added, mask=exist & (i < left), other=0.0),)
+            added += steps[1]
+    taps, start = load_taps(weights, o)
+    for i in tl.static_range(o.group):
+        e = window + (recast(rows[i], window[0].dtype if o.width > 1 else rows[i].dtype),)
+        value = activate(convolve(e, taps, start, o.width), o)
         if added is not None:
-            value = add_residual(value, widen(residuals[i]), PTX)
-        tl.store(target, narrow(value, target.dtype.element_ty), mask=in_dim & (i < left))
-        target += stride_o_t
+            value = add_residual(value, widen(residuals[i]), o)
+        tl.store(target, round_to(value, target.dtype.element_ty), mask=exist & (i < left))
+        target += steps[2]
         window = e[1:]
     return window
 
 
 @triton.jit
-def _walk_block(
-    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t, stride_x_d,
-    stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Tokens [first, last) of a row, one vector of channels a token, GROUP loads issued before the first use."""
+def _walk_block(x, residual, out, row, first, last, channels, weights, o: tl.constexpr):
+    """Tokens [first, last) of a row, one vector of channels a token, `group` loads issued before the first use."""
     # inputs are carried as they were loaded, so that the wait for them comes with their first use
-    raw: tl.constexpr = not HAS_POOL or x.dtype == pool.dtype
-    carried: tl.constexpr = x.dtype.element_ty if raw else tl.float32
+    raw: tl.constexpr = row.past is None or x.ptr.dtype == row.past.ptr.dtype
+    carried: tl.constexpr = x.ptr.dtype.element_ty if raw else tl.float32
 
     # window: the width-1 inputs before `first`
     window = ()
-    for j in tl.static_range(WIDTH - 1):
-        before = _entry(
-            x, pool, ring, first + (j - WIDTH + 1), row_start, ch, in_dim, has_state,
-            stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, HAS_POOL, carried,
-        )  # fmt: skip
-        window = window + (before,)
+    for j in tl.static_range(o.width - 1):
+        window = window + (_entry(x, row, first + (j - o.width + 1), channels, carried, o),)
 
     # taps, store
-    source = x + first * stride_x_t + ch * stride_x_d
-    target = out + first * stride_o_t + ch * stride_o_d
+    source, target = at(x, first, channels), at(out, first, channels)
     added = None
+    steps = (x.t, 0, out.t)
     if residual is not None:
-        added = residual + first * stride_r_t + ch * stride_r_d
-    if GROUP == BLOCK_T:
-        _group(
-            source, added, target, window, words, bias_word, in_dim, last - first, stride_x_t, stride_r_t, stride_o_t,
-            weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
-        )  # fmt: skip
+        added = at(residual, first, channels)
+        steps = (x.t, residual.t, out.t)
+    if o.group == o.block_t:
+        _group(source, added, target, steps, window, weights, channels.exist, last - first, o)
     else:
-        for t in tl.range(first, last, GROUP, num_stages=STAGES):
-            window = _group(
-                source, added, target, window, words, bias_word, in_dim, last - t, stride_x_t, stride_r_t, stride_o_t,
-                weight_dtype, carried, WIDTH, SILU, PTX, GROUP,
-            )  # fmt: skip
-            source += GROUP * stride_x_t
+        for t in tl.range(first, last, o.group, num_stages=o.stages):
+            window = _group(source, added, target, steps, window, weights, channels.exist, last - t, o)
+            source += o.group * x.t
             if added is not None:
-                added += GROUP * stride_r_t
-            target += GROUP * stride_o_t
+                added += o.group * residual.t
+            target += o.group * out.t
 
 
 @triton.jit
-def _tile_block(
-    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t, stride_x_d,
-    stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_T: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+def _tile_block(x, residual, out, row, first, last, channels, weights, o: tl.constexpr):
     """Tokens [first, last) of a row whose x has unit token stride: runs of 16 bytes of a channel, one or a few a thread.
 
     `first` is a multiple of a run's tokens, so that the run which holds the row's first token may begin before the
-    row. ALIGNED: so is everything else about x, and runs are read whole.
+    row. Aligned: so is everything else about x, and runs are read whole.
     """
-    RUN: tl.constexpr = 1 << LEVELS
-    HALO_LEVELS: tl.constexpr = 0 if WIDTH < 3 else 1 if WIDTH == 3 else 2 if WIDTH < 6 else 3
-    taps = unpack_taps(words, WIDTH, weight_dtype)
+    run: tl.constexpr = 1 << o.levels
+    halo_levels: tl.constexpr = 0 if o.width < 3 else 1 if o.width == 3 else 2 if o.width < 6 else 3
+    taps, start = load_taps(weights, o)
     # axes: runs, channels, tokens of a run; lanes lie along the first, so that a warp reads one stretch of memory
-    run = (first >> LEVELS) + tl.arange(0, BLOCK_T // RUN)
-    t = (run << LEVELS).to(tl.int64)[:, None]
-    i = tl.arange(0, RUN)[None, None, :]
-    in_row = in_dim[None, :, None] & (t[:, :, None] + i >= row_start) & (t[:, :, None] + i < last)
-    source = (x + t * stride_x_t + ch[None, :] * stride_x_d)[:, :, None]
+    ch = channels.index
+    exist = channels.exist
+    lane = (first >> o.levels) + tl.arange(0, o.block_t // run)
+    t = (lane << o.levels).to(tl.int64)[:, None]
+    i = tl.arange(0, run)[None, None, :]
+    in_row = exist[None, :, None] & (t[:, :, None] + i >= row.start) & (t[:, :, None] + i < last)
+    source = (x.ptr + t * x.t + ch[None, :] * x.d)[:, :, None]
 
     # window: the width-1 inputs before each run, then the run
     inputs = ()
-    if WIDTH > 1:
-        h = tl.arange(0, 1 << HALO_LEVELS)[None, None, :] - (1 << HALO_LEVELS)
-        wanted = in_dim[None, :, None] & (t < last)[:, :, None]
-        if ALIGNED and HALO_LEVELS <= LEVELS:
-            wanted = wanted & (t > row_start)[:, :, None] & (t >= RUN)[:, :, None]
+    if o.width > 1:
+        h = tl.arange(0, 1 << halo_levels)[None, None, :] - (1 << halo_levels)
+        wanted = exist[None, :, None] & (t < last)[:, :, None]
+        if o.aligned and halo_levels <= o.levels:
+            wanted = wanted & (t > row.start)[:, :, None] & (t >= run)[:, :, None]
         else:  # (one token after the other where the window is longer than a run)
-            wanted = wanted & (t[:, :, None] + h >= row_start)
-        halo = split_columns(tl.load(source + h * stride_x_t, mask=wanted, other=0.0), HALO_LEVELS)
-        for j in tl.static_range((1 << HALO_LEVELS) - (WIDTH - 1), 1 << HALO_LEVELS):
+            wanted = wanted & (t[:, :, None] + h >= row.start)
+        halo = split_columns(tl.load(source + h * x.t, mask=wanted, other=0.0), halo_levels)
+        for j in tl.static_range((1 << halo_levels) - (o.width - 1), 1 << halo_levels):
             inputs = inputs + (widen(halo[j]),)
     wanted = in_row
-    if ALIGNED:
-        wanted = in_dim[None, :, None] & (t < last)[:, :, None]
-    columns = split_columns(tl.load(source + i * stride_x_t, mask=wanted, other=0.0), LEVELS)
-    for k in tl.static_range(RUN):
+    if o.aligned:
+        wanted = exist[None, :, None] & (t < last)[:, :, None]
+    columns = split_columns(tl.load(source + i * x.t, mask=wanted, other=0.0), o.levels)
+    for k in tl.static_range(run):
         inputs = inputs + (widen(columns[k]),)
-    if first <= row_start:  # what lies before the row are the entries of its slot, or zeros
+    if first <= row.start:  # what lies before the row are the entries of its slot, or zeros
         held = ()
-        for k in tl.static_range(WIDTH - 1 + RUN):
-            held = held + (tl.where(t + (k - WIDTH + 1) >= row_start, inputs[k], 0.0),)
-        if HAS_POOL:
-            for c in tl.static_range(WIDTH - 1):
-                place = pool + _column(ring, c) * stride_s_l + ch * stride_s_d
-                entry = widen(tl.load(place, mask=in_dim & has_state, other=0.0))[None, :]
+        for k in tl.static_range(o.width - 1 + run):
+            held = held + (tl.where(t + (k - o.width + 1) >= row.start, inputs[k], 0.0),)
+        if row.past is not None:
+            for c in tl.static_range(o.width - 1):
+                place = column(row.past, c, channels, o)
+                entry = widen(tl.load(place, mask=exist & row.has_state, other=0.0))[None, :]
                 filled = ()
-                for k in tl.static_range(WIDTH - 1 + RUN):
-                    filled = filled + (tl.where(t + (k - c) == row_start, entry, held[k]),)
+                for k in tl.static_range(o.width - 1 + run):
+                    filled = filled + (tl.where(t + (k - c) == row.start, entry, held[k]),)
                 held = filled
         inputs = held
 
     # taps, store
     if residual is not None:
-        added = (residual + t * stride_r_t + ch[None, :] * stride_r_d)[:, :, None] + i * stride_r_t
-        residuals = split_columns(tl.load(added, mask=in_row, other=0.0), LEVELS)
+        added = (residual.ptr + t * residual.t + ch[None, :] * residual.d)[:, :, None] + i * residual.t
+        residuals = split_columns(tl.load(added, mask=in_row, other=0.0), o.levels)
     columns = ()
-    for k in tl.static_range(RUN):
-        acc = widen(bias_word)[None, :]
-        for j in tl.static_range(WIDTH):
+    for k in tl.static_range(run):
+        acc = start[None, :]
+        for j in tl.static_range(o.width):
             acc = tl.fma(inputs[k + j], taps[j][None, :], acc)
-        value = activate(acc, SILU, PTX)
+        value = activate(acc, o)
         if residual is not None:
-            value = add_residual(value, widen(residuals[k]), PTX)
-        columns = columns + (narrow(value, out.dtype.element_ty),)
-    tile = join_columns(columns, LEVELS)
-    target = (out + t * stride_o_t + ch[None, :] * stride_o_d)[:, :, None] + i * stride_o_t
-    if ALIGNED:
-        whole = ((t >= row_start) & (t + RUN <= last))[:, :, None]
-        tl.store(target, tile, mask=in_dim[None, :, None] & whole)
-        if (first < row_start) | (last % RUN > 0):
+            value = add_residual(value, widen(residuals[k]), o)
+        columns = columns + (round_to(value, out.ptr.dtype.element_ty),)
+    tile = join_columns(columns, o.levels)
+    target = (out.ptr + t * out.t + ch[None, :] * out.d)[:, :, None] + i * out.t
+    if o.aligned:
+        whole = ((t >= row.start) & (t + run <= last))[:, :, None]
+        tl.store(target, tile, mask=exist[None, :, None] & whole)
+        if (first < row.start) | (last % run > 0):
             tl.store(target, tile, mask=in_row & (whole == 0))
     else:
         tl.store(target, tile, mask=in_row)
 
 
 @triton.jit
-def _store_entries(entries, pool, ch, in_dim, stride_s_l, stride_s_d, WIDTH: tl.constexpr):
+def _leave_window(entries, slot, channels, o: tl.constexpr):
     tl.debug_barrier()  # all reads of the slot precede all writes, whichever thread holds which channel
-    for c in tl.static_range(WIDTH - 1):
-        entry = recast(entries[c], pool.dtype.element_ty)
-        tl.store(pool + c * stride_s_l + ch * stride_s_d, entry, mask=in_dim)
+    store_window(slot, entries, channels, o.width - 1)
 
 
 @triton.jit
-def _token(
-    x, residual, out, pool, ring, words, bias_word, position, ch, in_dim, has_state, stride_x_t, stride_x_d,
-    stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype: tl.constexpr,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr, STORES: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
+def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
     """A row of one token, a decode step among prefills: its window stays in registers between slot and slot."""
     # window
-    new = tl.load(x + position * stride_x_t + ch * stride_x_d, mask=in_dim, other=0.0)
-    window = ()
-    for j in tl.static_range(WIDTH - 1):
+    new = tl.load(at(x, row.start, channels), mask=channels.exist, other=0.0)
+    entries = ()
+    for j in tl.static_range(o.width - 1):
         entry = tl.zeros_like(new)
-        if HAS_POOL:
-            place = pool + _column(ring, j) * stride_s_l + ch * stride_s_d
-            entry = tl.load(place, mask=in_dim & has_state, other=0.0)
-        window = window + (entry,)
-    window = window + (new,)
+        if row.past is not None:
+            place = column(row.past, j, channels, o)
+            entry = tl.load(place, mask=channels.exist & row.has_state, other=0.0)
+        entries = entries + (entry,)
+    entries = entries + (new,)
     if residual is not None:
-        added = tl.load(residual + position * stride_r_t + ch * stride_r_d, mask=in_dim, other=0.0)
+        added = tl.load(at(residual, row.start, channels), mask=channels.exist, other=0.0)
 
     # taps, store
-    taps = unpack_taps(words, WIDTH, weight_dtype)
-    value = activate(convolve(window, taps, widen(bias_word), WIDTH), SILU, PTX)
+    taps, start = load_taps(weights, o)
+    value = activate(convolve(entries, taps, start, o.width), o)
     if residual is not None:
-        value = add_residual(value, widen(added), PTX)
-    tl.store(out + position * stride_o_t + ch * stride_o_d, narrow(value, out.dtype.element_ty), mask=in_dim)
+        value = add_residual(value, widen(added), o)
+    tl.store(at(out, row.start, channels), round_to(value, out.ptr.dtype.element_ty), mask=channels.exist)
 
     # state
-    if STORES and WIDTH > 1:
-        _store_entries(window[1:], pool, ch, in_dim, stride_s_l, stride_s_d, WIDTH)
+    if o.stores and o.width > 1:
+        _leave_window(entries[1:], row.slot, channels, o)
 
 
 @triton.jit
-def _store_window(
-    x, pool, row_start, row_end, ch, in_dim, has_state, stride_x_t, stride_x_d, stride_s_l, stride_s_d,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Leaves the last width-1 entries of old window ++ x in the slot."""
-    entries = ()
-    for c in tl.static_range(WIDTH - 1):
-        entry = _entry(
-            x, pool, None, row_end + (c - WIDTH + 1), row_start, ch, in_dim, has_state,
-            stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH, True, pool.dtype.element_ty,
-        )  # fmt: skip
-        entries = entries + (entry,)
-    _store_entries(entries, pool, ch, in_dim, stride_s_l, stride_s_d, WIDTH)
-
-
-@triton.jit
-def _block(
-    x, residual, out, pool, ring, words, bias_word, row_start, row_end, first, live, ch, in_dim, has_state,
-    stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
-    weight_dtype: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_POOL: tl.constexpr,
-    HAS_MASK: tl.constexpr, STORES: tl.constexpr, PTX: tl.constexpr,
-    WALK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    LEVELS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The block of a row that begins at token `first`: outputs, and with STORES the new window if it is the first."""
-    last = first + tl.minimum(row_end - first, BLOCK_T)
-    if live:
-        if WALK and (row_end - row_start == 1):
-            _token(
-                x, residual, out, pool, ring, words, bias_word, row_start, ch, in_dim, has_state, stride_x_t, stride_x_d,
-                stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
-                WIDTH, SILU, HAS_POOL and HAS_MASK, STORES, PTX,
-            )  # fmt: skip
+def _block(x, residual, out, row, first, channels, weights, o: tl.constexpr):
+    """The block of a row that begins at token `first`: outputs, and where it is the first, the new window."""
+    last = first + tl.minimum(row.end - first, o.block_t)
+    if row.live:
+        if o.walk and (row.end - row.start == 1):
+            _token(x, residual, out, row, channels, weights, o)
         else:
-            if WALK:
-                _walk_block(
-                    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
-                    stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
-                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, GROUP, STAGES,
-                )  # fmt: skip
+            if o.walk:
+                _walk_block(x, residual, out, row, first, last, channels, weights, o)
             else:
-                _tile_block(
-                    x, residual, out, pool, ring, words, bias_word, row_start, first, last, ch, in_dim, has_state, stride_x_t,
-                    stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d, weight_dtype,
-                    WIDTH, SILU, HAS_POOL and HAS_MASK, PTX, BLOCK_T, LEVELS, ALIGNED,
-                )  # fmt: skip
-            if STORES and WIDTH > 1:
-                if first <= row_start:
-                    _store_window(
-                        x, pool, row_start, row_end, ch, in_dim, has_state,
-                        stride_x_t, stride_x_d, stride_s_l, stride_s_d, WIDTH,
-                    )  # fmt: skip
+                _tile_block(x, residual, out, row, first, last, channels, weights, o)
+            if o.stores and o.width > 1:
+                if first <= row.start:
+                    dtype: tl.constexpr = row.slot.ptr.dtype.element_ty
+                    entries = ()
+                    for c in tl.static_range(o.width - 1):
+                        position = row.end + (c - o.width + 1)
+                        entries = entries + (_entry(x, row, position, channels, dtype, o),)
+                    _leave_window(entries, row.slot, channels, o)
     else:
-        zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
-        for t in range(tl.maximum(first, row_start), last):
-            tl.store(out + t * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
-
-
-@triton.jit
-def _prefill(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
-    tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks,
-    stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
-    stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
-    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
-    stride_x_t = tl.cast(stride_x_t, tl.int64)
-    stride_x_d = tl.cast(stride_x_d, tl.int64)
-    stride_r_t = tl.cast(stride_r_t, tl.int64)
-    stride_r_d = tl.cast(stride_r_d, tl.int64)
-    stride_s_l = tl.cast(stride_s_l, tl.int64)
-    stride_s_d = tl.cast(stride_s_d, tl.int64)
-    stride_o_t = tl.cast(stride_o_t, tl.int64)
-    stride_o_d = tl.cast(stride_o_d, tl.int64)
-
-    # mapping of programs; the taps are under way while the row is looked for
-    block_d, place = channel_block_and_place(channel_blocks, FOLDED)
-    ch, in_dim, out, stride_o_t, stride_o_d = output_channels(
-        block_d, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
-    )
-    words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-    bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
-    if FLAT:
-        row, row_start, row_end, slot, flag = _find_row(
-            query_start_loc, cache_indices, has_initial_state, place, batch, tokens, stride_c, stride_h,
-            BLOCK_T, SEARCH, HAS_INDICES, HAS_MASK,
-        )  # fmt: skip
-        block = place - row_start // BLOCK_T - row
-    else:
-        row = place
-        row_start, row_end, slot, flag = _row_facts(
-            query_start_loc, cache_indices, has_initial_state, row, batch, tokens, stride_c, stride_h,
-            HAS_INDICES, HAS_MASK,
-        )  # fmt: skip
-        block = tl.program_id(2)
-    base = row_start if WALK else row_start - row_start % (1 << LEVELS)
-    last_block = (row_end - base - 1) // BLOCK_T
-    if (block < 0) | (row_end <= row_start) | (block > last_block):
-        return
-    slot = slot.to(tl.int64)
-    live = row < batch
-    if HAS_POOL:
-        live = live & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots)
-    has_state = flag != 0
-    pool = conv_states + slot * stride_s_n if HAS_POOL else conv_states
-    ring = None
-    if LAYOUT == "back":
-        pool += (state_len - (WIDTH - 1)) * stride_s_l
-    elif LAYOUT == "ring":
-        ring = (
-            find_window(cache_seqlens, None, row, row < batch, stride_q, 0, state_len, WIDTH, LAYOUT),
-            state_len,
-        )
-
-    if FLAT:
-        _block(
-            x, residual, out, pool, ring, words, bias_word, row_start, row_end, base + block * BLOCK_T, live, ch, in_dim,
-            has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
-            weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
-            LEVELS, ALIGNED,
-        )  # fmt: skip
-    else:
-        for k in range(block, last_block + 1, tl.num_programs(2)):
-            _block(
-                x, residual, out, pool, ring, words, bias_word, row_start, row_end, base + k * BLOCK_T, live, ch, in_dim,
-                has_state, stride_x_t, stride_x_d, stride_r_t, stride_r_d, stride_s_l, stride_s_d, stride_o_t, stride_o_d,
-                weight.dtype.element_ty, WIDTH, SILU, HAS_POOL, HAS_MASK, STORES, PTX, WALK, BLOCK_T, BLOCK_D, GROUP, STAGES,
-                LEVELS, ALIGNED,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "pad_slot_id"])
-def _prefill_kernel(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, out,
-    tokens, dim, batch, num_slots, pad_slot_id,
-    stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
-    stride_c, stride_h, stride_o_t, stride_o_d,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
-    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr,
-):  # fmt: skip
-    _prefill(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, None, None, out,
-        tokens, dim, batch, num_slots, 0, pad_slot_id, tl.cdiv(dim, BLOCK_D),
-        stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
-        stride_c, stride_h, 0, 0, 0, stride_o_t, stride_o_d,
-        WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
-        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, LEVELS, ALIGNED, FOLDED, "front", HAS_POOL, (), 1,
-    )  # fmt: skip
+        zero_tail(out, tl.maximum(first, row.start), last, 1, channels)
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "channel_blocks"])
-def _serving_kernel(
+def _prefill_kernel(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
-    tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks,
-    stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
-    stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
-    HAS_INDICES: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr, WALK: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SEARCH: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, STORES: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
+    strides, tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks, o: tl.constexpr,
 ):  # fmt: skip
-    """The same with a residual, split outputs, and windows elsewhere in their slots; STORES: leaves the new windows."""
-    _prefill(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
-        tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks,
-        stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d,
-        stride_c, stride_h, stride_q, stride_r_t, stride_r_d, stride_o_t, stride_o_d,
-        WIDTH, SILU, HAS_BIAS, HAS_POOL, HAS_INDICES, HAS_MASK, FLAT, WALK, PTX, WORD_BITS,
-        BLOCK_T, BLOCK_D, GROUP, STAGES, SEARCH, LEVELS, ALIGNED, FOLDED, LAYOUT, STORES, SIZES, ALIGN,
-    )  # fmt: skip
+    x, out = tokens_of(x, strides.x), tokens_of(out, strides.out)
+    if residual is not None:
+        residual = tokens_of(residual, strides.residual)
+    slots = Items(cache_indices, strides.cache_indices)
+    flags = Items(has_initial_state, strides.has_initial_state)
+    rows = Rows(query_start_loc, slots, flags, batch, tokens)
+
+    # mapping of programs; the taps are under way while the row is looked for
+    block_d, place = channel_block_and_place(channel_blocks, o.folded)
+    channels, out = part_of_out(block_d, out, dim, tokens, o)
+    weights = load_weights(weight, bias, strides, channels, o)
+    if o.flat:
+        row, start, end, slot, flag = find_row(rows, place, o.block_t, o.search)
+        block = place - start // o.block_t - row
+    else:
+        row = place
+        start, end, slot, flag = row_facts(rows, row)
+        block = tl.program_id(2)
+    base = start if o.walk else start - start % (1 << o.levels)
+    last_block = (end - base - 1) // o.block_t
+    if (block < 0) | (end <= start) | (block > last_block):
+        return
+    live = row < batch
+    held = None
+    if conv_states is not None:
+        slot = slot.to(tl.int64)
+        live = live & is_slot(slot, num_slots, pad_slot_id)
+        held = slot_of(conv_states, slot, strides.conv_states, 0, 0)
+        if o.layout == "back":
+            held = Slot(held.ptr + (state_len - (o.width - 1)) * held.l, held.l, held.d, 0, 0)
+        elif o.layout == "ring":
+            seqlens = Items(cache_seqlens, strides.cache_seqlens)
+            first = first_column(seqlens, None, row, row < batch, state_len, o)
+            held = Slot(held.ptr, held.l, held.d, first, state_len)
+    past = None
+    if has_initial_state is not None:
+        past = held
+    this = Row(start, end, live, flag != 0, held, past)
+
+    if o.flat:
+        _block(x, residual, out, this, base + block * o.block_t, channels, weights, o)
+    else:
+        for k in range(block, last_block + 1, tl.num_programs(2)):
+            _block(x, residual, out, this, base + k * o.block_t, channels, weights, o)
 
 
-def prepare(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, silu, pad_slot_id, config
-):
-    """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
+def prepare(call, sizes, config, stores):
+    """Prepares the kernel for a checked `FnCall` of such shapes, strides and dtypes.
 
     Args:
-      silu: whether to apply SiLU.
-      pad_slot_id: as in the contract.
+      sizes: `call.check()`.
       config: a PrefillConfig.
-
-    Returns:
-      A Launch of (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, out).
-    """
-    tokens, dim = x.shape
-    batch = query_start_loc.shape[0] - 1
-    grid, folded = _grid(tokens, batch, triton.cdiv(dim, config.block_d), config)
-    num_slots = 0 if conv_states is None else conv_states.shape[0]
-    strides = (
-        *x.stride(), *weight.stride(), stride(bias, 0),
-        stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
-        stride(cache_indices, 0), stride(has_initial_state, 0), *torch.empty_like(x, device="meta").stride(),
-    )  # fmt: skip
-    constants = _constants(
-        x, weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded
-    )
-    return Launch(
-        _prefill_kernel, grid, (tokens, dim, batch, num_slots, known_pad(pad_slot_id, num_slots), *strides), constants,
-        num_warps=config.num_warps,
-    )  # fmt: skip
-
-
-def prepare_serving(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, silu,
-    pad_slot_id, config, *, layout, stores, split_sizes,
-):  # fmt: skip
-    """`prepare` for windows in another layout, a residual, and split outputs.
-
-    Args:
       stores: whether the kernel leaves the new windows, in front of the slots that it reads.
-      split_sizes: channels of each part, or None; the parts then follow each other in a flat `out`.
 
     Returns:
-      A Launch of (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens,
-      residual, out).
+      A Launch of ARRAYS and out; with `split_sizes` the parts follow each other in a flat `out`.
     """
-    tokens, dim = x.shape
-    batch = query_start_loc.shape[0] - 1
-    blocks, sizes, align = split_blocks(dim, split_sizes, config.block_d)
-    num_slots, state_len = (0, 0) if conv_states is None else conv_states.shape[:2]
-    strides = (
-        *x.stride(), *weight.stride(), stride(bias, 0),
-        stride(conv_states, 0), stride(conv_states, 1), stride(conv_states, 2),
-        stride(cache_indices, 0), stride(has_initial_state, 0), stride(cache_seqlens, 0),
-        stride(residual, 0), stride(residual, 1),
-        *((0, 1) if sizes else torch.empty_like(x, device="meta").stride()),
-    )  # fmt: skip
-    values = tokens, dim, batch, num_slots, state_len, known_pad(pad_slot_id, num_slots), blocks, *strides
-    grid, folded = _grid(tokens, batch, blocks, config)
-    constants = _constants(
-        x, weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded
+    x, pooled = call.x, call.conv_states is not None
+    layout = call.state_layout if pooled else "front"
+    blocks, parts, align = split_blocks(sizes.dim, call.split_sizes, config.block_d)
+    grid, folded = _grid(sizes, blocks, config)
+    options = Options(
+        width=sizes.width,
+        silu=call.activation is not None,
+        layout=layout,
+        stores=stores and pooled,
+        sizes=parts,
+        align=align,
+        word_bits=word_bits(call.weight),
+        flat=config.flat,
+        walk=config.walk,
+        folded=folded,
+        block_t=config.block_t,
+        block_d=config.block_d,
+        group=config.group,
+        stages=config.stages,
+        search=config.search,
+        levels=0 if config.walk else levels(x),
+        aligned=not config.walk and aligned(x),
+        ptx=native_ptx(),
+        hip=torch.version.hip is not None,
     )
-    pooled = conv_states is not None
-    constants |= dict(
-        LAYOUT=layout if pooled else "front", STORES=stores and pooled, SIZES=sizes, ALIGN=align
+    values = (
+        Strides(*strides_of(call, ARRAYS), out=(0, 1) if parts else like_result(call).stride()),
+        sizes.tokens,
+        sizes.dim,
+        sizes.batch,
+        sizes.num_slots,
+        None if layout == "front" else sizes.state_len,
+        known_pad(call.pad_slot_id, sizes.num_slots),
+        blocks if folded else None,
+        constants(options),
     )
-    return Launch(_serving_kernel, grid, values, constants, num_warps=config.num_warps)
+    return Launch(_prefill_kernel, grid, values, {}, num_warps=config.num_warps)
 
 
 def levels(x):
@@ -579,17 +409,7 @@ def aligned(x):
     return x.shape[0] % run == 0 and x.stride(1) % run == 0
 
 
-def _grid(tokens, batch, channel_blocks, config):
+def _grid(sizes, channel_blocks, config):
     if config.flat:
-        return program_grid(channel_blocks, tokens // config.block_t + batch + 1)
-    return program_grid(channel_blocks, batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ))
-
-
-def _constants(x, weight, bias, conv_states, cache_indices, has_initial_state, silu, config, folded):
-    return dict(
-        WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_POOL=conv_states is not None,
-        HAS_INDICES=cache_indices is not None, HAS_MASK=has_initial_state is not None,
-        FLAT=config.flat, WALK=config.walk, PTX=NATIVE_PTX, WORD_BITS=word_bits(weight),
-        BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group, STAGES=config.stages,
-        SEARCH=config.search, LEVELS=0 if config.walk else levels(x), ALIGNED=not config.walk and aligned(x), FOLDED=folded,
-    )  # fmt: skip
+        return program_grid(channel_blocks, sizes.tokens // config.block_t + sizes.batch + 1)
+    return program_grid(channel_blocks, sizes.batch + 1, min(max(config.row_blocks, 1), MAX_GRID_YZ))

@@ -15,19 +15,21 @@ except ImportError:
     _empty_strided_cuda = None
 
 from oracle.contract import (
+    FnCall,
     Unsupported,
+    UpdateCall,
     check_backend,
     check_causal_conv1d_fn,
     check_causal_conv1d_update,
     check_fn_values,
     check_update_values,
 )
-from triton_impl import eager, prefill, update
-from triton_impl.config import prefill_config, update_config, walks
+from triton_impl import eager, prefill, update, verify
+from triton_impl.config import kernel_of, prefill_config, update_config, verify_config, walks
+from triton_impl.launch import warp_size
 from triton_impl.prepared import recall, remember
 
 BACKENDS = ("triton", "eager")
-WARP_SIZE = 64 if torch.version.hip else 32
 
 
 def check_fn(
@@ -72,14 +74,14 @@ def fn(
             return torch.empty_like(x)
         config = prefill_config(
             sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*x.stride()),
-            max_seqlen, schedule, WARP_SIZE,
+            max_seqlen, schedule, warp_size(),
         )  # fmt: skip
-        call = prefill.prepare(*tensors, activation is not None, pad_slot_id, config)
+        call = prefill.prepare(FnCall(*tensors, *options), sizes, config, stores=True)
         call.result = quick_result(x)
         remember(key, call)
     out = new_result(call, x)
     offsets = unit_stride(query_start_loc)
-    _launch(call, x, x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, out)
+    _launch(call, x, x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, None, None, out)
     return out
 
 
@@ -122,14 +124,20 @@ def step(
             return result if out is None else out.copy_(result)
         if not x.numel():
             return torch.empty_like(x) if out is None else out
-        config = update_config(sizes.batch, sizes.dim, x.element_size(), WARP_SIZE)
-        call = update.prepare(*tensors, activation is not None, pad_slot_id, config)
+        record = UpdateCall(*tensors, *options)
+        if kernel_of(record) == "token":
+            config = update_config(sizes.batch, sizes.dim, x.element_size(), warp_size())
+            call = update.prepare(record, sizes, config)
+        else:
+            call = verify.prepare(record, sizes, verify_config(sizes.dim, x.element_size(), warp_size()))
         call.result = quick_result(x)
         remember(key, call)
     if out is None:
         out = new_result(call, x)
-    offsets = unit_stride(query_start_loc)
-    _launch(call, x, x, weight, bias, conv_states, cache_indices, offsets, num_accepted_tokens, out)
+    if kernel_of(UpdateCall(*tensors)) == "token":
+        _launch(call, x, *tensors[:5], out)
+    else:
+        _launch(call, x, *tensors[:5], unit_stride(query_start_loc), num_accepted_tokens, *(None,) * 6, out)
     return out
 
 

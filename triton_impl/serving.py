@@ -7,6 +7,9 @@ tensor that holds the parts one after the other; `parts` are its views.
 import torch
 
 from oracle.contract import (
+    CommitCall,
+    FnCall,
+    UpdateCall,
     check_backend,
     check_causal_conv1d_fn,
     check_causal_conv1d_update,
@@ -16,12 +19,13 @@ from oracle.contract import (
     check_tree_parents_from_links,
     check_update_values,
 )
-from triton_impl import eager_serving, prefill, states, steps, trees, windows
-from triton_impl.config import prefill_config, row_config, step_config, walks
+from triton_impl import commit as commit_kernel
+from triton_impl import eager_serving, prefill, states, trees, verify
+from triton_impl.config import prefill_config, row_config, verify_config, walks
+from triton_impl.launch import warp_size
 from triton_impl.prepared import recall, remember
 from triton_impl.run import (
     BACKENDS,
-    WARP_SIZE,
     _check_devices,
     _launch,
     _resolve,
@@ -84,50 +88,36 @@ def fn(
     x = input_channels(x, weight, channel_offset)
     tensors = (x, *tensors[1:])
     if call is None:
-        settings = dict(
-            silu=activation is not None, pad_slot_id=pad_slot_id, layout=state_layout,
-            apply_empty=empty_rows == "apply", block_size=snapshot_block_size, split_sizes=split_sizes,
-        )  # fmt: skip
         if _resolve(backend, x) == "eager":
-            return eager_serving.prefill(*tensors, **settings)
-        call = _prepare_fn(tensors, sizes, max_seqlen, schedule, **settings)
+            return eager_serving.prefill(
+                *tensors, silu=activation is not None, pad_slot_id=pad_slot_id, layout=state_layout,
+                apply_empty=empty_rows == "apply", block_size=snapshot_block_size, split_sizes=split_sizes,
+            )  # fmt: skip
+        record = FnCall(
+            *tensors[:7], activation, pad_slot_id, max_seqlen, schedule, backend, validate, state_layout, cache_seqlens,
+            write_indices, empty_rows, snapshot_indices, snapshot_block_size, *tensors[10:], None, split_sizes,
+        )  # fmt: skip
+        call = _prepare_fn(record, sizes)
         remember(key, call)
     out = empty_out(x, split_sizes)
     _launch(call, x, *tensors[:4], unit_stride(query_start_loc), *tensors[5:], out)
     return out
 
 
-def _prepare_fn(
-    tensors, sizes, max_seqlen, schedule, *, silu, pad_slot_id, layout, apply_empty, block_size, split_sizes
-):
+def _prepare_fn(call, sizes):
     """The outputs' kernel, which also leaves the state where that is the plain rule, and the states' kernel."""
-    (
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
-        snapshot_indices, num_computed_tokens, track_indices, track_lengths, residual,
-    ) = tensors  # fmt: skip
-    plain = layout == "front" and not apply_empty
-    for tensor in (write_indices, snapshot_indices, track_indices):
+    plain = call.state_layout == "front" and call.empty_rows == "skip"
+    for tensor in (call.write_indices, call.snapshot_indices, call.track_indices):
         plain = plain and tensor is None
     outputs = states_ = None
-    if x.numel():
+    if call.x.numel():
         config = prefill_config(
-            sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*x.stride()),
-            max_seqlen, schedule, WARP_SIZE,
+            sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*call.x.stride()), call.max_seqlen, call.schedule, warp_size()
         )  # fmt: skip
-        outputs = prefill.prepare_serving(
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual,
-            silu, pad_slot_id, config, layout=layout, stores=plain, split_sizes=split_sizes,
-        )  # fmt: skip
-    if conv_states is not None and not plain and sizes.batch:
-        config = row_config(sizes.dim, conv_states.element_size(), WARP_SIZE)
-        states_ = states.prepare(
-            (
-                x, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
-                snapshot_indices, num_computed_tokens, track_indices, track_lengths,
-            ),
-            layout=layout, apply_empty=apply_empty, block_size=block_size, width=sizes.width, pad_slot_id=pad_slot_id,
-            config=config,
-        )  # fmt: skip
+        outputs = prefill.prepare(call, sizes, config, stores=plain)
+    if call.conv_states is not None and not plain and sizes.batch:
+        config = row_config(sizes.dim, call.conv_states.element_size(), warp_size())
+        states_ = states.prepare(call, sizes, config)
 
     def launch(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
@@ -197,13 +187,17 @@ def step(
     x = input_channels(x, weight, channel_offset)
     tensors = (x, *tensors[1:])
     if call is None:
-        settings = dict(
-            silu=activation is not None, pad_slot_id=pad_slot_id, layout=state_layout, split_sizes=split_sizes
-        )
         if _resolve(backend, x) == "eager":
-            result = eager_serving.update(*tensors, commit=commit, **settings)
+            result = eager_serving.update(
+                *tensors, silu=activation is not None, pad_slot_id=pad_slot_id, layout=state_layout, commit=commit,
+                split_sizes=split_sizes,
+            )  # fmt: skip
             return result if out is None else out.copy_(result)
-        call = _prepare_step(tensors, sizes, max_seqlen, commit, settings)
+        record = UpdateCall(
+            *tensors[:7], max_seqlen, activation, pad_slot_id, backend, validate, state_layout, cache_seqlens,
+            write_indices, track_indices, window_out, window_indices, commit, tree_parents, residual, None, split_sizes,
+        )  # fmt: skip
+        call = _prepare_step(record, sizes)
         remember(key, call)
     if out is None:
         out = empty_out(x, split_sizes)
@@ -213,31 +207,17 @@ def step(
     return out
 
 
-def _prepare_step(tensors, sizes, max_seqlen, commit, settings):
-    (
-        x, weight, bias, conv_states, cache_indices, _, num_accepted_tokens, cache_seqlens, _, _,
-        window_out, window_indices, residual, tree_parents,
-    ) = tensors  # fmt: skip
-    config = step_config(sizes.dim, x.element_size(), WARP_SIZE)
-    out = empty_out(x, settings["split_sizes"], device="meta")
-    if tree_parents is not None:
-        call = trees.prepare(
-            (
-                x, weight, bias, conv_states, cache_indices, cache_seqlens, tree_parents, window_out, window_indices,
-                residual,
-            ),
-            out, config=config, **settings,
-        )  # fmt: skip
-        # of the step's tensors, the tree's kernel takes those that a tree can have
-        return (
-            lambda x, weight, bias, states, slots, _q, _a, seqlens, _w, _k, kept, buffers, added, parents, out: (
-                call(x, weight, bias, states, slots, seqlens, parents, kept, buffers, added, out)
-            )
+def _prepare_step(call, sizes):
+    config = verify_config(sizes.dim, call.x.element_size(), warp_size())
+    if call.tree_parents is None:
+        return verify.prepare(call, sizes, config)
+    launch = trees.prepare(call, sizes, config)
+    # of the step's tensors, the tree's kernel takes those that a tree can have
+    return (
+        lambda x, weight, bias, states, slots, _q, _a, seqlens, _w, _k, kept, buffers, added, parents, out: (
+            launch(x, weight, bias, states, slots, seqlens, parents, kept, buffers, added, out)
         )
-    if num_accepted_tokens is not None:
-        settings = settings | dict(layout="rolling")
-    longest = max_seqlen if sizes.seqlen is None else sizes.seqlen
-    return steps.prepare(tensors[:-1], out, commit=commit, longest=longest, config=config, **settings)
+    )
 
 
 def check_commit(
@@ -277,8 +257,8 @@ def commit(
         if _resolve(backend, conv_states) == "eager":
             eager_serving.commit(*tensors, pad_slot_id=pad_slot_id)
             return
-        config = row_config(sizes.dim, conv_states.element_size(), WARP_SIZE)
-        call = windows.prepare(tensors, pad_slot_id, config)
+        config = row_config(sizes.dim, conv_states.element_size(), warp_size())
+        call = commit_kernel.prepare(CommitCall(*tensors, pad_slot_id), sizes, config)
         remember(key, call)
     if accepted_steps.shape[0] and window_out.shape[2]:
         _launch(call, conv_states, *tensors)

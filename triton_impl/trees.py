@@ -4,169 +4,187 @@ A program owns NODES nodes of a row and BLOCK_D channels. The nodes' chains of p
 their inputs are loaded, so that the waits of all nodes overlap.
 """
 
+from collections import namedtuple
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from triton_impl.launch import Launch, known_pad, stride
-from triton_impl.slots import add_residual, column, find_slot, find_window, output_channels, split_blocks
-from triton_impl.taps import (
-    NATIVE_PTX,
+from triton_impl.arithmetic import (
     activate,
+    add_residual,
     convolve,
-    load_bias,
     load_taps,
-    narrow,
+    load_weights,
+    native_ptx,
     recast,
+    round_to,
     widen,
     word_bits,
 )
+from triton_impl.launch import Launch, known_pad, like_result, strides_of
+from triton_impl.records import Items, Tokens, at, constants, slot_of, tokens_of, windows_of
+from triton_impl.slots import column, find_slot, first_column, part_of_out, split_blocks
+
+ARRAYS = (
+    "x", "weight", "bias", "conv_states", "cache_indices", "cache_seqlens", "tree_parents", "window_out", "window_indices",
+    "residual",
+)  # fmt: skip
+Strides = namedtuple("Strides", (*ARRAYS, "out"))
+
+
+class Options(NamedTuple):
+    """What the kernel is compiled for; sizes, align: `slots.split_blocks`; nodes: of a program."""
+
+    width: Any
+    silu: Any
+    layout: Any
+    sizes: Any
+    align: Any
+    word_bits: Any
+    nodes: Any
+    block_d: Any
+    ptx: Any
+
+
+@triton.jit
+def _ancestors(parents, stride, node, seqlen, o: tl.constexpr):
+    """A node, its parent, ..., `width` in all, then -1, -2, ... for the window's newest entry and those before it."""
+    sources = ()
+    source = node
+    for _ in tl.static_range(o.width):
+        sources = sources + (source,)
+        inside = (source >= 0) & (source < seqlen)
+        parent = tl.load(parents + source * stride, mask=inside, other=-1).to(tl.int64)
+        parent = tl.maximum(tl.minimum(parent, source - 1), -1)
+        source = tl.where(source >= 0, parent, source - 1)
+    return sources
+
+
+@triton.jit
+def _entry(sources, arrived, stored, k: tl.constexpr, dtype: tl.constexpr):
+    """Input k of all: of a token, or of the window where its source is no token."""
+    return tl.where(sources[k] >= 0, recast(arrived[k], dtype), recast(stored[k], dtype))
 
 
 @triton.jit(
     do_not_specialize=[
-        "batch",
-        "num_slots",
-        "state_len",
-        "pad_slot_id",
-        "buffers",
-        "pad_buffer",
-        "dim_blocks",
+        "batch", "num_slots", "state_len", "pad_slot_id", "buffers", "pad_buffer", "dim_blocks",
     ]
-)
+)  # fmt: skip
 def _tree_kernel(
     x, weight, bias, conv_states, cache_indices, cache_seqlens, tree_parents, window_out, window_indices, residual, out,
-    batch, seqlen, dim, num_slots, state_len, pad_slot_id, buffers, pad_buffer, dim_blocks,
-    stride_x_b, stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l, stride_s_d, stride_c,
-    stride_q, stride_p_b, stride_p_t, stride_v_n, stride_v_t, stride_v_l, stride_v_d, stride_i,
-    stride_r_b, stride_r_t, stride_r_d, stride_o_b, stride_o_t, stride_o_d,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, LAYOUT: tl.constexpr, SIZES: tl.constexpr, ALIGN: tl.constexpr,
-    PTX: tl.constexpr, WORD_BITS: tl.constexpr, NODES: tl.constexpr, BLOCK_D: tl.constexpr,
+    strides, batch, seqlen, dim, num_slots, state_len, pad_slot_id, buffers, pad_buffer, dim_blocks, o: tl.constexpr,
 ):  # fmt: skip
-    # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
-    stride_x_t = tl.cast(stride_x_t, tl.int64)
-    stride_x_d = tl.cast(stride_x_d, tl.int64)
-    stride_s_l = tl.cast(stride_s_l, tl.int64)
-    stride_s_d = tl.cast(stride_s_d, tl.int64)
-    stride_p_t = tl.cast(stride_p_t, tl.int64)
-    stride_v_t = tl.cast(stride_v_t, tl.int64)
-    stride_v_l = tl.cast(stride_v_l, tl.int64)
-    stride_v_d = tl.cast(stride_v_d, tl.int64)
-    stride_r_t = tl.cast(stride_r_t, tl.int64)
-    stride_r_d = tl.cast(stride_r_d, tl.int64)
-    stride_o_t = tl.cast(stride_o_t, tl.int64)
-    stride_o_d = tl.cast(stride_o_d, tl.int64)
+    x, out = tokens_of(x, strides.x[1:]), tokens_of(out, strides.out[1:])
 
     # mapping of programs
-    node_blocks = tl.cdiv(seqlen, NODES)
+    node_blocks = tl.cdiv(seqlen, o.nodes)
     turn = tl.program_id(0) // dim_blocks
     row = (turn // node_blocks).to(tl.int64)
-    node = (turn % node_blocks * NODES).to(tl.int64)
+    node = (turn % node_blocks * o.nodes).to(tl.int64)
     tokens = tl.cast(batch, tl.int64) * seqlen
-    ch, in_dim, out, stride_o_t, stride_o_d = output_channels(
-        tl.program_id(0) % dim_blocks, dim, tokens, out, stride_o_t, stride_o_d, SIZES, ALIGN, BLOCK_D
+    channels, out = part_of_out(tl.program_id(0) % dim_blocks, out, dim, tokens, o)
+    row_of_out = strides.out[0]
+    if len(o.sizes) > 0:
+        row_of_out = seqlen * out.t
+    x, out = Tokens(x.ptr + row * strides.x[0], x.t, x.d), Tokens(out.ptr + row * row_of_out, out.t, out.d)
+    added = None
+    if residual is not None:
+        added = tokens_of(residual + row * strides.residual[0], strides.residual[1:])
+    tree_parents += row * strides.tree_parents[0]
+
+    indices, seqlens = (
+        Items(cache_indices, strides.cache_indices),
+        Items(cache_seqlens, strides.cache_seqlens),
     )
-    if len(SIZES) > 0:
-        stride_o_b = seqlen * stride_o_t
-    x += row * stride_x_b
-    out += row * stride_o_b
-    tree_parents += row * stride_p_b
+    slot, live = find_slot(indices, row, row < batch, num_slots, pad_slot_id)
+    first = first_column(seqlens, None, row, row < batch, state_len, o)
+    old = slot_of(conv_states, slot, strides.conv_states, first, state_len)
+    taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
 
-    slot, live = find_slot(cache_indices, row, row < batch, stride_c, num_slots, pad_slot_id)
-    first = find_window(cache_seqlens, None, row, row < batch, stride_q, 0, state_len, WIDTH, LAYOUT)
-    old = conv_states + slot * stride_s_n
-    taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-    start = load_bias(bias, ch, in_dim, stride_b, bias is not None)
-
-    # ancestors: node i itself, its parent, ..., then -1, -2, ... for the window's newest entry and those before it
+    # all chains of parents are followed, then all inputs are asked for, so that waits overlap
     sources = ()
-    for i in tl.static_range(NODES):
-        source = node + i
-        for _ in tl.static_range(WIDTH):
-            sources = sources + (source,)
-            inside = (source >= 0) & (source < seqlen)
-            parent = tl.load(tree_parents + source * stride_p_t, mask=inside, other=-1).to(tl.int64)
-            parent = tl.maximum(tl.minimum(parent, source - 1), -1)
-            source = tl.where(source >= 0, parent, source - 1)
-
+    for i in tl.static_range(o.nodes):
+        stride = tl.cast(strides.tree_parents[1], tl.int64)
+        sources = sources + _ancestors(tree_parents, stride, node + i, seqlen, o)
     arrived = ()
     stored = ()
-    for k in tl.static_range(NODES * WIDTH):
+    for k in tl.static_range(o.nodes * o.width):
         source = sources[k]
         inside = (source >= 0) & (source < seqlen)
-        arrived = arrived + (
-            tl.load(x + source * stride_x_t + ch * stride_x_d, mask=in_dim & inside, other=0.0),
-        )
-        if k % WIDTH > 0:
-            at = column(first, WIDTH - 1 + source, state_len, LAYOUT)
-            place = old + at * stride_s_l + ch * stride_s_d
-            stored = stored + (tl.load(place, mask=in_dim & live & (source < 0), other=0.0),)
+        arrived = arrived + (tl.load(at(x, source, channels), mask=channels.exist & inside, other=0.0),)
+        if k % o.width > 0:
+            place = column(old, o.width - 1 + source, channels, o)
+            stored = stored + (tl.load(place, mask=channels.exist & live & (source < 0), other=0.0),)
         else:
-            stored = stored + (tl.zeros([BLOCK_D], conv_states.dtype.element_ty),)
+            stored = stored + (tl.zeros([o.block_d], conv_states.dtype.element_ty),)
 
     keeps = live
     if window_out is not None:
-        buffer, known = find_slot(window_indices, row, row < batch, stride_i, buffers, pad_buffer)
+        indices = Items(window_indices, strides.window_indices)
+        buffer, known = find_slot(indices, row, row < batch, buffers, pad_buffer)
         keeps = live & known
-        window_out += buffer * stride_v_n
-    for i in tl.static_range(NODES):
+        windows = windows_of(window_out, buffer, strides.window_out)
+    for i in tl.static_range(o.nodes):
         t = node + i
-        inside = in_dim & (t < seqlen)
+        inside = channels.exist & (t < seqlen)
         window = ()
-        for j in tl.static_range(WIDTH):  # oldest first
-            new = widen(arrived[i * WIDTH + WIDTH - 1 - j])
-            entry = tl.where(
-                sources[i * WIDTH + WIDTH - 1 - j] >= 0, new, widen(stored[i * WIDTH + WIDTH - 1 - j])
-            )
+        for j in tl.static_range(o.width):  # oldest first
+            entry = _entry(sources, arrived, stored, (i + 1) * o.width - 1 - j, tl.float32)
             window = window + (entry,)
-        value = activate(convolve(window, taps, start, WIDTH), SILU, PTX)
-        if residual is not None:
-            place = residual + row * stride_r_b + t * stride_r_t + ch * stride_r_d
-            value = add_residual(value, widen(tl.load(place, mask=inside, other=0.0)), PTX)
-        value = narrow(tl.where(live, value, 0.0), out.dtype.element_ty)
-        tl.store(out + t * stride_o_t + ch * stride_o_d, value, mask=inside)
+        value = activate(convolve(window, taps, start, o.width), o)
+        if added is not None:
+            value = add_residual(value, widen(tl.load(at(added, t, channels), mask=inside, other=0.0)), o)
+        value = round_to(tl.where(live, value, 0.0), out.ptr.dtype.element_ty)
+        tl.store(at(out, t, channels), value, mask=inside)
         if window_out is not None:
-            for j in tl.static_range(WIDTH - 1):
-                kept = recast(arrived[i * WIDTH + WIDTH - 2 - j], window_out.dtype.element_ty)
-                past = recast(stored[i * WIDTH + WIDTH - 2 - j], window_out.dtype.element_ty)
-                kept = tl.where(sources[i * WIDTH + WIDTH - 2 - j] >= 0, kept, past)
-                place = window_out + t * stride_v_t + j * stride_v_l + ch * stride_v_d
+            for j in tl.static_range(o.width - 1):
+                dtype = window_out.dtype.element_ty
+                kept = _entry(sources, arrived, stored, (i + 1) * o.width - 2 - j, dtype)
+                place = windows.ptr + t * windows.t + j * windows.l + channels.index * windows.d
                 tl.store(place, kept, mask=inside & keeps)
 
 
-def prepare(tensors, out, *, layout, silu, pad_slot_id, split_sizes, config):
-    """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
+def prepare(call, sizes, config):
+    """Prepares the kernel for a checked `UpdateCall` of such shapes, strides and dtypes.
 
     Args:
-      tensors: x, weight, bias, conv_states, cache_indices, cache_seqlens, tree_parents, window_out, window_indices,
-        residual.
-      out, layout, config: as in `steps.prepare`.
+      sizes, config: as in `verify.prepare`.
 
     Returns:
-      A Launch of `tensors` and out.
+      A Launch of ARRAYS and out; with `split_sizes` the parts follow each other in a flat `out`.
     """
-    (
-        x, weight, bias, conv_states, cache_indices, cache_seqlens, tree_parents, window_out, window_indices, residual,
-    ) = tensors  # fmt: skip
-    batch, seqlen, dim = x.shape
-    width = weight.shape[1]
-    num_slots, state_len, _ = conv_states.shape
-    buffers = 0 if window_out is None else window_out.shape[0]
-    dim_blocks, sizes, align = split_blocks(dim, split_sizes, config.block_d)
-    nodes = min(2 if width <= 4 else 1, max(seqlen, 1))
+    windows = call.window_out
+    dim_blocks, parts, align = split_blocks(sizes.dim, call.split_sizes, config.block_d)
+    nodes = min(2 if sizes.width <= 4 else 1, max(sizes.seqlen, 1))
+    options = Options(
+        width=sizes.width,
+        silu=call.activation is not None,
+        layout=call.state_layout,
+        sizes=parts,
+        align=align,
+        word_bits=word_bits(call.weight),
+        nodes=nodes,
+        block_d=config.block_d,
+        ptx=native_ptx(),
+    )
     values = (
-        batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots), buffers,
-        known_pad(pad_slot_id, buffers), dim_blocks, *x.stride(), *weight.stride(), stride(bias, 0),
-        *conv_states.stride(), stride(cache_indices, 0), stride(cache_seqlens, 0), *tree_parents.stride(),
-        *(stride(window_out, axis) for axis in range(4)), stride(window_indices, 0),
-        *(stride(residual, axis) for axis in range(3)), *((0, 0, 1) if sizes else out.stride()),
-    )  # fmt: skip
-    constants = dict(
-        WIDTH=width, SILU=silu, LAYOUT=layout, SIZES=sizes, ALIGN=align, PTX=NATIVE_PTX,
-        WORD_BITS=word_bits(weight), NODES=nodes, BLOCK_D=config.block_d,
-    )  # fmt: skip
-    grid = (batch * triton.cdiv(seqlen, nodes) * dim_blocks, 1, 1)
-    return Launch(_tree_kernel, grid, values, constants, num_warps=config.num_warps)
+        Strides(*strides_of(call, ARRAYS), out=(0, 0, 1) if parts else like_result(call).stride()),
+        sizes.batch,
+        sizes.seqlen,
+        sizes.dim,
+        sizes.num_slots,
+        sizes.state_len,
+        known_pad(call.pad_slot_id, sizes.num_slots),
+        None if windows is None else windows.shape[0],
+        None if windows is None else known_pad(call.pad_slot_id, windows.shape[0]),
+        dim_blocks,
+        constants(options),
+    )
+    grid = (sizes.batch * triton.cdiv(sizes.seqlen, nodes) * dim_blocks, 1, 1)
+    return Launch(_tree_kernel, grid, values, {}, num_warps=config.num_warps)
 
 
 def parents_from_links(next_token, next_sibling):

@@ -1,189 +1,139 @@
-"""Decode step: each row's tokens convolved behind its slot's window, the window moved on in place.
+"""Decode step of one token a row: convolved behind its slot's window, the window moved on in place.
 
-A program owns ROWS rows and BLOCK_D channels, so that the taps are read once for all its rows. Packed rows
-(VARLEN) have one program each and channel block, and a few programs more write the zeros after the last row.
-With counts (ROLLS) the window begins in column count-1, and the slot keeps every new token behind it, so that
-the next step's count can drop what was rejected.
+A program owns `rows` rows and block_d channels, so that the taps are read once for all its rows. Rows of several tokens,
+packed rows and all other layouts and slots are `verify`'s.
 """
 
-import torch
+from collections import namedtuple
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from triton_impl.launch import Launch, known_pad, program_grid, stride
-from triton_impl.taps import (
-    NATIVE_PTX,
+from triton_impl.arithmetic import (
     activate,
-    channel_block_and_place,
     convolve,
-    load_bias,
     load_taps,
-    narrow,
-    offset,
+    load_weights,
+    native_ptx,
     recast,
-    widen,
+    round_to,
     word_bits,
 )
+from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
+from triton_impl.records import Channels, Items, at, constants, slot_of, tokens_of
+from triton_impl.rows import channel_block_and_place
+from triton_impl.slots import column, find_slot, store_window
+
+ARRAYS = ("x", "weight", "bias", "conv_states", "cache_indices")
+Strides = namedtuple("Strides", (*ARRAYS, "out"))  # of x and out those of row and channel
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "tail_programs"])
+class Options(NamedTuple):
+    """What the kernel is compiled for; rows: of a program."""
+
+    width: Any
+    silu: Any
+    word_bits: Any
+    folded: Any
+    rows: Any
+    block_d: Any
+    ptx: Any
+    layout: Any = "front"
+
+
+@triton.jit(do_not_specialize=["batch", "num_slots", "pad_slot_id"])
 def _update_kernel(
-    x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, out,
-    tokens, batch, seqlen, dim, num_slots, state_len, pad_slot_id, tail_programs,
-    stride_x_b, stride_x_t, stride_x_d, stride_w_d, stride_w_j, stride_b, stride_s_n, stride_s_l,
-    stride_s_d, stride_c, stride_a, stride_o_b, stride_o_t, stride_o_d,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDICES: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, VARLEN: tl.constexpr, ROLLS: tl.constexpr, FOLDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
-    stride_x_t = tl.cast(stride_x_t, tl.int64)
-    stride_x_d = tl.cast(stride_x_d, tl.int64)
-    stride_s_l = tl.cast(stride_s_l, tl.int64)
-    stride_s_d = tl.cast(stride_s_d, tl.int64)
-    stride_o_t = tl.cast(stride_o_t, tl.int64)
-    stride_o_d = tl.cast(stride_o_d, tl.int64)
-
-    # mapping of programs
-    block_d, group = channel_block_and_place(tl.cdiv(dim, BLOCK_D), FOLDED)
-    first_row = group.to(tl.int64) * ROWS
-    ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_dim = ch < dim
-
-    # tokens of the rows; packed rows from `batch` on are the tail
-    if VARLEN:
-        tl.static_assert(ROWS == 1)
-        begin = offset(query_start_loc, tl.minimum(first_row, batch), batch, tokens)
-        length = tl.maximum(
-            offset(query_start_loc, tl.minimum(first_row, batch) + 1, batch, tokens) - begin, 0
-        )
-        if first_row >= batch:
-            zero = tl.zeros([BLOCK_D], out.dtype.element_ty)
-            for t in range(first_row - batch, length, tail_programs):
-                tl.store(out + (begin + t) * stride_o_t + ch * stride_o_d, zero, mask=in_dim)
-            return
-        x += begin * stride_x_t
-        out += begin * stride_o_t
-        stride_x_b = 0
-        stride_o_b = 0
-    else:
-        length = seqlen
-
-    # slots
-    live = ()
-    pools = ()
-    for r in tl.static_range(ROWS):
-        slot = first_row + r
-        is_row = slot < batch
-        if HAS_INDICES:
-            slot = tl.load(cache_indices + slot * stride_c, mask=is_row, other=-1).to(tl.int64)
-        live = live + (is_row & (slot != pad_slot_id) & (slot >= 0) & (slot < num_slots),)
-        pools = pools + (conv_states + slot * stride_s_n + ch * stride_s_d,)
-
-    # what does not depend on a slot is asked for first, then the windows of all rows
-    taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-    start = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
-    arrived = ()
-    for r in tl.static_range(ROWS):
-        token = x + (first_row + r) * stride_x_b + ch * stride_x_d
-        arrived = arrived + (tl.load(token, mask=in_dim & (first_row + r < batch) & (length > 0), other=0.0),)
-    stored = ()
-    for r in tl.static_range(ROWS):
-        column = tl.zeros([], tl.int64)
-        if ROLLS:
-            count = tl.load(
-                num_accepted_tokens + (first_row + r) * stride_a, mask=first_row + r < batch, other=1
-            )
-            column = tl.minimum(tl.maximum(count.to(tl.int64), 1), state_len - WIDTH + 2) - 1
-        for j in tl.static_range(WIDTH - 1):
-            stored = stored + (
-                tl.load(pools[r] + (column + j) * stride_s_l, mask=in_dim & live[r], other=0.0),
-            )
-    window = ()
-    for i in tl.static_range(ROWS * (WIDTH - 1)):
-        window = window + (widen(stored[i]),)
-    if ROLLS and WIDTH > 1:
-        tl.debug_barrier()  # all reads of the slots precede all writes, whichever thread holds which channel
-        for r in tl.static_range(ROWS):
-            for j in tl.static_range(1, WIDTH - 1):
-                moves = in_dim & live[r] & (length > 0)
-                tl.store(pools[r] + (j - 1) * stride_s_l, stored[r * (WIDTH - 1) + j], mask=moves)
-
-    for t in range(length):
-        # taps, store; the next token is under way meanwhile
-        following = ()
-        for r in tl.static_range(ROWS):
-            token = x + (first_row + r) * stride_x_b + (t + 1) * stride_x_t + ch * stride_x_d
-            more = in_dim & (first_row + r < batch) & (t + 1 < length)
-            following = following + (tl.load(token, mask=more, other=0.0),)
-        next_stored = ()
-        next_window = ()
-        for r in tl.static_range(ROWS):
-            e = window[r * (WIDTH - 1) : (r + 1) * (WIDTH - 1)] + (widen(arrived[r]),)
-            entry = recast(arrived[r], conv_states.dtype.element_ty)
-            s = stored[r * (WIDTH - 1) : (r + 1) * (WIDTH - 1)] + (entry,)
-            value = activate(convolve(e, taps, start, WIDTH), SILU, PTX)
-            value = narrow(tl.where(live[r], value, 0.0), out.dtype.element_ty)
-            place = out + (first_row + r) * stride_o_b + t * stride_o_t + ch * stride_o_d
-            tl.store(place, value, mask=in_dim & (first_row + r < batch))
-            if ROLLS and WIDTH > 1:
-                fits = in_dim & live[r] & (t + WIDTH - 2 < state_len)
-                tl.store(pools[r] + (t + WIDTH - 2) * stride_s_l, entry, mask=fits)
-            next_stored = next_stored + s[1:]
-            next_window = next_window + e[1:]
-        stored = next_stored
-        window = next_window
-        arrived = following
-
-    # state
-    if WIDTH > 1 and not ROLLS:
-        tl.debug_barrier()  # as above
-        for r in tl.static_range(ROWS):
-            for j in tl.static_range(WIDTH - 1):
-                moves = in_dim & live[r] & (length > 0)
-                tl.store(pools[r] + j * stride_s_l, stored[r * (WIDTH - 1) + j], mask=moves)
-
-
-def prepare(
     x,
     weight,
     bias,
     conv_states,
     cache_indices,
-    query_start_loc,
-    num_accepted_tokens,
-    silu,
+    out,
+    strides,
+    batch,
+    dim,
+    num_slots,
     pad_slot_id,
-    config,
+    o: tl.constexpr,
 ):
-    """Prepares the kernel for checked arguments of these shapes, strides and dtypes.
+    x, out = tokens_of(x, strides.x), tokens_of(out, strides.out)
+
+    # mapping of programs
+    block_d, place = channel_block_and_place(tl.cdiv(dim, o.block_d), o.folded)
+    first_row = place.to(tl.int64) * o.rows
+    ch = block_d * o.block_d + tl.arange(0, o.block_d)
+    channels = Channels(ch, ch < dim)
+
+    # slots
+    indices = Items(cache_indices, strides.cache_indices)
+    live = ()
+    slots = ()
+    for r in tl.static_range(o.rows):
+        row = first_row + r
+        slot, found = find_slot(indices, row, row < batch, num_slots, pad_slot_id)
+        live = live + (found,)
+        slots = slots + (slot,)
+
+    # what does not depend on a slot is asked for first, then the windows of all rows
+    taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
+    tokens = ()
+    for r in tl.static_range(o.rows):
+        inside = channels.exist & (first_row + r < batch)
+        tokens = tokens + (tl.load(at(x, first_row + r, channels), mask=inside, other=0.0),)
+    windows = ()
+    for r in tl.static_range(o.rows):
+        old = slot_of(conv_states, slots[r], strides.conv_states, 0, 0)
+        window = ()
+        for j in tl.static_range(o.width - 1):
+            entry = tl.load(column(old, j, channels, o), mask=channels.exist & live[r], other=0.0)
+            window = window + (entry,)
+        windows = windows + (window,)
+
+    # taps, store
+    for r in tl.static_range(o.rows):
+        value = activate(convolve(windows[r] + (tokens[r],), taps, start, o.width), o)
+        value = round_to(tl.where(live[r], value, 0.0), out.ptr.dtype.element_ty)
+        tl.store(at(out, first_row + r, channels), value, mask=channels.exist & (first_row + r < batch))
+
+    # state
+    if o.width > 1:
+        tl.debug_barrier()  # all reads of the slots precede all writes, whichever thread holds which channel
+        for r in tl.static_range(o.rows):
+            entries = windows[r][1:] + (recast(tokens[r], conv_states.dtype.element_ty),)
+            new = slot_of(conv_states, slots[r], strides.conv_states, 0, 0)
+            store_window(new, entries, Channels(ch, channels.exist & live[r]), o.width - 1)
+
+
+def prepare(call, sizes, config):
+    """Prepares the kernel for a checked `UpdateCall` of such shapes, strides and dtypes.
+
+    Args:
+      sizes: `call.check()`.
+      config: an UpdateConfig.
 
     Returns:
-      A Launch of (x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, out).
+      A Launch of ARRAYS and out.
     """
-    varlen, rolls = query_start_loc is not None, num_accepted_tokens is not None
-    dim = x.shape[-1]
-    batch = query_start_loc.shape[0] - 1 if varlen else x.shape[0]
-    seqlen = x.shape[1] if x.dim() == 3 else 1
-    rows = 1 if varlen or rolls else config.rows
-    tail = triton.cdiv(x.shape[0], 64) if varlen else 0
-    grid, folded = program_grid(triton.cdiv(dim, config.block_d), triton.cdiv(batch + tail, rows))
-    num_slots, state_len, _ = conv_states.shape
-    out = torch.empty_like(x, device="meta")
-
-    def strides(tensor):  # of batch, token, channel
-        if tensor.dim() == 3:
-            return tensor.stride()
-        return (0, *tensor.stride()) if varlen else (tensor.stride(0), 0, tensor.stride(1))
-
+    places = triton.cdiv(sizes.batch, config.rows)
+    grid, folded = program_grid(triton.cdiv(sizes.dim, config.block_d), places)
+    x, *others = strides_of(call, ARRAYS)
+    out = like_result(call).stride()
+    options = Options(
+        width=sizes.width,
+        silu=call.activation is not None,
+        word_bits=word_bits(call.weight),
+        folded=folded,
+        rows=config.rows,
+        block_d=config.block_d,
+        ptx=native_ptx(),
+    )
     values = (
-        x.shape[0], batch, seqlen, dim, num_slots, state_len, known_pad(pad_slot_id, num_slots), tail,
-        *strides(x), *weight.stride(), stride(bias, 0), *conv_states.stride(),
-        stride(cache_indices, 0), stride(num_accepted_tokens, 0), *strides(out),
-    )  # fmt: skip
-    constants = dict(
-        WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,
-        PTX=NATIVE_PTX, WORD_BITS=word_bits(weight), VARLEN=varlen, ROLLS=rolls, FOLDED=folded,
-        ROWS=rows, BLOCK_D=config.block_d,
-    )  # fmt: skip
-    return Launch(_update_kernel, grid, values, constants, num_warps=config.num_warps)
+        Strides((x[0], x[-1]), *others, (out[0], out[-1])),
+        sizes.batch,
+        sizes.dim,
+        sizes.num_slots,
+        known_pad(call.pad_slot_id, sizes.num_slots),
+        constants(options),
+    )
+    return Launch(_update_kernel, grid, values, {}, num_warps=config.num_warps)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import triton_impl
+from oracle.contract import FnCall
 from tests.tools.synchronisation import no_synchronisation
 from triton_impl import config, prefill, prepared, update
 
@@ -78,8 +79,9 @@ def test_schedules_and_blocks_agree_in_every_bit(lengths):
     ]:
         chosen = config.PrefillConfig(True, True, block_t, block_d, group, 1, 32, num_warps, stages)
         pool, out = arguments["conv_states"].clone(), torch.full_like(arguments["x"], torch.nan)
-        tensors = list((arguments | {"conv_states": pool}).values())
-        prefill.prepare(*tensors, True, -1, chosen)(*tensors, out)
+        call = FnCall(**arguments | {"conv_states": pool}, activation="silu")
+        launch = prefill.prepare(call, call.check(), chosen, stores=True)
+        launch(*(getattr(call, name) for name in prefill.ARRAYS), out)
         assert torch.equal(out, plain.out)
         assert torch.equal(pool, plain.conv_states)
 

@@ -25,7 +25,7 @@ def run(operation, limit, monkeypatch):
     starts = torch.tensor([0, 2, 2, 7, 12], dtype=torch.int32)
     slots = torch.tensor([4, 1, 8, 0])
     monkeypatch.setattr(launch, "MAX_GRID_YZ", limit)
-    for module in (triton_impl.prefill, triton_impl.update, triton_impl.steps):
+    for module in (triton_impl.prefill, triton_impl.update, triton_impl.verify):
         monkeypatch.setattr(module, "program_grid", grid)
     prepared.forget()
     result = operation(x, weight, pool, starts, slots)

@@ -6,8 +6,8 @@ import torch
 
 import triton_impl
 from oracle import numerics, reference, tolerance
-from oracle.contract import Unsupported
-from triton_impl import config, prefill, prepared, run, update
+from oracle.contract import FnCall, Unsupported, UpdateCall
+from triton_impl import config, prefill, prepared, run, update, verify
 
 LENGTHS = (1, 9, 2, 17, 0, 4)
 SLOTS = (3, 0, -1, 5, 2, 20)
@@ -200,22 +200,23 @@ def test_block_sizes_do_not_change_a_bit(chosen):
     arguments = batch()
     plain = run_fn(arguments)
     pool, out = arguments["conv_states"].clone(), torch.empty_like(arguments["x"])
-    tensors = list((arguments | {"conv_states": pool}).values())
-    prefill.prepare(*tensors, True, -1, chosen)(*tensors, out)
+    call = FnCall(**arguments | {"conv_states": pool}, activation="silu")
+    launch = prefill.prepare(call, call.check(), chosen, stores=True)
+    launch(*(getattr(call, name) for name in prefill.ARRAYS), out)
     assert torch.equal(out, plain.out)
     assert torch.equal(pool, plain.conv_states)
 
 
 @pytest.mark.parametrize("chosen", [config.UpdateConfig(1, 16, 1), config.UpdateConfig(4, 32, 2)])
-@pytest.mark.parametrize("seqlen", [1, 5])
-def test_update_blocks_do_not_change_a_bit(chosen, seqlen):
+@pytest.mark.parametrize(("seqlen", "module"), [(1, update), (1, verify), (5, verify)])
+def test_update_blocks_do_not_change_a_bit(chosen, seqlen, module):
     x, weight, bias, pool = seeded(6, seqlen, 24), seeded(24, 4), seeded(24), seeded(8, 4, 24)
     slots = torch.tensor(SLOTS)
     plain = triton_impl.causal_conv1d_update(x, weight, bias, pool.clone(), slots, backend="triton")
     out = torch.empty_like(x)
-    update.prepare(x, weight, bias, pool, slots, None, None, False, -1, chosen)(
-        x, weight, bias, pool, slots, None, None, out
-    )
+    call = UpdateCall(x, weight, bias, pool, slots)
+    launch = module.prepare(call, call.check(), chosen)
+    launch(*(getattr(call, name) for name in module.ARRAYS), out)
     assert torch.equal(out, plain.out)
     assert torch.equal(pool, plain.conv_states)
 

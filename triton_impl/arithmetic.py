@@ -1,0 +1,212 @@
+"""Device code of one output: taps, their sum, SiLU and its slope, rounding.
+
+One formula in one order everywhere is what makes prefill, decode, both schedules and all block sizes
+agree bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_impl.records import Weights
+
+# Triton's interpreter truncates where a device rounds float32 to bfloat16, and loses bfloat16 subnormals.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def native_ptx():
+    """Whether SiLU is inline PTX, the very instructions that the Pallas twin uses; else Triton's own exp2 and division."""
+    return torch.version.hip is None and not _INTERPRETED.value
+
+
+def word_bits(weight):
+    """32 or 64 if the taps of each channel fill one aligned machine word of that size, else 0."""
+    width = weight.shape[1]
+    bits = width * weight.element_size() * 8
+    packed = weight.stride(1) == 1 and weight.stride(0) == width and weight.data_ptr() % 16 == 0
+    return bits if packed and width > 1 and bits in (32, 64) else 0
+
+
+@triton.jit
+def widen(value):
+    """The float32 value of a float block."""
+    if _INTERPRETED and value.dtype == tl.bfloat16:
+        wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """A float32 block rounded to `dtype`, to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, (bits >> 16) | 0x40)
+        short = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        short = value.to(dtype)
+    return short
+
+
+@triton.jit
+def split_columns(tile, levels: tl.constexpr):
+    """The 2**levels columns of a tile along its last axis, in their order."""
+    columns = (tile,)
+    if levels == 0:
+        columns = (tl.reshape(tile, tile.shape[:-1]),)
+    for level in tl.static_range(levels):
+        even = ()
+        odd = ()
+        for i in tl.static_range(1 << level):
+            column = columns[i]
+            if level < levels - 1:
+                column = tl.reshape(column, column.shape[:-1] + (1 << (levels - level - 1), 2))
+            pair = tl.split(column)
+            even = even + (pair[0],)
+            odd = odd + (pair[1],)
+        columns = even + odd
+    return columns
+
+
+@triton.jit
+def join_columns(columns, levels: tl.constexpr):
+    """The converse of `split_columns`."""
+    for level in tl.static_range(levels):
+        pairs = ()
+        for i in tl.static_range(1 << (levels - level - 1)):
+            pair = tl.join(columns[i], columns[i + (1 << (levels - level - 1))])
+            if level > 0:
+                pair = tl.reshape(pair, pair.shape[:-2] + (2 << level,))
+            pairs = pairs + (pair,)
+        columns = pairs
+    return columns[0]
+
+
+@triton.jit
+def recast(value, dtype: tl.constexpr):
+    """A float block in `dtype`: the very bits if it has that dtype already, else rounded once."""
+    if value.dtype == dtype:
+        same = value
+    else:
+        same = round_to(widen(value), dtype)
+    return same
+
+
+@triton.jit
+def load_words(weight, strides, channels, o: tl.constexpr):
+    """Asks for the taps of channels, for `unpack_taps`.
+
+    `o.word_bits` is 32 or 64 when the taps of one channel fill one aligned machine word of that size
+    (16-byte loads, no stride between lanes), else 0.
+    """
+    words = ()
+    if o.word_bits == 0:
+        for j in tl.static_range(o.width):
+            tap = weight + channels.index * tl.cast(strides[0], tl.int64) + j * tl.cast(strides[1], tl.int64)
+            words = words + (tl.load(tap, mask=channels.exist, other=0.0),)
+    elif o.word_bits == 64:
+        tap = weight.to(tl.pointer_type(tl.int64)) + channels.index
+        words = (tl.load(tap, mask=channels.exist, other=0),)
+    else:
+        tap = weight.to(tl.pointer_type(tl.int32)) + channels.index
+        words = (tl.load(tap, mask=channels.exist, other=0),)
+    return words
+
+
+@triton.jit
+def unpack_taps(words, dtype: tl.constexpr, width: tl.constexpr):
+    """Returns the taps as float32 vectors, oldest first."""
+    taps = ()
+    if words[0].dtype.is_int():
+        bits: tl.constexpr = words[0].dtype.primitive_bitwidth // width
+        for j in tl.static_range(width):
+            lane = words[0] >> (j * bits)
+            if bits == 32:
+                taps = taps + (lane.to(tl.int32).to(tl.float32, bitcast=True),)
+            else:
+                taps = taps + (widen(lane.to(tl.int16).to(dtype, bitcast=True)),)
+    else:
+        for j in tl.static_range(width):
+            taps = taps + (widen(words[j]),)
+    return taps
+
+
+@triton.jit
+def load_weights(weight, bias, strides, channels, o: tl.constexpr):
+    """Asks for the taps and the bias of a program's channels: `Weights`, for `taps_of` and `bias_of`."""
+    words = load_words(weight, strides.weight, channels, o)
+    if bias is not None:
+        word = tl.load(
+            bias + channels.index * tl.cast(strides.bias, tl.int64), mask=channels.exist, other=0.0
+        )
+    else:
+        word = tl.zeros_like(channels.index).to(tl.float32)
+    return Weights(weight, words, word)
+
+
+@triton.jit
+def load_taps(weights, o: tl.constexpr):
+    """The taps and the bias of `load_weights` as float32 vectors, the taps oldest first."""
+    return unpack_taps(weights.words, weights.ptr.dtype.element_ty, o.width), widen(weights.bias)
+
+
+@triton.jit
+def activate(z, o: tl.constexpr):
+    """SiLU of a float32 block: z * sigmoid(z), scaled by 2**14 so that nothing over- or underflows early."""
+    if o.silu:
+        s = tl.fma(z, -1.4426950408889634, -14.0)
+        if o.ptx:
+            s = tl.inline_asm_elementwise(
+                "ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], tl.float32, is_pure=True, pack=1
+            )
+            r = tl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [s + 0.00006103515625], tl.float32, is_pure=True, pack=1
+            )
+        else:
+            r = 1.0 / (tl.exp2(s) + 0.00006103515625)
+        z = (z * 0.00006103515625) * r
+    return z
+
+
+@triton.jit
+def silu_slope(z, o: tl.constexpr):
+    """The derivative of SiLU, s * (1 + z * (1 - s)); 2**14 * s in between, and no cancellation in 1 - s.
+
+    Beyond 97 it is 0 or 1 to the last bit of a float32.
+    """
+    z = tl.clamp(z, -97.0, 97.0, propagate_nan=tl.PropagateNan.ALL)
+    exponent = tl.fma(z, -1.4426950408889634, -14.0)
+    if o.ptx:
+        p = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], tl.float32, is_pure=True, pack=1
+        )
+        r = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [p + 0.00006103515625], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        p = tl.exp2(exponent)
+        r = 1.0 / (p + 0.00006103515625)
+    return r * tl.fma(z, p * r, 1.0) * 0.00006103515625
+
+
+@triton.jit
+def convolve(window, taps, start, width: tl.constexpr):
+    """start + sum of taps[j] * window[j], oldest first, one fused multiply-add a tap."""
+    acc = start
+    for j in tl.static_range(width):
+        acc = tl.fma(widen(window[j]), taps[j], acc)
+    return acc
+
+
+@triton.jit
+def add_residual(value, residual, o: tl.constexpr):
+    """The sum of two float32 blocks, never fused with the product before it."""
+    if o.ptx:
+        total = tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [value, residual], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        total = value + residual
+    return total

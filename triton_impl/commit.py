@@ -1,0 +1,72 @@
+"""Moves accepted windows of speculative steps into their slots: one copy of width-1 vectors a row."""
+
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from triton_impl.launch import Launch, known_pad, strides_of
+from triton_impl.records import Channels, Items, constants, slot_of, windows_of
+from triton_impl.slots import find_slot, store_window
+
+ARRAYS = ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices")
+Strides = namedtuple("Strides", ARRAYS)
+
+
+class Options(NamedTuple):
+    """What the kernel is compiled for; columns: of a window."""
+
+    columns: Any
+    block_d: Any
+
+
+@triton.jit(
+    do_not_specialize=["batch", "num_slots", "pad_slot_id", "buffers", "pad_buffer", "steps", "dim_blocks"]
+)
+def _commit_kernel(
+    conv_states, window_out, accepted_steps, cache_indices, window_indices, strides,
+    batch, dim, num_slots, pad_slot_id, buffers, pad_buffer, steps, dim_blocks, o: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // dim_blocks).to(tl.int64)
+    ch = (tl.program_id(0) % dim_blocks) * o.block_d + tl.arange(0, o.block_d)
+    step = tl.load(accepted_steps + row * strides.accepted_steps).to(tl.int64)
+    slots, indices = (
+        Items(cache_indices, strides.cache_indices),
+        Items(window_indices, strides.window_indices),
+    )
+    slot, live = find_slot(slots, row, row < batch, num_slots, pad_slot_id)
+    buffer, known = find_slot(indices, row, row < batch, buffers, pad_buffer)
+    moves = Channels(ch, (ch < dim) & live & known & (step >= 0) & (step < steps))
+    windows = windows_of(window_out, buffer, strides.window_out)
+    source = windows.ptr + step * windows.t + ch * windows.d
+    entries = ()
+    for c in tl.static_range(o.columns):
+        entries = entries + (tl.load(source + c * windows.l, mask=moves.exist, other=0.0),)
+    store_window(slot_of(conv_states, slot, strides.conv_states, 0, 0), entries, moves, o.columns)
+
+
+def prepare(call, sizes, config):
+    """Prepares the kernel for a checked `CommitCall` of such shapes, strides and dtypes.
+
+    Args:
+      sizes: `call.check()`.
+      config: an UpdateConfig, of whose rows a program has one.
+
+    Returns:
+      A Launch of ARRAYS.
+    """
+    dim_blocks = triton.cdiv(sizes.dim, config.block_d)
+    values = (
+        Strides(*strides_of(call, ARRAYS)),
+        sizes.batch,
+        sizes.dim,
+        sizes.num_slots,
+        known_pad(call.pad_slot_id, sizes.num_slots),
+        sizes.num_buffers,
+        known_pad(call.pad_slot_id, sizes.num_buffers),
+        sizes.steps,
+        dim_blocks,
+        constants(Options(sizes.history, config.block_d)),
+    )
+    return Launch(_commit_kernel, (sizes.batch * dim_blocks, 1, 1), values, {}, num_warps=config.num_warps)

@@ -1,0 +1,85 @@
+"""Device code on packed rows: where a row begins and ends, which row a program belongs to, zeros where nothing is computed."""
+
+import triton
+import triton.language as tl
+
+from triton_impl.records import at
+
+
+@triton.jit
+def channel_block_and_place(channel_blocks, folded: tl.constexpr):
+    """Which program of a `launch.program_grid` this is; unless it is folded, two registers and no division."""
+    if folded:
+        return tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks
+    else:
+        return tl.program_id(0), tl.program_id(1)
+
+
+@triton.jit
+def offset(query_start_loc, i, batch, tokens):
+    """Entry i of query_start_loc, clamped to [0, tokens]; entry 0 is taken as 0, entry batch+1 is `tokens`.
+
+    It has the width of `tokens`, which is 32 bits wherever that is enough.
+    """
+    offset = tl.load(query_start_loc + i, mask=(i > 0) & (i <= batch), other=0)
+    offset = tl.maximum(tl.minimum(offset, tokens), 0).to(tokens.dtype)
+    return tl.where(i > batch, tokens, offset)
+
+
+@triton.jit
+def row_facts(rows, row):
+    """Start, end, slot and flag of rows, all asked for before any is used: one wait."""
+    slot = row
+    flag = tl.zeros_like(row)
+    start = offset(rows.query_start_loc, row, rows.batch, rows.tokens)
+    end = offset(rows.query_start_loc, row + 1, rows.batch, rows.tokens)
+    if rows.slots.ptr is not None:
+        slot = tl.load(rows.slots.ptr + row.to(tl.int64) * rows.slots.i, mask=row < rows.batch, other=0)
+    if rows.flags.ptr is not None:
+        flag = tl.load(rows.flags.ptr + row.to(tl.int64) * rows.flags.i, mask=row < rows.batch, other=0)
+        flag = flag.to(tl.int32)
+    return start, end, slot, flag
+
+
+@triton.jit
+def find_row(rows, block, block_t: tl.constexpr, search: tl.constexpr):
+    """The last row in [0, batch] whose first block is at most `block`, with its facts; `search` candidates at a time.
+
+    Block k of row s has the number `query_start_loc[s] // block_t + s + k`. The last step of the search loads the
+    facts of all candidates, which saves a wait for those of the row found.
+    """
+    row = 0
+    size = rows.batch + 1
+    lane = tl.arange(0, search)
+    while size > search:
+        step = (size + search - 1) // search
+        candidate = row + lane * step
+        start = offset(rows.query_start_loc, candidate, rows.batch, rows.tokens)
+        passed = (lane * step < size) & (start // block_t + candidate <= block)
+        ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0) * step
+        row += ahead
+        size = tl.minimum(step, size - ahead)
+    candidate = row + lane
+    start, end, slot, flag = row_facts(rows, candidate)
+    passed = (lane < size) & (start // block_t + candidate <= block)
+    ahead = tl.maximum(tl.sum(passed.to(tl.int32), axis=0) - 1, 0)
+    found = lane == ahead
+    start = tl.sum(tl.where(found, start, 0), axis=0)
+    end = tl.sum(tl.where(found, end, 0), axis=0)
+    if rows.slots.ptr is not None:
+        slot = tl.sum(tl.where(found, slot, 0), axis=0)
+    else:
+        slot = row + ahead
+    if rows.flags.ptr is not None:
+        flag = tl.sum(tl.where(found, flag, 0), axis=0)
+    else:
+        flag = 0
+    return row + ahead, start, end, slot, flag
+
+
+@triton.jit
+def zero_tail(out, first, last, step, channels):
+    """Zeros for tokens first, first + step, ... before `last`: of padding rows, and behind the last row."""
+    zero = tl.zeros(channels.index.shape, out.ptr.dtype.element_ty)
+    for t in range(first, last, step):
+        tl.store(at(out, t, channels), zero, mask=channels.exist)
