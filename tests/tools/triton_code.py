@@ -171,7 +171,8 @@ def resources(binary):
     """(registers a thread, bytes spilled a thread)"""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
-        spilled = sum(map(int, re.findall(r"_spill_count:\s*(\d+)", text)))
+        # (scalar registers spill into lanes of vector registers, not into memory)
+        spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)))
         return int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)), spilled
     with _cubin(binary) as path:
         report = tool("cuobjdump", "-res-usage", path)

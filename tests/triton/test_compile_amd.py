@@ -25,18 +25,7 @@ NAMES = {
     ],
     "gfx950": ["prefill flat", "prefill short rows", "update 1 row", "update 256 rows"],
 }  # fmt: skip
-# TritonAMDGPUConvertToBufferOps fails where a pointer is chosen between x and a pool of the same dtype.
-COMPILES = {"prefill no pool", "prefill pool float32"}
-FAILS = pytest.mark.xfail(
-    strict=True, reason="Triton's AMD backend fails where a pointer is chosen between tensors"
-)
-ROWS = [
-    pytest.param(
-        target, name, marks=FAILS if name.startswith(("prefill", "gradient")) and name not in COMPILES else ()
-    )
-    for target, names in NAMES.items()
-    for name in names
-]
+ROWS = [(target, name) for target, names in NAMES.items() for name in names]
 
 
 @pytest.fixture(scope="module")
