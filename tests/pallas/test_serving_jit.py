@@ -269,7 +269,9 @@ def test_shapes_and_options_are_checked():
         causal_conv1d_fn(normal(0, 4, DIM), WEIGHT, None, None, index(0, 4), split_sizes=(64, 65))
     with pytest.raises(TypeError, match="split_sizes: expected a tuple"):
         causal_conv1d_fn(normal(0, 4, DIM), WEIGHT, None, None, index(0, 4), split_sizes={64: 64})
-    parts = causal_conv1d_fn(normal(0, 4, DIM), WEIGHT, None, None, index(0, 4), split_sizes=[64, np.int64(64)])
+    parts = causal_conv1d_fn(
+        normal(0, 4, DIM), WEIGHT, None, None, index(0, 4), split_sizes=[64, np.int64(64)]
+    )
     assert [part.shape for part in parts.out] == [(4, 64), (4, 64)]
 
 
