@@ -262,9 +262,8 @@ def host_int(name: str, value: Any) -> Any:
 
 def is_symbol(value: Any) -> bool:
     """Whether this is a tracer's symbol for a size: asking `torch.SymInt` for its number would fix it."""
-    if hasattr(value, "shape"):  # a tracer of JAX has every method of a size
-        return False
-    return type(value).__name__ == "SymInt" or hasattr(value, "dimension_as_value")
+    dimension = hasattr(value, "dimension_as_value") and not hasattr(value, "shape")  # JAX's tracers have both
+    return dimension or type(value).__name__ == "SymInt"
 
 
 def below(a: Any, b: Any) -> bool:

@@ -52,7 +52,9 @@ class Unreadable:
 
 
 class Tracer(Unreadable):
-    """What JAX gives for an argument that is not static."""
+    """What JAX gives for an argument that is not static; it has what a dimension has."""
+
+    dimension_as_value = None
 
 
 class Guard(BaseException):

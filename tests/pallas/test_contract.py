@@ -1,0 +1,58 @@
+"""The contract on JAX's own objects: dimensions of exported programs, tracers and arrays as host integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from oracle.contract import CommitCall, FnCall, RowsCall, UpdateCall, normalised
+
+T, B, S, N = export.symbolic_shape("t, b, s, n")
+
+
+def array(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_symbolic_sizes_pass():
+    weight, pool, starts, slots = (
+        array(64, 4),
+        array(N, 6, 64),
+        array(B + 1, dtype="int32"),
+        array(B, dtype="int32"),
+    )
+    call = FnCall(array(T, 64), weight, None, pool, starts, slots, max_seqlen=T, residual=array(T, 64))
+    assert call.check()[:4] == (T, 64, 4, B)
+    assert normalised(call).max_seqlen is T
+    assert UpdateCall(array(B, 64), weight, None, pool).check().tokens == B
+    several = UpdateCall(array(B, S, 64), weight, None, pool, window_out=array(N, S, 3, 64))
+    assert several.check().tokens == B * S
+    rolling = several._replace(window_out=None, conv_states=array(N, S + 3, 64), num_accepted_tokens=slots)
+    assert rolling.check().state_len == S + 3
+    assert CommitCall(pool, array(N, S, 3, 64), slots).check().batch == B
+    assert RowsCall(array(B, S, T), array(T, 4), None, array(B, 3, T)).check().dim == T
+
+
+def test_what_is_known_of_symbolic_sizes_is_checked():
+    with pytest.raises(
+        ValueError, match=r"^initial_states: expected shape \[batch=b, width-1=3, dim=64\], got \[s, 3, 64\]$"
+    ):
+        RowsCall(array(B, S, 64), array(64, 4), None, array(S, 3, 64)).check()
+    with pytest.raises(TypeError, match=r"^pad_slot_id: expected an integer known on the host, got b$"):
+        UpdateCall(array(B, 64), array(64, 4), None, array(N, 6, 64), pad_slot_id=B).check()
+
+
+def test_arrays_and_tracers_are_no_host_integers():
+    x, weight, starts = array(4, 8), array(8, 4), array(2, dtype="int32")
+    text = "^max_seqlen: expected an integer known on the host, got a "
+    for value in (jnp.int32(4), np.array(4)):
+        with pytest.raises(TypeError, match=text):
+            FnCall(x, weight, None, None, starts, max_seqlen=value).check()
+
+    def traced(longest):
+        return FnCall(x, weight, None, None, starts, max_seqlen=longest).check().tokens
+
+    with pytest.raises(TypeError, match=rf"{text}\w*Tracer \(make the argument static\)"):
+        jax.jit(traced)(4)
+    assert jax.jit(traced, static_argnums=0)(np.int64(4)) == 4
