@@ -262,7 +262,9 @@ def host_int(name: str, value: Any) -> Any:
 
 def is_symbol(value: Any) -> bool:
     """Whether this is a tracer's symbol for a size: asking `torch.SymInt` for its number would fix it."""
-    dimension = hasattr(value, "dimension_as_value") and not hasattr(value, "shape")  # JAX's tracers have both
+    dimension = hasattr(value, "dimension_as_value") and not hasattr(
+        value, "shape"
+    )  # JAX's tracers have both
     return dimension or type(value).__name__ == "SymInt"
 
 
