@@ -1,9 +1,8 @@
-"""The drop-in adapters: signatures, values against plain torch, in-place behaviour, refusals, and installing."""
+"""The drop-in adapters: values against plain torch, in-place behaviour, refusals, and installing."""
 
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -51,45 +50,6 @@ def convolve(x, weight, bias, window=None, activation=None):
 
 def close(got, want):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-
-
-# Signatures: names, order and defaults of every peer, from their documentation and sources.
-
-SIGNATURES = {
-    dao.causal_conv1d_fn: "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
-    "final_states_out=None, activation=None",
-    dao.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
-    "conv_state_indices=None",
-    dao.causal_conv1d_varlen_states: "x, cu_seqlens, state_len",
-    sglang.causal_conv1d_fn: "x, weight, bias=None, query_start_loc=None, cache_indices=None, "
-    "has_initial_state=None, conv_states=None, activation='silu', pad_slot_id=-1, **kwargs",
-    sglang.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
-    "conv_state_indices=None, pad_slot_id=-1",
-    sglang.causal_conv1d_fn_triton: "x, weight, bias, conv_states, query_start_loc, seq_lens_cpu, "
-    "cache_indices=None, has_initial_state=None, activation='silu', pad_slot_id=-1, validate_data=False, "
-    "block_table=None, **kwargs",
-    sglang.causal_conv1d_update_triton: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
-    "conv_state_indices=None, num_accept_tokens=None, intermediate_conv_window=None, "
-    "intermediate_state_indices=None, retrieve_next_token=None, retrieve_next_sibling=None, "
-    "retrieve_parent_token=None, pad_slot_id=-1, metadata=None, validate_data=False",
-    vllm.causal_conv1d_fn: "x, weight, bias, conv_states, query_start_loc, cache_indices=None, "
-    "has_initial_state=None, activation='silu', pad_slot_id=-1, null_block_id=0, metadata=None, "
-    "validate_data=False",
-    vllm.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, conv_state_indices=None, "
-    "num_accepted_tokens=None, query_start_loc=None, max_query_len=-1, null_block_id=0, validate_data=False, "
-    "out=None",
-    fla.causal_conv1d: "x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False, "
-    "activation=None, backend='triton', cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, "
-    "cp_context=None, **kwargs",
-    fla.causal_conv1d_update: "x, cache, residual=None, weight=None, bias=None, activation=None",
-}
-
-
-@pytest.mark.parametrize(
-    "function", SIGNATURES, ids=lambda f: f"{f.__module__.rpartition('.')[2]}.{f.__name__}"
-)
-def test_signature(function):
-    assert str(inspect.signature(function)) == f"({SIGNATURES[function]})"
 
 
 # causal-conv1d

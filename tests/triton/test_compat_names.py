@@ -438,10 +438,15 @@ W, P, S = torch.ones(DIM, WIDTH), torch.zeros(4, DIM, WIDTH - 1), torch.tensor([
 B = torch.tensor([True, True])
 
 
-# Signatures beside those of test_compat.py, as recorded from the releases named.
+# Names, order and defaults of every function, as recorded from the sources of the releases named.
 
 SIGNATURES = {
     "causal-conv1d 1.7.0": {
+        dao.causal_conv1d_fn: "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
+        "final_states_out=None, activation=None",
+        dao.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
+        "conv_state_indices=None",
+        dao.causal_conv1d_varlen_states: "x, cu_seqlens, state_len",
         dao.causal_conv1d_ref: "x, weight, bias=None, initial_states=None, return_final_states=False, "
         "final_states_out=None, activation=None, seq_idx=None",
         dao.causal_conv1d_update_ref: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None",
@@ -454,6 +459,10 @@ SIGNATURES = {
         "conv_state_indices",
     },
     "FLA 0.6.0": {
+        fla.causal_conv1d: "x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False, "
+        "activation=None, backend='triton', cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, "
+        "cp_context=None, **kwargs",
+        fla.causal_conv1d_update: "x, cache, residual=None, weight=None, bias=None, activation=None",
         fla.causal_conv1d_fwd: "x, weight, bias, residual, initial_state=None, output_final_state=False, "
         "activation=None, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, chunk_size=64, "
         "layout_fallback=False",
@@ -466,10 +475,29 @@ SIGNATURES = {
         "seq_idx=None",
     },
     "SGLang 0.5.23": {
+        sglang.causal_conv1d_fn: "x, weight, bias=None, query_start_loc=None, cache_indices=None, "
+        "has_initial_state=None, conv_states=None, activation='silu', pad_slot_id=-1, **kwargs",
+        sglang.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
+        "conv_state_indices=None, pad_slot_id=-1",
+        sglang.causal_conv1d_fn_triton: "x, weight, bias, conv_states, query_start_loc, seq_lens_cpu, "
+        "cache_indices=None, has_initial_state=None, activation='silu', pad_slot_id=-1, validate_data=False, "
+        "block_table=None, **kwargs",
+        sglang.causal_conv1d_update_triton: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
+        "conv_state_indices=None, num_accept_tokens=None, intermediate_conv_window=None, "
+        "intermediate_state_indices=None, retrieve_next_token=None, retrieve_next_sibling=None, "
+        "retrieve_parent_token=None, pad_slot_id=-1, metadata=None, validate_data=False",
         sglang.causal_conv1d_fwd_cuda: "x, weight, bias_, conv_states, query_start_loc, cache_indices, "
         "has_initial_state, silu_activation, pad_slot_id",
         sglang.causal_conv1d_update_cuda: "x, conv_state, weight, bias_, silu_activation, cache_seqlens, "
         "conv_state_indices, pad_slot_id",
+    },
+    "vLLM 0.33.0": {
+        vllm.causal_conv1d_fn: "x, weight, bias, conv_states, query_start_loc, cache_indices=None, "
+        "has_initial_state=None, activation='silu', pad_slot_id=-1, null_block_id=0, metadata=None, "
+        "validate_data=False",
+        vllm.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, conv_state_indices=None, "
+        "num_accepted_tokens=None, query_start_loc=None, max_query_len=-1, null_block_id=0, validate_data=False, "
+        "out=None",
     },
     "vLLM 0.32.0": {
         vllm.causal_conv1d_fn_blocks: "x, weight, bias, conv_states, query_start_loc, cache_indices=None, "
@@ -497,3 +525,11 @@ SIGNATURES = {
 def test_signatures_as_recorded(release):
     for function, wanted in SIGNATURES[release].items():
         assert str(inspect.signature(function)) == f"({wanted})", function.__name__
+
+
+def test_every_public_function_is_recorded():
+    recorded = {function for functions in SIGNATURES.values() for function in functions}
+    for module in (aiter, cpp_functions, dao, fla, sglang, vllm):
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert not callable(value) or value in recorded, f"{module.__name__}.{name}"
