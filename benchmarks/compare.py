@@ -1,17 +1,23 @@
 """Two results files against each other: `python -m benchmarks.compare BEFORE AFTER`.
 
 Files of unlike devices, clocks or timers are refused: their numbers do not compare. A change counts as one
-only if the two runs' ranges from the 20th to the 80th percentile are apart.
+only if it is larger than the noise: that of the samples of both files, and how far apart the files' copies and
+empty kernels are, which no commit changes. Those are shown, and never count as slower themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
 from benchmarks import environment, report
-from benchmarks.record import Run, Timing, read
+from benchmarks.providers import PROVIDERS
+from benchmarks.record import Run, Timing, quantile, read
+
+CONTROLS = ("limit", "copy", "floor")
+LEAST_NOISE = 0.002  # of a median: clocks of a GPU hold no steadier
 
 
 def check_comparable(before: Run, after: Run) -> None:
@@ -35,11 +41,42 @@ def check_comparable(before: Run, after: Run) -> None:
             )
 
 
-def verdict(before: Timing, after: Timing) -> str:
-    """Says "same" where the ranges p20..p80 meet, else "faster" or "slower"."""
-    if after.p80 < before.p20:
-        return "faster"
-    return "slower" if after.p20 > before.p80 else "same"
+def noise(timing: Timing) -> float:
+    """By how much of itself the median of such samples may lie elsewhere in another run.
+
+    The larger of the spread of the samples and of the clock's tick, which a short time shows as one step: samples that
+    are all alike do not mean that the next run's are.
+    """
+    values = sorted(set(timing.samples))
+    tick = min((b - a for a, b in itertools.pairwise(values)), default=0.0)
+    spread = max(timing.p80 - timing.p20, tick)
+    return max(spread / timing.median if timing.median else 0.0, LEAST_NOISE)
+
+
+def verdict(before: Timing, after: Timing, run_noise: float = 0.0) -> str:
+    """Says "same" where the medians differ by less than both runs' noise, else "faster" or "slower"."""
+    allowed = noise(before) + noise(after) + run_noise
+    change = after.median / before.median - 1 if before.median else 0.0
+    if abs(change) <= allowed:
+        return "same"
+    return "slower" if change > 0 else "faster"
+
+
+def run_noise(before: Run, after: Run) -> dict[tuple[str, str], float]:
+    """By framework and clock, how much those contenders differ that no commit changes: copies and empty kernels.
+
+    The 90th percentile of the differences of their medians: what two runs on one device differ by in themselves.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for new in after.results:
+        old = before.find(new.workload, new.provider)
+        if old is None or PROVIDERS[new.provider].role not in CONTROLS:
+            continue
+        for clock in new.timings.keys() & old.timings.keys():
+            first, second = old.timings[clock].median, new.timings[clock].median
+            if first:
+                found.setdefault((new.framework, clock), []).append(abs(second / first - 1))
+    return {key: quantile(values, 0.9) for key, values in found.items()}
 
 
 def table(before: Run, after: Run) -> tuple[list[str], list[str]]:
@@ -50,8 +87,8 @@ def table(before: Run, after: Run) -> tuple[list[str], list[str]]:
     """
     check_comparable(before, after)
     lines = [f"{'workload':34} {'provider':20} {'clock':6} {'before':>10} {'after':>10} {'after/before':>12}  "
-             f"{'verdict':8} ratio to the copy"]  # fmt: skip
-    slower = []
+             f"{'verdict':8} ratio to the limit"]  # fmt: skip
+    slower, runs = [], run_noise(before, after)
     for new in after.results:
         old = before.find(new.workload, new.provider)
         if old is None:
@@ -64,8 +101,8 @@ def table(before: Run, after: Run) -> tuple[list[str], list[str]]:
             if clock not in old.timings:
                 continue
             past = old.timings[clock]
-            word = verdict(past, timing)
-            if word == "slower":
+            word = verdict(past, timing, runs.get((new.framework, clock), 0.0))
+            if word == "slower" and PROVIDERS[new.provider].role not in CONTROLS:
                 slower.append(f"{new.workload} {new.provider} {clock}")
             ratios = [report.ratio(run, r, clock) for run, r in ((before, old), (after, new))]
             text = " -> ".join("-" if value is None else f"{value:.3f}" for value in ratios)

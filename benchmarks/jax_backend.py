@@ -208,22 +208,26 @@ class JaxBackend:
     def _pallas_flat(self, args):
         return self._twin(args, "flat")
 
+    def _jax_limit(self, args) -> Prepared:
+        w = args.workload  # as many bytes as the call must move; they start with x
+        count = w.least_bytes // 2 // ITEMSIZE[w.dtype]
+        return self._copy_of(self._array(TypedArray(w.dtype, np.resize(args.inputs.x.data, count))), args)
+
     def _jax_copy(self, args) -> Prepared:
-        w = args.workload
-        x = args.x
-        if w.op == UPDATE:  # as many bytes as the update must move; they start with x
-            count = w.least_bytes // 2 // ITEMSIZE[w.dtype]
-            x = self._array(TypedArray(w.dtype, np.resize(args.inputs.x.data, count)))
+        if args.workload.op == UPDATE:
+            raise Unsupported("x is the smallest part of what an update moves")
+        return self._copy_of(args.x, args)
+
+    def _copy_of(self, source, args) -> Prepared:
         copy = jax.jit(jnp.copy)
-        out = copy(x)
-        if out.unsafe_buffer_pointer() == x.unsafe_buffer_pointer():
+        out = copy(source)
+        if out.unsafe_buffer_pointer() == source.unsafe_buffer_pointer():
             raise Unsupported("XLA returned the buffer itself instead of copying it")
 
         def answer():
-            result = self._numpy(copy(x))
-            return (result if w.op == PREFILL else result[: args.x.size]), None
+            return self._numpy(copy(source) if source is args.x else copy(source)[: args.x.size]), None
 
-        return Prepared(lambda: self._run(copy(x)), answer)
+        return Prepared(lambda: self._run(copy(source)), answer)
 
     def _jax_conv(self, args) -> Prepared:
         w = args.workload

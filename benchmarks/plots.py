@@ -1,8 +1,10 @@
 """Pictures of results files of one commit and device, as SVG: `python -m benchmarks.plots FILE [FILE ...] [--out FOLDER]`.
 
-ratio.svg   time over the time of a copy, by workload, with what is required and what peers reached
-tokens.svg  time against tokens, both axes logarithmic, with the line of the copy's bandwidth
-skew.svg    time over the copy against the longest row, for both schedules
+ratio.svg   time over that of the limit, a copy of the same bytes, by workload, with what is required and peers of the file
+tokens.svg  time against tokens, both axes logarithmic, with the line of the limit's bandwidth
+skew.svg    time over the limit against the longest row, for both schedules
+
+Nothing is drawn that the files do not hold.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from benchmarks import report
 from benchmarks.record import Run, join, read
 from benchmarks.workloads import WORKLOADS
 
-COLORS = {"triton": "#0072b2", "pallas": "#d55e00", "torch_copy": "#555555", "jax_copy": "#999999"}
-LABELS = {"triton": "Triton", "pallas": "Pallas", "torch_copy": "copy (torch)", "jax_copy": "copy (JAX)"}
+COLORS = {"triton": "#0072b2", "pallas": "#d55e00", "torch_limit": "#555555", "jax_limit": "#999999"}
+LABELS = {"triton": "Triton", "pallas": "Pallas", "torch_limit": "limit (torch)", "jax_limit": "limit (JAX)"}
+MARKERS = {"triton": "o", "pallas": "s", "torch_limit": "^", "jax_limit": "v"}
 PEERS = {
     "sglang": ("^", "SGLang"),
     "vllm": ("v", "vLLM"),
@@ -43,9 +46,24 @@ def cold(run: Run, workload: str, provider: str) -> float | None:
     return result.timings["cold"].median if result and "cold" in result.timings else None
 
 
-def ratio_to_copy(run: Run, workload: str, provider: str) -> float | None:
+def ratio_to_limit(run: Run, workload: str, provider: str) -> float | None:
     result = run.find(workload, provider)
     return report.ratio(run, result, "cold") if result else None
+
+
+def in_words(name: str) -> str:
+    """A workload's rows and channels, on two lines: its name says them in short."""
+    w = WORKLOADS[name]
+    counts: dict[int, int] = {}
+    for length in w.lengths:
+        counts[length] = counts.get(length, 0) + 1
+    if len(counts) > 3:
+        rows = f"{w.batch} uneven rows"
+    else:
+        rows = " + ".join(
+            f"{count} x {length}" if count > 1 else f"{length} tokens" for length, count in counts.items()
+        )
+    return f"{rows}\n{w.dim} channels"
 
 
 def draw_ratio(run: Run, axes: Axes) -> bool:
@@ -53,55 +71,53 @@ def draw_ratio(run: Run, axes: Axes) -> bool:
         name for name in group(run, "main")
         if WORKLOADS[name].target is not None and WORKLOADS[name].target.unit == "ratio"
     ]  # fmt: skip
-    names = [n for n in names if any(ratio_to_copy(run, n, twin) for twin in report.TWINS)]
+    names = [n for n in names if any(ratio_to_limit(run, n, twin) for twin in report.TWINS)]
     if not names:
         return False
     seen = set()
     for place, name in enumerate(names):
         target = WORKLOADS[name].target
         for shift, twin in ((-0.2, "triton"), (0.2, "pallas")):
-            value = ratio_to_copy(run, name, twin)
+            value = ratio_to_limit(run, name, twin)
             if value is not None:
                 label = LABELS[twin] if twin not in seen else None
                 seen.add(twin)
                 axes.bar(place + shift, value, 0.36, color=COLORS[twin], label=label)
                 axes.text(
-                    place + shift,
-                    value - 0.03,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="top",
-                    fontsize=7,
-                    color="white",
+                    place + shift, 0.05, f"{value:.2f}", ha="center", va="bottom", fontsize=7, color="white"
                 )
         first = place == 0
         axes.hlines(target.required, place - 0.45, place + 0.45, colors="black", linestyles="dashed", linewidth=1,
                     label="required" if first else None)  # fmt: skip
         beyond = []
         for peer, (marker, label) in PEERS.items():
-            value = target.peers.get(peer)
+            value = ratio_to_limit(run, name, peer)
             if value is None:
                 continue
             if value > MOST_RATIO:
-                beyond.append(f"{label} {value:g}")
+                beyond.append(f"{label} {value:.3g}")
                 continue
             axes.plot(place, value, marker, color="#333333", markersize=5, linestyle="none", fillstyle="none",
                       label=label if label not in seen else None)  # fmt: skip
             seen.add(label)
         axes.text(place, MOST_RATIO, "\n".join(beyond), ha="center", va="top", fontsize=6)
-    axes.axhline(1.0, color=COLORS["torch_copy"], linewidth=1)
-    axes.set_xticks(range(len(names)), [n.partition("/")[2] for n in names], fontsize=8)
+    axes.axhline(1.0, color=COLORS["torch_limit"], linewidth=1)
+    axes.set_xticks(range(len(names)), [in_words(n) for n in names], fontsize=7)
     axes.set_ylim(0, MOST_RATIO + 0.05)
-    axes.set_ylabel("time / time of copying x to out")
-    axes.set_title("Prefill: time over a copy (bars: this run; marks: peers, measured before)", fontsize=10)
-    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    axes.set_ylabel("time / time of copying as many bytes")
+    peers = any(label in seen for _, label in PEERS.values())
+    axes.set_title(
+        "Prefill, cold: time over the limit" + (" (marks: peers of the same run)" if peers else ""),
+        fontsize=10,
+    )
+    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return True
 
 
 def draw_tokens(run: Run, axes: Axes) -> bool:
     names = sorted(group(run, "tokens"), key=lambda n: WORKLOADS[n].tokens)
     lines = {}
-    for provider in ("triton", "pallas", "torch_copy", "jax_copy"):
+    for provider in COLORS:
         points = [(WORKLOADS[n].tokens, cold(run, n, provider)) for n in names]
         points = [(tokens, time) for tokens, time in points if time is not None]
         if points:
@@ -109,25 +125,25 @@ def draw_tokens(run: Run, axes: Axes) -> bool:
     if not lines:
         return False
     for provider, points in lines.items():
-        style = "--" if provider.endswith("copy") else "-"
+        style = "--" if provider.endswith("limit") else "-"
         axes.plot(
             *zip(*points, strict=True),
             style,
-            marker="o",
+            marker=MARKERS[provider],
             markersize=3,
             color=COLORS[provider],
             label=LABELS[provider],
         )
     rates = [
-        WORKLOADS[n].copy_bytes / time
-        for n in names for provider in ("torch_copy", "jax_copy")
+        WORKLOADS[n].least_bytes / time
+        for n in names for provider in ("torch_limit", "jax_limit")
         if (time := cold(run, n, provider)) is not None
     ]  # fmt: skip
     if rates:
         best = max(rates)  # bytes a microsecond
         tokens = [WORKLOADS[n].tokens for n in names]
         axes.plot(tokens, [WORKLOADS[n].least_bytes / best for n in names], ":", color="black", linewidth=1,
-                  label=f"least bytes at {best / 1e3:.0f} GB/s, the best copy")  # fmt: skip
+                  label=f"least bytes at {best / 1e3:.0f} GB/s, the best limit")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -148,15 +164,15 @@ def draw_skew(run: Run, axes: Axes) -> bool:
             ("_flat", "--", "flat"),
             ("", "-", "auto"),
         ):
-            points = [(max(WORKLOADS[n].lengths), ratio_to_copy(run, n, twin + suffix)) for n in names]
+            points = [(max(WORKLOADS[n].lengths), ratio_to_limit(run, n, twin + suffix)) for n in names]
             points = [(longest, value) for longest, value in points if value is not None]
             if points:
                 drawn = True
-                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=COLORS[twin],
+                axes.plot(*zip(*points, strict=True), style, marker=MARKERS[twin], markersize=3, color=COLORS[twin],
                           label=f"{LABELS[twin]}, {word}")  # fmt: skip
     if not drawn:
         return False
-    axes.axhline(1.0, color=COLORS["torch_copy"], linewidth=1)
+    axes.axhline(1.0, color=COLORS["torch_limit"], linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -164,7 +180,7 @@ def draw_skew(run: Run, axes: Axes) -> bool:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("longest row, tokens (256 rows, 16640 tokens in all, dim 2048)")
-    axes.set_ylabel("time / time of copying x to out")
+    axes.set_ylabel("time / time of copying as many bytes")
     axes.set_title("Prefill: cost of skew, by schedule", fontsize=10)
     axes.grid(True, which="major", linewidth=0.3)
     axes.legend(fontsize=7)

@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Attributes: name; framework; role "twin", "limit", "floor" or "peer"; gate rule; text for readers."""
+    """Attributes: name; framework; role "twin", "limit", "copy", "floor" or "peer"; gate rule; text for readers."""
 
     name: str
     framework: str
@@ -54,8 +54,9 @@ PROVIDERS = {
         Provider("triton_per_sequence", "torch", "twin", Gate.RULE, "triton_impl, schedule per_sequence"),
         Provider("triton_flat", "torch", "twin", Gate.RULE, "triton_impl, schedule flat"),
         Provider(
-            "torch_copy", "torch", "limit", Gate.COPY_RULE, "out.copy_(x); update: a copy of the same bytes"
+            "torch_limit", "torch", "limit", Gate.COPY_RULE, "a copy of as many bytes as the call must move"
         ),
+        Provider("torch_copy", "torch", "copy", Gate.COPY_RULE, "out.copy_(x), of a prefill"),
         Provider(
             "torch_conv1d", "torch", "peer", Gate.PEER_RULE, "torch conv1d + silu, rows of equal length"
         ),
@@ -68,14 +69,19 @@ PROVIDERS = {
         Provider("pallas", "jax", "twin", Gate.RULE, "pallas_impl, schedule auto"),
         Provider("pallas_per_sequence", "jax", "twin", Gate.RULE, "pallas_impl, schedule per_sequence"),
         Provider("pallas_flat", "jax", "twin", Gate.RULE, "pallas_impl, schedule flat"),
-        Provider("jax_copy", "jax", "limit", Gate.COPY_RULE, "x into a fresh array; update: the same bytes"),
+        Provider(
+            "jax_limit", "jax", "limit", Gate.COPY_RULE, "a copy of as many bytes as the call must move"
+        ),
+        Provider("jax_copy", "jax", "copy", Gate.COPY_RULE, "x into a fresh array, of a prefill"),
         Provider("jax_conv", "jax", "peer", Gate.PEER_RULE, "lax.conv_general_dilated, rows of equal length"),
         Provider("jax_shifted", "jax", "peer", Gate.PEER_RULE, "shifted multiply-adds under XLA"),
         Provider("sgl_jax", "jax", "peer", Gate.PEER_RULE, "sglang-jax short convolution"),
         Provider("jax_add", "jax", "floor", "", "x + 1 on one element"),
     )
 }
+LIMIT = {"torch": "torch_limit", "jax": "jax_limit"}
 COPY = {"torch": "torch_copy", "jax": "jax_copy"}
+FLOOR = {"torch": "triton_empty", "jax": "jax_add"}
 TWIN = {"torch": "triton", "jax": "pallas"}
 FRAMEWORKS = ("torch", "jax")
 

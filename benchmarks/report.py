@@ -1,25 +1,48 @@
-"""Tables of results files of one commit and device: `python -m benchmarks.report FILE [FILE ...]`."""
+"""Tables of results files of one commit and device: `python -m benchmarks.report FILE [FILE ...]`.
+
+`ratio` is a time over that of the limit, a copy of as many bytes as the call must move; `of x` over a copy of x into
+out. Both were timed in the same run, by the same clock and the same framework.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.providers import COPY, PROVIDERS, TWIN
+from benchmarks.providers import COPY, FLOOR, LIMIT, PROVIDERS, TWIN
 from benchmarks.record import Result, Run, join, read
-from benchmarks.workloads import WORKLOADS, Target
+from benchmarks.workloads import UPDATE, WORKLOADS, Target
 
 TWINS = tuple(TWIN.values())
 AUTO_SLACK = 1.03  # schedule auto against the better of the two
 HOST_SLACK = 1.5  # a call's host time against an empty Triton kernel's
 
 
-def ratio(run: Run, result: Result, clock: str) -> float | None:
-    """A median over that of the same framework's copy on the same clock."""
-    copy = run.find(result.workload, COPY[result.framework])
-    if clock not in result.timings or copy is None or clock not in copy.timings:
+def limit(run: Run, result: Result) -> Result | None:
+    """The limit's result beside this one. Of an update, files before `short` and `narrow` call it the copy."""
+    found = run.find(result.workload, LIMIT[result.framework])
+    workload = WORKLOADS.get(result.workload)
+    if found is None and workload is not None and workload.op == UPDATE:
+        return run.find(result.workload, COPY[result.framework])
+    return found
+
+
+def over(result: Result, other: Result | None, clock: str) -> float | None:
+    """A median over another's on the same clock."""
+    if other is None or clock not in result.timings or clock not in other.timings:
         return None
-    return result.timings[clock].median / copy.timings[clock].median
+    return result.timings[clock].median / other.timings[clock].median
+
+
+def ratio(run: Run, result: Result, clock: str) -> float | None:
+    """A median over that of the same framework's limit on the same clock."""
+    return over(result, limit(run, result), clock)
+
+
+def ratio_to_copy(run: Run, result: Result, clock: str) -> float | None:
+    """The same over a copy of x."""
+    return over(result, run.find(result.workload, COPY[result.framework]), clock)
 
 
 def measured(run: Run, result: Result, target: Target) -> tuple[float, str] | None:
@@ -29,7 +52,13 @@ def measured(run: Run, result: Result, target: Target) -> tuple[float, str] | No
         clock = "warm"
     if clock not in result.timings:
         return None
-    value = result.timings[clock].median if target.unit == "us" else ratio(run, result, clock)
+    if target.unit == "ratio":
+        value = ratio(run, result, clock)
+    else:
+        value = result.timings[clock].median
+        if target.unit == "us over":
+            floor = run.find(result.workload, FLOOR[result.framework])
+            value = value - floor.timings[clock].median if floor and clock in floor.timings else None
     return None if value is None else (value, clock)
 
 
@@ -40,16 +69,16 @@ def mark(value: float, target: Target) -> str:
 
 
 def targets_table(run: Run) -> list[str]:
-    """One line for every workload with a target: both twins, required, goal, peers as measured before."""
-    head = f"{'workload':34} {'unit':6} {'least':>6} {'required':>8} {'goal':>6}"
-    lines = [head + "".join(f" {name:>22}" for name in TWINS) + "   peers measured before"]
+    """One line for every workload with a target: both twins, required, goal, with the clock that a value is of."""
+    head = f"{'workload':34} {'unit':8} {'least':>6} {'required':>8} {'goal':>6}"
+    lines = [head + "".join(f" {name:>22}" for name in TWINS)]
     for name in dict.fromkeys(r.workload for r in run.results):
         workload = WORKLOADS.get(name)
         if workload is None or workload.target is None:
             continue
         target = workload.target
         goal = f"{target.goal:g}" if target.goal is not None else "-"
-        line = f"{name:34} {target.unit:6} {workload.least_ratio:6.2f} {target.required:8g} {goal:>6}"
+        line = f"{name:34} {target.unit:8} {workload.least_ratio:6.2f} {target.required:8g} {goal:>6}"
         for twin in TWINS:
             result = run.find(name, twin)
             found = measured(run, result, target) if result else None
@@ -59,13 +88,13 @@ def targets_table(run: Run) -> list[str]:
             else:
                 text = result.status if result else "-"
             line += f" {text:>22}"
-        lines.append(line + "   " + ", ".join(f"{peer} {value:g}" for peer, value in target.peers.items()))
+        lines.append(line)
     return lines if len(lines) > 1 else []
 
 
 def results_table(run: Run) -> list[str]:
-    """One line for every result: medians, spread of the first clock, ratio to the copy."""
-    head = f"{'workload':34} {'provider':20} {'status':8} {'cold us':>10} {'p20..p80':>19} {'ratio':>7}"
+    """One line for every result: medians, spread of the first clock, ratios to the limit and to a copy of x."""
+    head = f"{'workload':34} {'provider':20} {'status':8} {'cold us':>10} {'p20..p80':>19} {'ratio':>7} {'of x':>7}"
     lines = [head + f" {'warm us':>9} {'graph us':>9} {'ratio':>6} {'host us':>8} {'GB/s':>6} {'worst':>6}"]
     dry = run.header["clock"] != "gpu"
     clock = "wall" if dry else "cold"
@@ -79,8 +108,8 @@ def results_table(run: Run) -> list[str]:
         def median(name, digits=1, result=result):
             return f"{result.timings[name].median:.{digits}f}" if name in result.timings else "-"
 
-        def over(name, result=result):
-            value = ratio(run, result, name)
+        def over(name, among=ratio, result=result):
+            value = among(run, result, name)
             return f"{value:.3f}" if value is not None else "-"
 
         first = result.timings.get(clock)
@@ -88,12 +117,13 @@ def results_table(run: Run) -> list[str]:
         workload = WORKLOADS.get(result.workload)
         rate = "-"
         if first and workload and not dry:
-            is_copy = result.provider == COPY[result.framework]
-            rate = f"{(workload.copy_bytes if is_copy else workload.least_bytes) / first.median / 1e3:.0f}"
+            of_x = PROVIDERS[result.provider].role == "copy"
+            moved = (workload.x_bytes if of_x else workload.least_bytes) * workload.layers
+            rate = f"{moved / first.median / 1e3:.0f}"
         worst = f"{result.worst:.2f}" if result.worst is not None else "-"
         lines.append(
             f"{result.workload:34} {result.provider:20} {result.status:8} {median(clock):>10} {spread:>19} "
-            f"{over(clock):>7} {median('warm', 2):>9} {median('graph', 2):>9} {over('graph'):>6} "
+            f"{over(clock):>7} {over(clock, ratio_to_copy):>7} {median('warm', 2):>9} {median('graph', 2):>9} {over('graph'):>6} "
             f"{median('host'):>8} {rate:>6} {worst:>6}"
         )
     return lines
@@ -113,10 +143,10 @@ def checks(run: Run) -> list[str]:
                 better = min(times["_per_sequence"], times["_flat"])
                 if times[""] > AUTO_SLACK * better:
                     lines.append(f"{name} {twin}: auto is {times[''] / better:.3f} of the better schedule")
-        copies = [run.find(name, copy) for copy in COPY.values()]
-        times = [c.timings["cold"].median for c in copies if c and "cold" in c.timings]
+        limits = [run.find(name, found) for found in LIMIT.values()]
+        times = [found.timings["cold"].median for found in limits if found and "cold" in found.timings]
         if len(times) == 2 and not 0.95 <= times[1] / times[0] <= 1.05:
-            lines.append(f"{name}: the JAX copy takes {times[1] / times[0]:.3f} of torch's copy")
+            lines.append(f"{name}: JAX's copy of the limit takes {times[1] / times[0]:.3f} of torch's")
         floor, twin = run.find(name, "triton_empty"), run.find(name, "triton")
         if floor and twin and "host" in floor.timings and "host" in twin.timings:
             value = twin.timings["host"].median / floor.timings["host"].median
@@ -148,7 +178,23 @@ def text(run: Run) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="results/<device>/<date>-<commit>.jsonl"
+    )
+    options = parser.parse_args(argv)
+    try:
+        print(text(join([read(file) for file in options.files])))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m benchmarks.report FILE [FILE ...]")
-    print(text(join([read(Path(file)) for file in sys.argv[1:]])))
+    sys.exit(main())

@@ -24,6 +24,7 @@ from benchmarks.gate import Gate, make_inputs
 from benchmarks.providers import (
     COPY,
     FRAMEWORKS,
+    LIMIT,
     PROVIDERS,
     TWIN,
     Missing,
@@ -33,7 +34,7 @@ from benchmarks.providers import (
 )
 from benchmarks.record import Counter, Result, Run, read, write
 from benchmarks.timing import CuptiTimer, CuptiUnavailable, host_time, take_turns
-from benchmarks.workloads import UPDATE, Workload, select
+from benchmarks.workloads import UPDATE, WORKLOADS, Workload, select
 from oracle.contract import CONTRACT_VERSION
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,12 +45,12 @@ DECODE_BYTES = 4 << 20  # below this a graph holds more calls, so that its own l
 
 
 def choose_providers(patterns: list[str], framework: str) -> list[str]:
-    """Provider names of a framework that match; the framework's copy is always among them.
+    """Provider names of a framework that match; the framework's limit and its copy of x are always among them.
 
     Raises:
       ValueError: a pattern matches no provider of any framework.
     """
-    chosen = {COPY[framework]}
+    chosen = {LIMIT[framework], COPY[framework]}
     for pattern in patterns:
         found = fnmatch.filter(PROVIDERS, pattern)
         if not found:
@@ -106,7 +107,7 @@ class Session:
                 conclude("unsupported", refused)
                 continue
             try:
-                prepared = self.backend.prepare(name, args)
+                prepared = self._layers(name, args, inputs)
                 if provider.role == "floor":  # no answer to judge: it bounds what a launch costs
                     conclude("passed", gate_rule="none: computes no answer")
                 else:
@@ -127,6 +128,16 @@ class Session:
                 self.log(f"  {workload.name} {name}: {results[name].status}: {results[name].reason}")
         return results, ready
 
+    def _layers(self, name: str, args, inputs) -> Prepared:
+        """The contender, whose call is that of every layer of the workload, each with arrays of its own."""
+        first, layers = self.backend.prepare(name, args), inputs.workload.layers
+        if layers == 1 or PROVIDERS[name].role == "floor":
+            return first
+        calls = [first.call]
+        calls += [self.backend.prepare(name, self.backend.load(inputs)).call for _ in range(layers - 1)]
+        chain = None if first.chain is None else lambda calls: first.chain(calls * layers)
+        return first._replace(call=lambda: [call() for call in calls][-1], chain=chain)
+
     def launches(self, workload: Workload) -> None:
         """Host time and captured graphs. Before CUPTI is loaded: it slows launches."""
         results, ready = self.prepare(workload)
@@ -136,15 +147,16 @@ class Session:
         calls = {name: prepared.call for name, prepared in ready.items()}
         if self.host:
             self._add(results, "host", *host_time(calls, self.backend.synchronize))
-        if self.backend.framework == "torch" and workload.op == UPDATE:
+        if self.backend.framework == "torch" and (workload.op == UPDATE or workload.layers > 1):
             self._graphs(workload, results, ready)
 
     def gpu_times(self, workload: Workload, timer) -> list[Result]:
         """Cold and, for small workloads, warm times."""
         small = workload.name in self._kept
         results, ready = self._kept.pop(workload.name) if small else self.prepare(workload)
+        over_floor = workload.target is not None and workload.target.unit == "us over"
         contenders = {n: p for n, p in ready.items() if PROVIDERS[n].role != "floor"}
-        if timer.gpu and small:
+        if timer.gpu and (small or over_floor):
             contenders |= {n: p for n, p in ready.items() if n not in contenders}
         calls = {name: prepared.call for name, prepared in contenders.items()}
         clock = "cold" if timer.gpu else "wall"
@@ -155,7 +167,8 @@ class Session:
                 self._count_waits(workload, calls, timer)
             taken = take_turns(calls, timer.warm, timer.warm_method, samples=self.samples, warmup=1)
             self._add(results, "warm", *taken)
-            if self.backend.framework == "jax" and workload.target and workload.target.clock == "graph":
+            in_graph = workload.layers > 1 or (workload.target and workload.target.clock == "graph")
+            if self.backend.framework == "jax" and in_graph:
                 twins = {
                     n: p for n, p in ready.items() if PROVIDERS[n].role == "twin"
                 }  # a chain compiles slowly
@@ -224,7 +237,7 @@ def run_framework(framework: str, workloads: list[Workload], options, path: Path
             + ", ".join(f"{c.name} {c.value if c.value is not None else c.reason}" for c in run.counters)
         )
     for workload in workloads:
-        if workload.op == UPDATE or workload.name == SEED:
+        if workload.op == UPDATE or workload.name == SEED or workload.layers > 1:
             session.launches(workload)
             log(f"{workload.name}: gate, host, graphs")
     timer, notes = backend.timer()
@@ -294,12 +307,19 @@ def destination(run: Run, out: Path | None) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def writable(folder: Path) -> None:
+    """Makes the folder and a file in it, before an hour is spent; raises OSError where it cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workloads", nargs="+", default=list(DEFAULT_WORKLOADS), metavar="GLOB",
-                        help="groups or globs over names (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--workloads", nargs="+", metavar="GLOB",
+                        help=f"groups or globs over names (default: {' '.join(DEFAULT_WORKLOADS)})")  # fmt: skip
     parser.add_argument("--providers", nargs="+", default=["*"], metavar="GLOB",
-                        help="globs over names; each framework's copy is always added (default: all)")  # fmt: skip
+                        help="globs over names; each framework's limit and copy are always added (default: all)")  # fmt: skip
     parser.add_argument("--frameworks", nargs="+", default=list(FRAMEWORKS), choices=FRAMEWORKS)
     parser.add_argument(
         "--out", type=Path, help=f"folder for <device>/<date>-<commit>.jsonl (default: {RESULTS.name})"
@@ -315,7 +335,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=600, help="seconds a framework may take (default: %(default)s)"
     )
-    parser.add_argument("--list", action="store_true", help="print workloads and providers, run nothing")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print all workloads, or those of --workloads, and providers; run nothing",
+    )
     parser.add_argument("--child", choices=FRAMEWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -324,7 +348,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.samples < 1:
         parser.error(f"--samples: expected at least 1, got {options.samples}")
     try:
-        options.selected = select(options.workloads)
+        every = sorted({name.partition("/")[0] for name in WORKLOADS}) if options.list else DEFAULT_WORKLOADS
+        options.selected = select(options.workloads or list(every))
         choose_providers(options.providers, FRAMEWORKS[0])
     except ValueError as error:
         parser.error(str(error))
@@ -345,6 +370,17 @@ def main(argv: list[str] | None = None) -> int:
         run_framework(options.child, options.selected, options, options.part)
         return 0
 
+    if options.out is None and not environment.gpu():
+        print(
+            f"--out: expected a folder for a run without a GPU; {RESULTS.name}/ holds GPU results only",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        writable(options.out or RESULTS)
+    except OSError as error:
+        print(f"--out: expected a folder that can be written, got {error}", file=sys.stderr)
+        return 2
     parts, ended = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for framework in options.frameworks:
@@ -381,13 +417,9 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         run = merge(parts, ended, " ".join(["python", "-m", "benchmarks.run", *argv]))
     print("\n" + report.text(run))
-    try:
-        path = destination(run, options.out)
-    except ValueError as error:
-        print(f"not written: {error}")
-    else:
-        write(path, run)
-        print(f"written: {path}")
+    path = destination(run, options.out)
+    write(path, run)
+    print(f"written: {path}")
     wrong = [r for r in run.results if r.status in ("crashed",) or r.status.startswith("wrong")]
     return 1 if ended or any(PROVIDERS[r.provider].role != "peer" for r in wrong) else 0
 

@@ -194,21 +194,25 @@ class TorchBackend:
     def _triton_flat(self, args):
         return self._twin(args, "flat")
 
+    def _torch_limit(self, args) -> Prepared:
+        w = args.workload  # as many bytes as the call must move; they start with x
+        count = w.least_bytes // 2 // ITEMSIZE[w.dtype]
+        return self._copy_of(self._tensor(TypedArray(w.dtype, np.resize(args.inputs.x.data, count))), args)
+
     def _torch_copy(self, args) -> Prepared:
-        w = args.workload
-        x = args.x
-        if w.op == UPDATE:  # as many bytes as the update must move; they start with x
-            count = w.least_bytes // 2 // ITEMSIZE[w.dtype]
-            x = self._tensor(TypedArray(w.dtype, np.resize(args.inputs.x.data, count)))
-        out = torch.empty_like(x)
+        if args.workload.op == UPDATE:
+            raise Unsupported("x is the smallest part of what an update moves")
+        return self._copy_of(args.x, args)
+
+    def _copy_of(self, source, args) -> Prepared:
+        out = torch.empty_like(source)
 
         def answer():
             out.fill_(float("nan"))
-            out.copy_(x)
-            result = out if w.op == PREFILL else out[: args.x.numel()]
-            return self._numpy(result), None
+            out.copy_(source)
+            return self._numpy(out if source is args.x else out[: args.x.numel()]), None
 
-        return Prepared(lambda: out.copy_(x), answer)
+        return Prepared(lambda: out.copy_(source), answer)
 
     def _torch_conv1d(self, args) -> Prepared:
         w = args.workload

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 INDEX_BYTES = 4  # query_start_loc and cache_indices are int32 in every workload
@@ -21,16 +21,14 @@ class Target:
 
     Attributes:
       clock: the clock it speaks of: "cold" (CUPTI, cold L2) or "graph" (a call inside a captured graph).
-      unit: "ratio" (to the copy timed in the same run, by the same clock) or "us".
+      unit: "ratio" (to the limit timed in the same run, by the same clock), "us", or "us over" (an empty kernel's).
       required, goal: upper bounds in that unit.
-      peers: figures measured before on an H100 80GB, by contender, in that unit unless the key names another.
     """
 
     clock: str
     unit: str
     required: float
     goal: float | None = None
-    peers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Workload:
       x_layout: "token_major", or "channel_first" for the transpose of a [dim, tokens] tensor.
       pool_layout: "dim_last", or "state_last" for a pool held in memory as [slots, dim, state_len].
       target: the row of the table of requirements, if it is one.
+      layers: how often the call is made, each time with its own arrays; sizes and bytes are of one.
     """
 
     name: str
@@ -64,6 +63,7 @@ class Workload:
     x_layout: str = "token_major"
     pool_layout: str = "dim_last"
     target: Target | None = None
+    layers: int = 1
 
     @property
     def batch(self) -> int:
@@ -99,56 +99,95 @@ class Workload:
         return self.bytes_read + self.bytes_written
 
     @property
-    def copy_bytes(self) -> int:
-        """Bytes that the limit moves, read plus written.
-
-        Prefill: a copy of x into out. Update: a copy of half the least bytes, that is, the same traffic,
-        since the windows of a decode step outweigh x three to one.
-        """
-        if self.op == PREFILL:
-            return 2 * self.tokens * self.dim * ITEMSIZE[self.dtype]
-        return 2 * (self.least_bytes // 2)
+    def x_bytes(self) -> int:
+        """Bytes that a copy of x into out moves, read plus written."""
+        return 2 * self.tokens * self.dim * ITEMSIZE[self.dtype]
 
     @property
     def least_ratio(self) -> float:
-        return self.least_bytes / self.copy_bytes
+        """The least bytes over those of a copy of x."""
+        return self.least_bytes / self.x_bytes
 
 
-H100_FIGURES = "measured on an H100 80GB, bf16, width 4, bias, silu and state update, one run each"
+MB = 1 << 20
+
+
+def prefill_target(w: Workload) -> Workload:
+    """The workload with what is required of a prefill of so many bytes; between 4 and 16 MB nothing is."""
+    if w.least_bytes >= 64 * MB:
+        target = Target("cold", "ratio", 1.08, 1.03)
+    elif w.least_bytes >= 16 * MB:
+        target = Target("cold", "ratio", 1.15, 1.08)
+    elif w.least_bytes < 4 * MB:
+        target = Target("cold", "us over", 2.0, 1.5)
+    else:
+        target = None
+    return replace(w, target=target)
 
 
 def _main() -> list[Workload]:
-    """The table of requirements for prefill."""
+    rows = {
+        "8x2048-d8192": ([2048] * 8, 8192, "Qwen3-Next GDN, 8 prompts of 2048"),
+        "8x2048-d2048": ([2048] * 8, 2048, "Qwen3-Next GDN on 4 shards"),
+        "1x32768-d2048": ([32768], 2048, "one long prompt on 4 shards"),
+        "64x128-d8192": ([128] * 64, 8192, "many short prompts"),
+        "skew-d8192": ([16384] + [1] * 255, 8192, "one long prompt among 255 decode rows"),
+        "mixed-d8192": ([2048] + [1] * 128, 8192, "a prefill chunk with 128 decode rows"),
+        "seed-d8192": ((1, 9, 2, 17, 4), 8192, "ragged batch of an engine's own tests"),
+    }
+    found = [
+        prefill_target(Workload(f"main/{name}", PREFILL, tuple(lengths), dim, source))
+        for name, (lengths, dim, source) in rows.items()
+    ]
+    mixed = Target("cold", "ratio", 1.10, 1.05)
+    return [replace(w, target=mixed) if w.name == "main/mixed-d8192" else w for w in found]
 
-    def row(name, lengths, dim, source, required, goal, **peers):
-        clock = Target("cold", "ratio", required, goal, peers)
-        return Workload(f"main/{name}", PREFILL, tuple(lengths), dim, source, target=clock)
 
+def _short() -> list[Workload]:
+    """Rows of a few tokens, and chunks of a prompt among decode rows, as serving engines pack them."""
+    rows = {
+        "1500x5": ([5] * 1500, "rows of a few tokens"),
+        "300x33": ([33] * 300, "rows of some tokens"),
+        "4096x1": ([1] * 4096, "decode rows through the prefill"),
+    } | {
+        f"{chunk}+{decodes}": ([chunk] + [1] * decodes, f"a chunk of {chunk} tokens among {decodes} decode rows")
+        for chunk in (512, 1024, 4096)
+        for decodes in (16, 64, 256)
+    }  # fmt: skip
     return [
-        row("8x2048-d8192", [2048] * 8, 8192, "Qwen3-Next GDN, 8 prompts of 2048", 1.10, 1.05,
-            sglang=1.30, vllm=1.35, causal_conv1d=1.15, fla=2.14, torch_conv1d=9.6, jax_peers=2.4),
-        row("8x2048-d2048", [2048] * 8, 2048, "Qwen3-Next GDN on 4 shards", 1.15, 1.05,
-            sglang=1.34, vllm=1.40, causal_conv1d=1.19, fla=4.1, torch_conv1d=9.0, jax_peers=2.7),
-        row("1x32768-d2048", [32768], 2048, "one long prompt on 4 shards", 1.12, 1.05,
-            sglang=1.30, vllm=1.39, causal_conv1d=1.15, fla=1.62, torch_conv1d=9.2, jax_peers=2.5),
-        row("64x128-d8192", [128] * 64, 8192, "many short prompts", 1.12, 1.06,
-            sglang=1.32, vllm=1.37, causal_conv1d=1.12, fla=2.53, torch_conv1d=10.4, jax_peers=3.2),
-        row("skew-d8192", [16384] + [1] * 255, 8192, "one long prompt among 255 decode rows", 1.18, 1.10,
-            sglang=54, vllm=1.40, fla=4.1, jax_peers=3.7),
-        row("mixed-d8192", [2048] + [1] * 128, 8192, "a prefill chunk with 128 decode rows", 1.45, 1.25,
-            sglang=22, vllm=1.52, fla=8.5, jax_peers=7.2),
-        Workload("main/seed-d8192", PREFILL, (1, 9, 2, 17, 4), 8192, "ragged batch of an engine's own tests",
-                 target=Target("cold", "us", 4.0, 3.0,
-                               dict(sglang_events=9.5, vllm_events=10.0, fla=136.0, jax_peers=15.6))),
-    ]  # fmt: skip
+        prefill_target(Workload(f"short/{name}-d{dim}", PREFILL, tuple(lengths), dim, source))
+        for name, (lengths, source) in rows.items()
+        for dim in (1280, 2048, 4096, 8192)
+    ]
+
+
+def _narrow() -> list[Workload]:
+    """Few channels, as of small models and many shards."""
+    target = Target("cold", "ratio", 1.15, 1.08)
+    rows = [
+        Workload(f"narrow/d{dim}", PREFILL, (2048,) * 8, dim, "16384 tokens of few channels")
+        for dim in (256, 512, 768, 1152, 1280)
+    ]
+    return [replace(w, target=target) if w.dim <= 1024 else prefill_target(w) for w in rows]
+
+
+def _steps() -> list[Workload]:
+    """An engine's step: the calls of three layers on one batch, each with its own x, weight and pool."""
+    rows = {"512+31-d2048": ([512] + [1] * 31, 2048), "2048+128-d8192": ([2048] + [1] * 128, 8192)}
+    return [
+        Workload(
+            f"step/{name}", PREFILL, tuple(lengths), dim, "a step of an engine: 3 layers, one graph", layers=3
+        )
+        for name, (lengths, dim) in rows.items()
+    ]
 
 
 def _decode() -> list[Workload]:
     targets = {
-        (1, 8192): Target("graph", "us", 1.6, None, dict(sglang=1.6, vllm=1.6, causal_conv1d=2.7)),
-        (256, 8192): Target("graph", "us", 9.5, None, dict(sglang=10.6, vllm=11.6, causal_conv1d=22.0, copy=8.0)),
-        (1024, 8192): Target("graph", "us", 52.0, None, dict(sglang=57.8, vllm=143.7, causal_conv1d=97.4, copy=46.7)),
-    }  # fmt: skip
+        (1, 8192): Target("graph", "us", 1.45, 1.3),
+        (256, 8192): Target("graph", "us", 7.3, 7.0),
+        (1024, 8192): Target("graph", "us", 48.6, 47.0),
+    }
     rows = [
         Workload(f"decode/b{batch}-d{dim}", UPDATE, (1,) * batch, dim, "decode step of Qwen3-Next, 1 or 4 shards",
                  target=targets.get((batch, dim)))
@@ -156,11 +195,10 @@ def _decode() -> list[Workload]:
         for batch in (1, 32, 256, 1024)
     ]  # fmt: skip
     rows += [
-        Workload(
-            f"verify/64x4-d{dim}", UPDATE, (4,) * 64, dim, "verification of 3 draft tokens in 64 requests"
-        )
+        Workload(f"verify/64x4-d{dim}", UPDATE, (4,) * 64, dim, "verification of 3 draft tokens in 64 requests",
+                 target=Target("cold", "ratio", 1.15, 1.05) if dim == 8192 else None)
         for dim in (2048, 8192)
-    ]
+    ]  # fmt: skip
     return rows
 
 
@@ -261,7 +299,8 @@ def _variants() -> list[Workload]:
 
 
 WORKLOADS: dict[str, Workload] = {
-    w.name: w for w in (*_main(), *_decode(), *_sweeps(), *_variants(), *_models())
+    w.name: w
+    for w in (*_main(), *_decode(), *_short(), *_narrow(), *_steps(), *_sweeps(), *_variants(), *_models())
 }
 
 
