@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import compare, environment, plots, report, run, timing
+from benchmarks import against, compare, environment, plots, report, run, timing
 from benchmarks import workloads as wl
 from benchmarks.gate import Gate, make_inputs
 from benchmarks.providers import PROVIDERS, Missing, Prepared, Provider, Unsupported
@@ -34,13 +34,13 @@ def test_least_bytes_by_hand():
     x, window, weight, bias, slot = 2048 * 2, 3 * 2048 * 2, 2048 * 4 * 2, 2048 * 2, 4
     assert one.bytes_read == x + window + weight + bias + slot == 36868
     assert one.bytes_written == x + window == 16384
-    assert one.copy_bytes == one.least_bytes == 53252
+    assert one.least_bytes == 53252
 
     seed = wl.WORKLOADS["main/seed-d8192"]  # 33 tokens in 5 rows
     read = 33 * 8192 * 2 + 5 * 3 * 8192 * 2 + 8192 * 5 * 2 + 4 * 5 + 4 * 6 + 5
     written = 33 * 8192 * 2 + 5 * 3 * 8192 * 2
     assert (seed.bytes_read, seed.bytes_written) == (read, written)
-    assert seed.copy_bytes == 2 * 33 * 8192 * 2
+    assert seed.x_bytes == 2 * 33 * 8192 * 2
 
     # float32 states under a bfloat16 x: 2 * 8 rows of 3 entries of 4 bytes instead of 2
     pool = wl.WORKLOADS["variants/float32-pool"]
@@ -110,6 +110,40 @@ def test_random_batches_are_valid_and_differ():
     assert any(-1 in b[1] for b in batches)
 
 
+def test_groups_of_short_rows_narrow_dims_and_steps():
+    short = {name.split("/")[1].rsplit("-d", 1)[0] for name in wl.WORKLOADS if name.startswith("short/")}
+    chunks = {f"{chunk}+{decodes}" for chunk in (512, 1024, 4096) for decodes in (16, 64, 256)}
+    assert short == {"1500x5", "300x33", "4096x1"} | chunks
+    assert wl.WORKLOADS["short/1500x5-d8192"].lengths == (5,) * 1500
+    assert wl.WORKLOADS["short/1024+64-d1280"].lengths == (1024, *[1] * 64)
+    assert {w.dim for w in wl.select(["short"])} == {1280, 2048, 4096, 8192}
+    assert [w.dim for w in wl.select(["narrow"])] == [256, 512, 768, 1152, 1280]
+    assert {w.tokens for w in wl.select(["narrow"])} == {16384}
+    assert {w.layers for w in wl.select(["step"])} == {3}
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "required", "goal"),
+    [
+        ("main/8x2048-d2048", "ratio", 1.08, 1.03),
+        ("main/mixed-d8192", "ratio", 1.10, 1.05),
+        ("main/seed-d8192", "us over", 2.0, 1.5),
+        ("short/1500x5-d8192", "ratio", 1.08, 1.03),
+        ("short/300x33-d1280", "ratio", 1.15, 1.08),
+        ("short/512+16-d1280", "us over", 2.0, 1.5),
+        ("narrow/d768", "ratio", 1.15, 1.08),
+        ("narrow/d1280", "ratio", 1.08, 1.03),
+        ("decode/b1-d8192", "us", 1.45, 1.3),
+        ("decode/b256-d8192", "us", 7.3, 7.0),
+        ("decode/b1024-d8192", "us", 48.6, 47.0),
+        ("verify/64x4-d8192", "ratio", 1.15, 1.05),
+    ],
+)
+def test_targets_follow_the_bytes_that_must_move(name, unit, required, goal):
+    target = wl.WORKLOADS[name].target
+    assert (target.unit, target.required, target.goal) == (unit, required, goal)
+
+
 # Records.
 
 
@@ -154,11 +188,13 @@ def make_run(device="NVIDIA H100 80GB HBM3", clock="gpu", timer="CUPTI", scale=1
     """A run of everything that tables and pictures show, with made-up times."""
     whole = Run({"device": device, "clock": clock, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "dirty": False,
                  "contract_version": 1, "notes": [], "frameworks": {"torch": {"timer": timer}}, **header})  # fmt: skip
-    providers = ("triton", "triton_per_sequence", "triton_flat", "torch_copy", "pallas", "jax_copy")
+    providers = (
+        "triton", "triton_per_sequence", "triton_flat", "torch_limit", "torch_copy", "pallas", "jax_limit", "jax_copy",
+    )  # fmt: skip
     for w in wl.select(["main", "tokens", "skew"]):
         for number, name in enumerate(providers):
             time = w.least_bytes / 3e6 + 1 + number * 0.1
-            base = time * (scale if "copy" not in name else 1.0)
+            base = time * (scale if PROVIDERS[name].role == "twin" else 1.0)
             samples = [round(base * f, 3) for f in (0.99, 1.0, 1.01)]
             whole.results.append(
                 Result(
@@ -645,9 +681,9 @@ def test_a_gpu_session_takes_every_clock_once(framework):
     assert "kernels only" in waits[0].reason
 
 
-def test_providers_are_chosen_by_glob_and_the_copy_always_runs():
-    assert run.choose_providers(["triton_f*"], "torch") == ["triton_flat", "torch_copy"]
-    assert run.choose_providers(["triton_f*"], "jax") == ["jax_copy"]
+def test_providers_are_chosen_by_glob_and_limit_and_copy_always_run():
+    assert run.choose_providers(["triton_f*"], "torch") == ["triton_flat", "torch_limit", "torch_copy"]
+    assert run.choose_providers(["triton_f*"], "jax") == ["jax_limit", "jax_copy"]
     with pytest.raises(ValueError, match="got 'trition'"):
         run.choose_providers(["trition"], "torch")
 
@@ -660,6 +696,44 @@ def test_a_dry_run_never_lands_among_gpu_results(tmp_path):
     assert gpu.relative_to(tmp_path).as_posix() == "nvidia-h100-80gb-hbm3/2026-01-02-abc.jsonl"
     write(gpu, make_run())
     assert run.destination(make_run(), tmp_path).name == "2026-01-02-abc-2.jsonl"
+
+
+def test_all_layers_of_a_step_are_called():
+    backend = FakeGpu("torch")
+    session = run.Session(backend, ["triton", "triton_empty"], samples=3, log=lambda text: None)
+    step = dataclasses.replace(SMALL, layers=3)
+    session.launches(step)
+    session.gpu_times(step, timing.CuptiTimer(backend.device, backend.device))
+    twin, floor = session.results
+    assert twin.timings["cold"].samples == [12.0] * 3
+    assert twin.timings.keys() == {"host", "graph", "cold", "warm"}
+    assert floor.timings["cold"].samples == [4.0] * 3
+
+
+def test_a_small_prefill_is_held_against_an_empty_kernel():
+    backend = FakeGpu("torch")
+    session = run.Session(backend, ["triton", "triton_empty"], samples=3, log=lambda text: None)
+    small = dataclasses.replace(SMALL, target=wl.Target("cold", "us over", 2.0))
+    session.gpu_times(small, timing.CuptiTimer(backend.device, backend.device))
+    twin, floor = session.results
+    floor.timings["cold"] = Timing([1.5] * 3, "m")
+    assert report.measured(Run({}, session.results), twin, small.target) == (2.5, "cold")
+
+
+def test_list_shows_every_workload(capsys):
+    assert run.main(["--list"]) == 0
+    shown = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert shown == wl.WORKLOADS.keys() | PROVIDERS.keys()
+    assert run.main(["--list", "--workloads", "narrow"]) == 0
+    assert "main/" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [[], ["--out", "/dev/null/folder"]], ids=["no folder", "no such folder"])
+def test_a_run_that_cannot_be_written_stops_before_it_begins(monkeypatch, capsys, bad):
+    monkeypatch.setattr(environment, "gpu", dict)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("it began"))
+    assert run.main(["--workloads", "tokens/4", *bad]) == 2
+    assert "--out: expected a folder" in capsys.readouterr().err
 
 
 def test_frameworks_of_unlike_devices_are_not_merged():
@@ -683,8 +757,10 @@ def test_a_dry_run_of_both_frameworks(tmp_path):
     assert found.header["frameworks"].keys() == {"torch", "jax"}
     statuses = {(r.workload, r.provider): r.status for r in found.results}
     for workload in ("tokens/4", "decode/b1-d2048"):
-        for provider in ("torch_copy", "torch_conv1d", "jax_copy", "jax_shifted"):
+        for provider in ("torch_limit", "torch_conv1d", "jax_limit", "jax_shifted"):
             assert statuses[workload, provider] == "passed"
+        for provider in ("torch_copy", "jax_copy"):
+            assert statuses[workload, provider] == ("passed" if workload == "tokens/4" else "unsupported")
         assert statuses[workload, "causal_conv1d"] in ("missing", "crashed")  # crashed: installed, but no GPU
     assert {clock for r in found.results for clock in r.timings} == {"wall"}
 
@@ -702,6 +778,24 @@ def test_compare_refuses_unlike_runs(tmp_path, capsys):
     write(tmp_path / "b.jsonl", make_run(device="NVIDIA H200"))
     assert compare.main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 2
     assert "device" in capsys.readouterr().err
+
+
+def test_compare_measures_noise_from_the_files_samples():
+    """A run that is slower as a whole, copies and all, is no slower commit; nor is a copy ever one."""
+    before, after = make_run(), make_run()
+    for found in after.results:
+        found.timings["cold"] = Timing([1.04 * s for s in found.timings["cold"].samples], "CUPTI", 1)
+    assert compare.table(before, after)[1] == []
+    for found in after.results:
+        if found.provider == "triton":
+            found.timings["cold"] = Timing([1.1 * s for s in found.timings["cold"].samples], "CUPTI", 1)
+    slower = compare.table(before, after)[1]
+    assert "main/skew-d8192 triton cold" in slower
+    assert not any("copy" in name or "limit" in name or "pallas" in name for name in slower)
+    ticks = Timing([2.016] * 4 + [2.048], "m"), Timing([2.048] * 5, "m")
+    assert compare.verdict(*ticks) == "same"  # a tick of the clock
+    assert compare.verdict(Timing([2.016] * 5, "m"), Timing([2.4] * 5, "m")) == "slower"
+    assert compare.verdict(Timing([2.0, 2.0, 3.0, 3.0], "m"), Timing([2.4, 2.5, 2.6], "m")) == "same"
 
 
 def test_compare_tells_a_change_from_noise():
@@ -724,13 +818,15 @@ def test_report_marks_targets_and_slack():
     assert report.mark(1.0, wl.Target("cold", "us", 1.0)) == "met"
 
     whole = make_run()
-    copy = whole.find("main/skew-d8192", "torch_copy").timings["cold"].median
+    limit, copy = (
+        whole.find("main/skew-d8192", n).timings["cold"].median for n in ("torch_limit", "torch_copy")
+    )
     twin = whole.find("main/skew-d8192", "triton")
-    assert report.ratio(whole, twin, "cold") == twin.timings["cold"].median / copy
+    assert report.ratio(whole, twin, "cold") == twin.timings["cold"].median / limit
+    assert report.ratio_to_copy(whole, twin, "cold") == twin.timings["cold"].median / copy
     assert report.ratio(whole, twin, "graph") is None
     (line,) = (row for row in report.targets_table(whole) if row.startswith("main/skew-d8192"))
     assert f"{report.ratio(whole, twin, 'cold'):.3f} cold goal" in line
-    assert "vllm 1.4" in line
 
     slow = make_run(scale=1.0)
     slow.find("main/skew-d8192", "triton").timings["cold"] = Timing([1e5], "m")
@@ -754,13 +850,95 @@ def test_pictures_are_drawn_and_reproducible(tmp_path):
     first = plots.draw(make_run(), tmp_path / "a")
     assert [p.name for p in first] == ["ratio.svg", "tokens.svg", "skew.svg"]
     text = first[0].read_text()
-    for word in ("skew-d8192", "required", "causal-conv1d", "SGLang 54", "NVIDIA H100"):
+    for word in ("255 x 1", "8192 channels", "required", "NVIDIA H100"):
         assert word in text
     second = plots.draw(make_run(), tmp_path / "b")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     empty = make_run()
     empty.results.clear()
     assert plots.draw(empty, tmp_path / "c") == []
+
+
+def test_pictures_show_peers_of_the_file_alone(tmp_path):
+    whole = make_run()
+    text = (plots.draw(whole, tmp_path / "a")[0]).read_text()
+    assert not [label for _, label in plots.PEERS.values() if label in text]
+    limit = whole.find("main/skew-d8192", "torch_limit").timings["cold"].median
+    for name, ratio in (("fla", 2.18), ("vllm", 31.5)):
+        timings = {"cold": Timing([ratio * limit], "CUPTI", 1)}
+        whole.results.append(Result("main/skew-d8192", name, "torch", "passed", timings=timings))
+    whole.results.append(Result("main/skew-d8192", "causal_conv1d", "torch", "missing", "not installed"))
+    text = (plots.draw(whole, tmp_path / "b")[0]).read_text()
+    assert ">FLA<" in text
+    assert "vLLM 31.5" in text
+    assert "SGLang" not in text
+    assert "causal-conv1d" not in text
+
+
+def test_the_reports_help_and_its_errors(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--help"])
+    assert ended.value.code == 0
+    assert "of as many bytes" in capsys.readouterr().out
+    assert report.main([str(tmp_path / "nothing.jsonl")]) == 2
+    assert "nothing.jsonl" in capsys.readouterr().err
+
+
+# Two checkouts in turns.
+
+
+def a_row(*turns, limit=None):
+    return against.Row(
+        "main/seed-d8192", "torch", "cold", ([[2.0, 2.2]] * len(turns), [[2.1 * t] for t in turns]), limit
+    )
+
+
+def test_a_row_is_the_median_of_its_turns():
+    row = a_row(1.0, 1.5, 1.1, limit=([[4.0], [4.0]], [[4.2], [4.2]]))
+    assert row.ratios == pytest.approx([1.0, 1.5, 1.1])
+    assert row.limits_ratio == pytest.approx(1.05)
+    assert row.line().split() == [
+        "torch", "main/seed-d8192", "cold", "2.10", "2.31", "1.100", "1.040..1.340", "1.050",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("turns", "code"), [((1.0, 1.019, 1.3), 0), ((1.0, 1.021, 1.3), 1), ((), 1)])
+def test_a_row_above_the_allowance_fails(monkeypatch, capsys, turns, code):
+    rows = [a_row(*turns)] if turns else []
+    monkeypatch.setattr(against, "compare", lambda *arguments: rows)
+    assert against.main([str(ROOT), "--frameworks", "torch"]) == code
+    assert f"{len(rows)} rows" in capsys.readouterr().out
+
+
+def test_two_checkouts_take_turns_and_a_wrong_answer_gets_no_time(tmp_path):
+    for name in ("oracle", "triton_impl"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    package = tmp_path / "triton_impl" / "__init__.py"
+    text = package.read_text()
+
+    def run_with(planted):
+        package.write_text(text + planted)
+        command = [sys.executable, "-m", "benchmarks.against", str(tmp_path), "--workloads", "decode/b1-d2048",
+                   "--frameworks", "torch", "--turns", "2", "--allow", "1000"]  # fmt: skip
+        environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200, check=False
+        )
+
+    slow = """
+import time
+_update = causal_conv1d_update
+def causal_conv1d_update(*args, **options):
+    time.sleep(0.05)
+    return _update(*args, **options)
+"""
+    done = run_with(slow)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if " decode/b1-d2048 " in line)
+    assert float(line.split()[5]) < 0.8, "after over before"
+    done = run_with(slow.replace("time.sleep(0.05)", "args = (args[0], -args[1], *args[2:])"))
+    assert done.returncode == 1
+    assert "wrong_value" in done.stderr
 
 
 def test_environment_needs_no_gpu(monkeypatch):
