@@ -64,10 +64,10 @@ def run_commit(call):
 
 def _checked(call, on):
     """(call, sizes, backend): the call as it is taken below, its sizes, and the backend that runs it on `on`'s device."""
-    sizes, call = call.check(), normalised(call)
-    backend = resolve(call.backend, on)
-    if call.validate:
+    sizes, backend = call.check(), resolve(call.backend, on)
+    if call.validate:  # of the numbers that the caller gave
         call.check_values(sizes, on_host)
+    call = normalised(call)
     if backend != "xla":
         for name, size in sizes._asdict().items():
             if size is not None and not isinstance(size, int):

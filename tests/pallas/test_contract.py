@@ -7,6 +7,7 @@ import pytest
 from jax import export
 
 from oracle.contract import CommitCall, FnCall, RowsCall, UpdateCall, normalised
+from pallas_impl import causal_conv1d_fn
 
 T, B, S, N = export.symbolic_shape("t, b, s, n")
 
@@ -56,3 +57,15 @@ def test_arrays_and_tracers_are_no_host_integers():
     with pytest.raises(TypeError, match=rf"{text}\w*Tracer \(make the argument static\)"):
         jax.jit(traced)(4)
     assert jax.jit(traced, static_argnums=0)(np.int64(4)) == 4
+
+
+def test_validation_sees_the_slot_number_that_was_given():
+    """One too large for an int64 marks no slot, so -1 is none either."""
+    x, weight, pool, starts = jnp.ones((2, 8)), jnp.ones((8, 4)), jnp.ones((3, 3, 8)), jnp.array([0, 2])
+    with pytest.raises(
+        ValueError,
+        match=rf"^cache_indices: expected pad_slot_id={2**70} or a slot in \[0, 3\) in row 0, got -1$",
+    ):
+        causal_conv1d_fn(x, weight, None, pool, starts, jnp.array([-1]), pad_slot_id=2**70, validate=True)
+    out, _ = causal_conv1d_fn(x, weight, None, pool, starts, jnp.array([1]), pad_slot_id=2**70, validate=True)
+    assert (out[1] == 2).all()
