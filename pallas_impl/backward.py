@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math
 
+from pallas_impl import plain
 from pallas_impl.arithmetic import (
     constant,
     convolve,
@@ -33,11 +34,70 @@ from pallas_impl.arithmetic import (
     silu_slope,
     silu_slope_of_register,
 )
-from pallas_impl.config import BACKWARD_D, cdiv
+from pallas_impl.call import CLIPS, interpreter
+from pallas_impl.config import BACKWARD_D, backward_config, cdiv, tma_dim
 from pallas_impl.launch import run
 from pallas_impl.rows import copy_out, find_row, row_facts, store_rows, store_zeros
+from pallas_impl.tracing import refuse_transforms
 
 GROUP = 8  # tokens between two turns of the loop, and places of the workspace loaded at a time
+
+
+def differentiate(options, inputs, upstream):
+    """The gradients of the differentiable form.
+
+    Args:
+      options: (activation, max_seqlen, schedule, backend).
+      inputs: x [tokens, dim], weight, bias, initial_states, query_start_loc.
+      upstream: the gradients of its two results, None or symbolic zeros where no loss depends on one.
+
+    Returns:
+      A gradient for each of `inputs`, None for query_start_loc.
+    """
+    activation, max_seqlen, schedule, backend = options
+    # what no loss depends on comes as a symbolic zero
+    dout, dfinal = (None if isinstance(a, jax.custom_derivatives.SymbolicZero) else a for a in upstream)
+    if dout is None:
+        dout = jnp.zeros_like(inputs[0])
+
+    if backend == "xla" or inputs[0].size == 0 or inputs[-1].shape[0] == 1:
+        found = plain.backward(dout, dfinal, *inputs, silu=activation is not None)
+    else:
+        arrays = refuse_transforms(dout, dfinal, *inputs[:4])
+        interpret = backend == "mosaic_gpu_interpret"
+        found = _padded(*arrays, inputs[4], activation is not None, max_seqlen, schedule, interpret)
+    return (*found, None)
+
+
+def _padded(
+    dout, dfinal, x, weight, bias, initial_states, query_start_loc, silu, max_seqlen, schedule, interpret
+):
+    """Calls the kernels with arrays that TMA can address: a dim that is too short or odd is padded."""
+    (tokens, dim), batch = x.shape, query_start_loc.shape[0] - 1
+    arrays = [a for a in (dout, dfinal, x, initial_states) if a is not None]
+    extra = tma_dim(dim, tuple(a.dtype.itemsize for a in arrays)) - dim
+    if interpret and not CLIPS:
+        extra = -dim % BACKWARD_D
+    starts = query_start_loc
+    if starts.dtype != jnp.int32:
+        starts = plain.offsets(starts, tokens)
+
+    def wide(array):
+        if array is None or not extra:
+            return array
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
+
+    config = backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
+    dx, dweight, dbias, dinitial = launch(
+        wide(dout), wide(dfinal), wide(x), jnp.pad(weight, ((0, extra), (0, 0))), wide(bias), wide(initial_states),
+        starts, silu=silu, config=config, interpret=interpreter(interpret),
+    )  # fmt: skip
+    return (
+        dx[:, :dim],
+        dweight[:dim],
+        None if bias is None else dbias[:dim],
+        None if initial_states is None else dinitial[..., :dim],
+    )
 
 
 def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, silu, config, interpret):

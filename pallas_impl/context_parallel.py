@@ -20,8 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from oracle.contract import ConvOutput, check_causal_conv1d, check_causal_conv1d_fn
-from pallas_impl import api, functional, plain
+from pallas_impl import api, plain
 from pallas_impl.arithmetic import WARPGROUP
+from pallas_impl.backward import differentiate
 from pallas_impl.call import interpreter, resolve
 from pallas_impl.config import cdiv
 from pallas_impl.launch import run
@@ -265,7 +266,7 @@ def _backward(options, residuals, dout):
     # Float32 copies of weight and bias, which change no product, so that their gradients come unrounded.
     precise = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
     inputs = x, *precise, _windows(halo, offsets, begin), starts
-    dx, dweight, dbias, *_ = functional.differentiate(options.of(tokens), inputs, (dout, None))
+    dx, dweight, dbias, *_ = differentiate(options.of(tokens), inputs, (dout, None))
     if after is not None:
         dx, after = lax.optimization_barrier((dx, after))
         last = _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin)
@@ -306,7 +307,7 @@ def _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin):
     count = x_around.shape[0]
     starts = jnp.clip(offsets - (begin + tokens - tail - history), 0, count)
     inputs = x_around, weight, bias, None, starts
-    dx, *_ = functional.differentiate(options.of(count), inputs, (dout_around, None))
+    dx, *_ = differentiate(options.of(count), inputs, (dout_around, None))
     return dx[history : history + tail]
 
 

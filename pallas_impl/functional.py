@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from oracle.contract import ConvOutput, check_causal_conv1d
-from pallas_impl import api, backward, plain, tracing
-from pallas_impl.call import CLIPS, interpreter, resolve
-from pallas_impl.config import BACKWARD_D, backward_config, tma_dim
+from pallas_impl import api, backward, plain
+from pallas_impl.call import resolve
+from pallas_impl.tracing import refuse_transforms
 
 
 def causal_conv1d(
@@ -72,17 +72,13 @@ def _run(options, batch, x, weight, bias, initial_states, query_start_loc):
     return out.reshape(x.shape), states
 
 
-def _transformed_by_xla_alone(backend, *arrays):
-    """The arrays as they are; for the kernels, an error under `jax.vmap` and where they are differentiated again."""
-    return arrays if backend == "xla" else tracing.refuse_transforms(*arrays)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(options, x, weight, bias, initial_states, query_start_loc):
     activation, max_seqlen, schedule, backend = options
     batch, width = query_start_loc.shape[0] - 1, weight.shape[1]
 
-    x, weight, bias, initial_states = _transformed_by_xla_alone(backend, x, weight, bias, initial_states)
+    if backend != "xla":
+        x, weight, bias, initial_states = refuse_transforms(x, weight, bias, initial_states)
     pool, has_state = initial_states, jnp.ones((batch,), bool)
     if initial_states is None:  # rows of zero tokens keep their zeros
         pool, has_state = jnp.zeros((batch, width - 1, x.shape[1]), x.dtype), None
@@ -99,54 +95,4 @@ def _keep_inputs(options, *primals):
     return _convolve(options, *inputs), inputs
 
 
-def differentiate(options, inputs, upstream):
-    """The gradients of `_convolve` in all its arguments, of the upstream gradients of its results."""
-    activation, max_seqlen, schedule, backend = options
-    # what no loss depends on comes as a symbolic zero
-    dout, dfinal = (None if isinstance(a, jax.custom_derivatives.SymbolicZero) else a for a in upstream)
-    if dout is None:
-        dout = jnp.zeros_like(inputs[0])
-
-    if backend == "xla" or inputs[0].size == 0 or inputs[-1].shape[0] == 1:
-        found = plain.backward(dout, dfinal, *inputs, silu=activation is not None)
-    else:
-        dout, dfinal, *arrays = _transformed_by_xla_alone(backend, dout, dfinal, *inputs[:4])
-        found = _kernels(
-            dout, dfinal, *arrays, inputs[4],
-            activation is not None, max_seqlen, schedule, backend == "mosaic_gpu_interpret",
-        )  # fmt: skip
-    return (*found, None)
-
-
-def _kernels(
-    dout, dfinal, x, weight, bias, initial_states, query_start_loc, silu, max_seqlen, schedule, interpret
-):
-    """Calls the kernels with arrays that TMA can address: a dim that is too short or odd is padded."""
-    (tokens, dim), batch = x.shape, query_start_loc.shape[0] - 1
-    arrays = [a for a in (dout, dfinal, x, initial_states) if a is not None]
-    extra = tma_dim(dim, tuple(a.dtype.itemsize for a in arrays)) - dim
-    if interpret and not CLIPS:
-        extra = -dim % BACKWARD_D
-    starts = query_start_loc
-    if starts.dtype != jnp.int32:
-        starts = plain.offsets(starts, tokens)
-
-    def wide(array):
-        if array is None or not extra:
-            return array
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
-
-    config = backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
-    dx, dweight, dbias, dinitial = backward.launch(
-        wide(dout), wide(dfinal), wide(x), jnp.pad(weight, ((0, extra), (0, 0))), wide(bias), wide(initial_states),
-        starts, silu=silu, config=config, interpret=interpreter(interpret),
-    )  # fmt: skip
-    return (
-        dx[:, :dim],
-        dweight[:dim],
-        None if bias is None else dbias[:dim],
-        None if initial_states is None else dinitial[..., :dim],
-    )
-
-
-_convolve.defvjp(_keep_inputs, differentiate, symbolic_zeros=True)
+_convolve.defvjp(_keep_inputs, backward.differentiate, symbolic_zeros=True)
