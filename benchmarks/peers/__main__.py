@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.table:
             write_table(Path(options.table))
             return 0
+        if options.output:
+            Path(options.output).mkdir(parents=True, exist_ok=True)
         for peer in chosen(options.peers):
             result = judge(peer, options.device, options.cases, options.tier or (), options.jobs)
             print(reports.summary(result))
