@@ -250,7 +250,7 @@ def _record(operation: str, *, positional: int) -> Callable[[_Record], _Record]:
       OPERATION: the operation's name.
       POSITIONAL: how many arguments are positional; the others are keyword only.
       ARRAYS: every array; WRITTEN: those that the call updates; INDICES: those that `check_values` reads.
-      OPTIONS: everything else.
+      OPTIONS: everything else; INTEGERS: those that are host integers.
       OPTIONAL: fields that may be None.
       KINDS: not a tuple but {field: kind}, a kind being "array", "index array", "written array", "integer", "size",
         "sizes", "str" or "bool".
@@ -271,6 +271,7 @@ def _record(operation: str, *, positional: int) -> Callable[[_Record], _Record]:
         record.WRITTEN = tuple(name for name, kind in kinds.items() if kind == "written array")
         record.INDICES = tuple(name for name, kind in kinds.items() if kind == "index array")
         record.OPTIONS = tuple(name for name in kinds if name not in record.ARRAYS)
+        record.INTEGERS = tuple(name for name, kind in kinds.items() if kind in ("integer", "size", "sizes"))
         RECORDS[operation] = record
         return record
 
@@ -711,17 +712,16 @@ def normalised(call: _Record) -> _Record:
     A `pad_slot_id` that does not fit into an int64, and so is no slot's number, becomes -1.
     """
     plain: dict[str, Any] = {}
-    for name, kind in call.KINDS.items():
+    for name in call.INTEGERS:
         value = getattr(call, name)
         if value is None:
             continue
-        if kind == "integer":
-            slot = host_int(name, value)
-            plain[name] = slot if -(2**63) <= slot < 2**63 else -1
-        elif kind == "size":
-            plain[name] = host_int(name, value)
-        elif kind == "sizes":
+        if call.KINDS[name] == "sizes":
             plain[name] = tuple(host_int(name, size) for size in value)
+        else:
+            plain[name] = host_int(name, value)
+    if "pad_slot_id" in plain and not -(2**63) <= plain["pad_slot_id"] < 2**63:
+        plain["pad_slot_id"] = -1
     return call._replace(**plain)
 
 

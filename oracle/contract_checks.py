@@ -85,10 +85,10 @@ def check_rows(name: str, value: Any, batch: int, allowed: tuple[str, ...] = IND
 
 def check_weight(x: Any, weight: Any, bias: Any, dim: int) -> int:
     """Returns the width. Where another axis of x has the weight's dim, x is blamed."""
-    shape, x_shape = shape_of("weight", weight), shape_of("x", x)
-    if len(shape) == 2 and shape[0] != dim and shape[0] in x_shape[:-1]:
+    shape = shape_of("weight", weight)
+    if len(shape) == 2 and shape[0] != dim and shape[0] in x.shape[:-1]:
         raise ValueError(
-            f"x: expected dim={shape[0]}, as the weight has, on the last axis, got {list(x_shape)} (transposed?)"
+            f"x: expected dim={shape[0]}, as the weight has, on the last axis, got {list(x.shape)} (transposed?)"
         )
     _, width = weight_shape(weight, dim)
     check_dtype("weight", weight, FLOAT_DTYPES)
@@ -270,6 +270,8 @@ def is_symbol(value: Any) -> bool:
 
 def below(a: Any, b: Any) -> bool:
     """Whether a < b, where that is known."""
+    if type(a) is type(b) is int:
+        return a < b
     if type(a).__name__ == "SymInt" or type(b).__name__ == "SymInt":
         return False  # the comparison would become a guard; the operator checks again when it has the numbers
     try:

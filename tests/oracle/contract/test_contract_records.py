@@ -131,6 +131,7 @@ ACCEPTED = [
     ("fn", dict(max_seqlen=S0), FN_SIZES),
     ("fn", dict(max_seqlen=B), FN_SIZES),
     ("fn", dict(x=a(33, 80), channel_offset=B), FN_SIZES),
+    ("fn", dict(x=a(33, SymInt("channels")), channel_offset=S0), FN_SIZES),
     ("fn", SNAPSHOTS | dict(snapshot_block_size=S0), FN_SIZES),
     ("update", WINDOWS | dict(window_out=a(5, S0, 3, 64)), UPDATE_SIZES),
     ("given", NO_POOL, {name: FN[name] for name in ("x", "weight", "bias", "query_start_loc")}),

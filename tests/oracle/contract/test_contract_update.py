@@ -439,6 +439,13 @@ REJECTED = [
     ),
     (
         "update",
+        ROLLING | dict(max_seqlen=np.int64(5)),
+        ValueError,
+        "conv_states: expected state_len >= width-1 + 5-1 = 7 on axis 1 for rows of up to 5 tokens with "
+        "num_accepted_tokens, got 6",
+    ),
+    (
+        "update",
         COUNTS | dict(x=a(5, 2, 64)),
         ValueError,
         "conv_states: expected state_len >= width-1 + 2-1 = 4 on axis 1 for rows of up to 2 tokens with "
