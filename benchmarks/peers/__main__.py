@@ -26,6 +26,7 @@ PACKAGES = {
     "causal_conv1d_fn": "causal_conv1d",
     "causal_conv1d_update": "causal_conv1d",
     "fla": "fla",
+    "jla": "jla",
     "onnx_reference": "onnx",
     "sglang": "sglang",
     "sglang_jax": "sgl_jax",
