@@ -164,19 +164,19 @@ def torch_peers(leaves, dout, offsets):
     import torch
 
     from benchmarks.providers import Missing
-    from benchmarks.torch_backend import _import
+    from benchmarks.torch_backend import import_peer
 
     x, weight, bias = leaves
 
     def fla():
-        ops = _import("fla.modules.causal_conv1d", "fla.modules.convolution")
+        ops = import_peer("fla.modules.causal_conv1d", "fla.modules.convolution")
         return ops.causal_conv1d(x[None], weight, bias, activation=ACTIVATION, cu_seqlens=offsets.long())[0][
             0
         ]
 
     def causal_conv1d():
         rows = x.view(ROWS, LENGTH, DIM).mT  # channel-last memory
-        out = _import("causal_conv1d").causal_conv1d_fn(rows, weight, bias, activation=ACTIVATION)
+        out = import_peer("causal_conv1d").causal_conv1d_fn(rows, weight, bias, activation=ACTIVATION)
         return out.mT.reshape(x.shape)
 
     found, absent = {}, {}

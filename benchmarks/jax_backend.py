@@ -67,7 +67,8 @@ class JaxBackend:
     def without_gradients() -> None:
         """JAX records none unless asked."""
 
-    def _run(self, result):
+    def remember(self, result):
+        """The result of a call, which `synchronize` is to wait for."""
         self._last = jax.tree.leaves(result)[0]  # the output; a pool is soon donated, and gone
         return result
 
@@ -148,7 +149,7 @@ class JaxBackend:
 
         def call():
             nonlocal pool
-            out, pool = self._run(step(args.x, args.weight, args.bias, pool, *rest))
+            out, pool = self.remember(step(args.x, args.weight, args.bias, pool, *rest))
             return out
 
         def answer():
@@ -169,7 +170,7 @@ class JaxBackend:
 
             def run():
                 nonlocal own
-                out, own = self._run(many(args.x, args.weight, args.bias, own, *rest))
+                out, own = self.remember(many(args.x, args.weight, args.bias, own, *rest))
                 return out
 
             return run
@@ -227,7 +228,7 @@ class JaxBackend:
         def answer():
             return self._numpy(copy(source) if source is args.x else copy(source)[: args.x.size]), None
 
-        return Prepared(lambda: self._run(copy(source)), answer)
+        return Prepared(lambda: self.remember(copy(source)), answer)
 
     def _jax_conv(self, args) -> Prepared:
         w = args.workload
@@ -279,7 +280,7 @@ class JaxBackend:
     def _jax_add(self, args) -> Prepared:
         one = jnp.ones(1)
         add = jax.jit(lambda v: v + 1)
-        return Prepared(lambda: self._run(add(one)), None)
+        return Prepared(lambda: self.remember(add(one)), None)
 
     # Counters.
 

@@ -82,7 +82,7 @@ class TorchBackend:
         graphs, failed = {}, {}
         for name, contender in prepared.items():
             try:
-                graphs[name] = self._capture(contender.call, calls)
+                graphs[name] = self.capture(contender.call, calls)
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}"
 
@@ -99,7 +99,7 @@ class TorchBackend:
         """From here on this process records no gradients."""
         torch.set_grad_enabled(False)
 
-    def _capture(self, call, calls: int):
+    def capture(self, call, calls: int):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -233,7 +233,7 @@ class TorchBackend:
         return self._prepare_operation(args, call)
 
     def _causal_conv1d(self, args) -> Prepared:
-        peer = _import("causal_conv1d")
+        peer = import_peer("causal_conv1d")
         w = args.workload
         if len(set(w.lengths)) != 1:
             raise Unsupported("causal_conv1d: rows of unequal length with states")
@@ -262,7 +262,7 @@ class TorchBackend:
         return self._prepare_operation(args, call)
 
     def _fla(self, args) -> Prepared:
-        ops = _import("fla.modules.causal_conv1d", "fla.modules.convolution")
+        ops = import_peer("fla.modules.causal_conv1d", "fla.modules.convolution")
         w = args.workload
         slots = args.cache_indices.long()
         offsets = args.query_start_loc.long()
@@ -299,31 +299,21 @@ class TorchBackend:
         return Prepared(lambda: step(cache), answer, note="states are a dense tensor, not slots of a pool")
 
     def _sglang(self, args) -> Prepared:
-        peer = _import(
-            "sglang.kernels.ops.mamba.causal_conv1d_triton",
-            "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
-        )
         lengths = list(args.workload.lengths)
-        return self._engine(args, peer, lambda: ([lengths], {}), {})
+        return self._engine(args, *engine("sglang"), lambda: ([lengths], {}))
 
     def _vllm(self, args) -> Prepared:
-        peer = _import("vllm.model_executor.layers.mamba.ops.causal_conv1d")
-        options: dict[str, Any] = {}
-        for operation in (peer.causal_conv1d_fn, peer.causal_conv1d_update):
-            if "null_block_id" in inspect.signature(operation).parameters:
-                options["null_block_id"] = -1  # slot 0 is an ordinary one here
-
         def metadata():
-            utils = _import("vllm.v1.attention.backends.utils")
+            utils = import_peer("vllm.v1.attention.backends.utils")
             numbers, batch, chunk = utils.compute_causal_conv1d_metadata(
                 args.query_start_loc.cpu(), device=self.device
             )
             fields = dict(nums_dict=numbers, batch_ptr=batch, token_chunk_offset_ptr=chunk)
             return [], dict(metadata=SimpleNamespace(**fields))
 
-        return self._engine(args, peer, metadata, options)
+        return self._engine(args, *engine("vllm"), metadata)
 
-    def _engine(self, args, peer, prefill_arguments, options) -> Prepared:
+    def _engine(self, args, peer, options, prefill_arguments) -> Prepared:
         """SGLang and vLLM share channel-first x, [slots, dim, state] pools and most names."""
         w = args.workload
         if w.op == UPDATE:
@@ -471,7 +461,26 @@ class TorchBackend:
         )
 
 
-def _import(*names: str):
+ENGINES = {
+    "sglang": (
+        "sglang.kernels.ops.mamba.causal_conv1d_triton",
+        "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
+    ),
+    "vllm": ("vllm.model_executor.layers.mamba.ops.causal_conv1d",),
+}
+
+
+def engine(name: str) -> tuple[Any, dict[str, Any]]:
+    """The module of an engine's two operations, and what they are given besides what both engines take."""
+    peer = import_peer(*ENGINES[name])
+    options: dict[str, Any] = {}
+    for operation in (peer.causal_conv1d_fn, peer.causal_conv1d_update):
+        if "null_block_id" in inspect.signature(operation).parameters:
+            options["null_block_id"] = -1  # slot 0 is an ordinary one here
+    return peer, options
+
+
+def import_peer(*names: str):
     """The first of these modules that is installed."""
     reasons = []
     for name in names:

@@ -339,13 +339,20 @@ def peers(batch, seqlen, dim, repeats=30):
     return timed
 
 
+def positive(text):
+    """A count of an option: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def main(argv=None):
     """Serves, prints what it took, and returns the number of requests that differ from a run of their own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--budget", type=int, default=48, help="tokens a step")
+    parser.add_argument("--requests", type=positive, default=40)
+    parser.add_argument("--slots", type=positive, default=8)
+    parser.add_argument("--budget", type=positive, default=48, help="tokens a step")
     parser.add_argument("--peers", action="store_true", help="time the convolution against XLA's, on a GPU")
     options = parser.parse_args(argv)
     if options.budget < options.slots:

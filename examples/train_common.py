@@ -12,6 +12,7 @@ The text is this repository's licence. Both examples draw the same batches and s
 
 import argparse
 import csv
+import importlib.util
 import pathlib
 import sys
 
@@ -62,18 +63,55 @@ def initial_weights(characters):
     return weights | {"head": normal(DIM, characters, scale=DIM**-0.5)}
 
 
-def main(name, train):
+def positive(text):
+    """A count of an option: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def readable_losses(path):
+    """The losses of a CSV file that `--losses` wrote."""
+    with path.open(newline="") as file:
+        head, *rows = csv.reader(file)
+    if head != ["step", "loss"] or not rows:
+        raise ValueError(
+            f"a head of step,loss and a line a step, got {','.join(head)!r} and {len(rows)} lines"
+        )
+    return [float(loss) for _, loss in rows]
+
+
+def check(parser, options):
+    """What cannot be read or written is said before the training; returns the losses to compare with, or None."""
+    for name in ("losses", "plot"):
+        if path := getattr(options, name):
+            try:
+                path.open("ab").close()
+            except OSError as error:
+                parser.error(f"--{name}: expected a file that can be written, got {error}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: expected matplotlib, which is not installed")
+    if not options.compare:
+        return None
+    try:
+        return readable_losses(options.compare)
+    except (OSError, ValueError) as error:
+        parser.error(f"--compare: expected losses as --losses writes them, got {error}")
+
+
+def main(name, train, argv=None):
     """Runs one example: trains, reports, writes losses, compares and plots.
 
     Args:
       name: "torch" or "jax".
       train: function(weights, iterable of batches) that yields the loss of every step.
+      argv: arguments of the command line; None: those of the process.
 
     Returns:
       The exit status: 1 if the losses differ by more than AGREEMENT from those in `--compare`.
     """
     parser = argparse.ArgumentParser(description=f"Trains a small hybrid language model with {name}.")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--losses", type=pathlib.Path, help="write the loss of every step to this CSV file")
     parser.add_argument(
         "--compare", type=pathlib.Path, help="losses of the other example, to be compared with"
@@ -81,7 +119,8 @@ def main(name, train):
     parser.add_argument(
         "--plot", type=pathlib.Path, help="draw the losses into this image (needs matplotlib)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    other = check(parser, options)
 
     text, characters = load_text()
     losses = []
@@ -96,8 +135,6 @@ def main(name, train):
             csv.writer(file).writerows([["step", "loss"], *enumerate(losses)])
     status = 0
     if options.compare:
-        with options.compare.open(newline="") as file:
-            other = [float(loss) for _, loss in list(csv.reader(file))[1:]]
         curves[options.compare.stem] = other
         apart = max(abs(a - b) for a, b in zip(losses, other, strict=False))
         status = int(not apart <= AGREEMENT)

@@ -80,3 +80,14 @@ def test_options(example, capsys):
 def test_it_serves_on_a_gpu(example, capsys):
     assert example.main(["--requests", "14", "--slots", "5", "--budget", "24", "--peers"]) == 0
     assert "dim 8192: ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--requests", "--slots", "--budget"])
+@pytest.mark.parametrize("value", ["0", "-3", "few"])
+def test_a_bad_count_is_said_at_once(example, capsys, option, value):
+    with pytest.raises(SystemExit) as ended:
+        example.main([option, value])
+    assert ended.value.code == 2
+    assert (
+        f"argument {option}: expected a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+    )

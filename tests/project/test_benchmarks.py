@@ -941,6 +941,39 @@ def causal_conv1d_update(*args, **options):
     assert "wrong_value" in done.stderr
 
 
+CHAIN = """
+import numpy as np
+from benchmarks import chain
+from benchmarks.providers import TWIN, open_backend
+backend = open_backend({framework!r})
+backend.without_gradients()
+backend.capture = lambda call, calls: call
+chain.LAYERS, chain.HIDDEN = 2, 64
+(name,) = chain.right(backend, [TWIN[{framework!r}]], 2, 96)
+chains = getattr(chain, {framework!r} + "_chains")(backend, [name], 2, 96)
+assert list(chains) == [chain.ALONE, name]
+for run in chains.values():
+    run()
+    run()
+"""
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_chain_runs_each_contender_the_gate_accepts(framework):
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    code = CHAIN.format(framework=framework)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_environment_needs_no_gpu(monkeypatch):
     monkeypatch.setenv("BENCHMARK_COMMIT", "feed")
     monkeypatch.setattr(environment, "_output", lambda command: "")

@@ -1,6 +1,7 @@
 """The training examples, a short run of each: both losses fall, and they agree."""
 
 import csv
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,23 @@ def test_losses_that_differ_are_seen(folder):
     done = train("jax", "--compare", folder / "other.csv")
     assert done.returncode == 1
     assert "0.001 is allowed: no" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "0"], "argument --steps: expected a whole number of at least 1, got '0'"),
+        (["--steps", "ten"], "argument --steps: expected a whole number"),
+        (["--losses", "/dev/null/losses.csv"], "--losses: expected a file that can be written"),
+        (["--plot", "/dev/null/loss.png"], "--plot: expected a file that can be written"),
+        (["--compare", "/no/such.csv"], "--compare: expected losses as --losses writes them"),
+        (["--compare", __file__], "--compare: expected losses as --losses writes them"),
+    ],
+)
+def test_bad_arguments_are_said_before_the_training(monkeypatch, capsys, options, says):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    common = importlib.import_module("train_common")
+    with pytest.raises(SystemExit) as ended:
+        common.main("torch", lambda *_: pytest.fail("it trains"), options)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err

@@ -90,3 +90,22 @@ def test_a_mistake_is_seen(example, mutant, monkeypatch, capsys):
     monkeypatch.setattr(CausalConv1d, "prefill", mutant(CausalConv1d.prefill))
     assert example.main(SMALL) > 0
     assert "DIFFER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--requests", "--slots", "--budget"])
+@pytest.mark.parametrize("value", ["0", "-3", "few"])
+def test_a_bad_count_is_said_at_once(example, capsys, option, value):
+    with pytest.raises(SystemExit) as ended:
+        example.main([option, value])
+    assert ended.value.code == 2
+    assert (
+        f"argument {option}: expected a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_here_is_said_at_once(example, capsys, device):
+    with pytest.raises(SystemExit) as ended:
+        example.main(["--device", device])
+    assert ended.value.code == 2
+    assert "--device: expected one that torch has here" in capsys.readouterr().err
