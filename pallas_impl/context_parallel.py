@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from oracle.contract import ConvOutput, check_causal_conv1d, check_causal_conv1d_fn
+from oracle.contract import ConvOutput, FnCall, RowsCall, normalised
 from pallas_impl import api, plain
 from pallas_impl.arithmetic import WARPGROUP
 from pallas_impl.backward import differentiate
@@ -68,11 +68,12 @@ def causal_conv1d_fn(
     Raises:
       ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d_fn`.
     """
-    sizes = check_causal_conv1d_fn(
+    call = FnCall(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
-        backend=backend, validate=validate,
+        activation, pad_slot_id, max_seqlen, schedule, backend, validate,
     )  # fmt: skip
+    sizes, call = call.check(), normalised(call)
+    pad_slot_id, max_seqlen = call.pad_slot_id, call.max_seqlen
     backend = resolve(backend, x)
     tokens, history, batch = sizes.tokens, sizes.width - 1, sizes.batch
     begin = lax.axis_index(axis_name) * tokens
@@ -194,10 +195,9 @@ def causal_conv1d(
     """
     if query_start_loc is None:
         raise ValueError("query_start_loc: expected offsets into the whole, [batch+1], got None")
-    check_causal_conv1d(
-        x, weight, bias, None, query_start_loc,
-        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
-    )  # fmt: skip
+    call = RowsCall(x, weight, bias, None, query_start_loc, activation, max_seqlen, schedule, backend)
+    call.check()
+    max_seqlen = normalised(call).max_seqlen
     options = _Options(
         axis_name, bool(sum_weight_gradients), activation, max_seqlen, schedule, resolve(backend, x)
     )

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from oracle.contract import ConvOutput, check_causal_conv1d
+from oracle.contract import ConvOutput, RowsCall, normalised
 from pallas_impl import api, backward, plain
 from pallas_impl.call import resolve
 from pallas_impl.tracing import refuse_transforms
@@ -48,17 +48,15 @@ def causal_conv1d(
       dtype of `initial_states`, or of x without them.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d`.
+      ValueError, TypeError: as `oracle.contract.RowsCall`.
       Unsupported: the backend asked for cannot run here; a kernel under `jax.vmap` or differentiated twice.
     """
-    sizes = check_causal_conv1d(
-        x, weight, bias, initial_states, query_start_loc,
-        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
-    )  # fmt: skip
-    backend = resolve(backend, x)
-    if query_start_loc is None:
-        max_seqlen = x.shape[1]
-    options = activation, max_seqlen, schedule, backend
+    call = RowsCall(
+        x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend
+    )
+    sizes, call = call.check(), normalised(call)
+    longest = x.shape[1] if query_start_loc is None else call.max_seqlen
+    options = activation, longest, schedule, resolve(backend, x)
     return ConvOutput(*_run(options, sizes.batch, x, weight, bias, initial_states, query_start_loc))
 
 

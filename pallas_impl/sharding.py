@@ -26,7 +26,7 @@ import inspect
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, check_causal_conv1d_update
+from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, UpdateCall
 from pallas_impl import api, context_parallel
 
 
@@ -112,7 +112,7 @@ def causal_conv1d_update(
     """
     call = _bind(api.causal_conv1d_update, (x, weight, bias, conv_states, cache_indices), options)
     _check_channels(channel_axis, call)
-    check_causal_conv1d_update(**call)
+    UpdateCall(**call).check()
     if call["query_start_loc"] is not None and batch_axis is not None:
         raise ValueError(
             f"query_start_loc: expected None, since batch_axis is {batch_axis!r} and packed rows have no equal parts, "
