@@ -5,8 +5,8 @@
 
 Each checkout's twin runs in a process of its own, with its own contract, under this checkout's workloads, gate and
 timers. The two take turns of a few samples, the other one first each time, so that clocks and temperature hit both.
-A row shows the median of the turns' ratios, after over before, with the 20th and 80th percentile, and how much the
-limit, the same copy in both processes, differs. Exits with 1 if a ratio is above --allow or an answer is wrong.
+A row shows the median of the turns' ratios, after over before, with the 20th and 80th percentile. `control` is the ratio
+of what is the same program in both processes, and so is worth 1: the limit, of host times an empty kernel. Exits with 1 if a ratio is above --allow or an answer is wrong.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Server:
 
     def __init__(self, framework: str):
         from benchmarks import run
-        from benchmarks.providers import LIMIT, TWIN, open_backend
+        from benchmarks.providers import FLOOR, LIMIT, TWIN, open_backend
 
         self.backend = open_backend(framework)
         self.backend.without_gradients()
-        self.names = {"twin": TWIN[framework], "limit": LIMIT[framework]}
+        self.names = {"twin": TWIN[framework], "limit": LIMIT[framework], "floor": FLOOR[framework]}
         self.session = run.Session(self.backend, list(self.names.values()), log=lambda text: None)
         self.ready, self.timer = {}, None
 
@@ -173,13 +173,13 @@ class Failed(RuntimeError):
 
 
 class Row(NamedTuple):
-    """One workload on one clock: all samples of each turn, before and after, of the twin and of the limit."""
+    """One workload on one clock: all samples of each turn, before and after, of the twin and of the control, if any."""
 
     workload: str
     framework: str
     clock: str
     twin: tuple[list[list[float]], list[list[float]]]
-    limit: tuple[list[list[float]], list[list[float]]] | None
+    control: tuple[list[list[float]], list[list[float]]] | None
 
     def medians(self, who) -> tuple[float, float]:
         """Of all samples, before and after."""
@@ -192,16 +192,16 @@ class Row(NamedTuple):
         return [quantile(b, 0.5) / quantile(a, 0.5) for a, b in zip(*self.twin, strict=True)]
 
     @property
-    def limits_ratio(self) -> float | None:
-        """The same of the limit, one program in both processes: what two processes differ by alone."""
-        if self.limit is None:
+    def control_ratio(self) -> float | None:
+        """The same of the control: what two processes differ by alone."""
+        if self.control is None:
             return None
-        before, after = self.medians(self.limit)
+        before, after = self.medians(self.control)
         return after / before
 
     def line(self) -> str:
         before, after = self.medians(self.twin)
-        ratios, same = self.ratios, self.limits_ratio
+        ratios, same = self.ratios, self.control_ratio
         return (
             f"{self.framework:6} {self.workload:34} {self.clock:6} {before:10.2f} {after:10.2f} "
             f"{quantile(ratios, 0.5):7.3f} {quantile(ratios, 0.2):7.3f}..{quantile(ratios, 0.8):.3f} "
@@ -209,7 +209,7 @@ class Row(NamedTuple):
         )
 
 
-HEAD = f"{'':6} {'workload':34} {'clock':6} {'before us':>10} {'after us':>10} {'ratio':>7} {'p20..p80':>14} {'limit':>7}"
+HEAD = f"{'':6} {'workload':34} {'clock':6} {'before us':>10} {'after us':>10} {'ratio':>7} {'p20..p80':>14} {'control':>7}"
 
 
 def clocks_of(workload: Workload, framework: str, timed: bool) -> tuple[str, ...]:
@@ -240,18 +240,18 @@ def take(sides: list[Side], workload: Workload, framework: str, clocks, turns: i
             raise Failed(f"{side.name}: {workload.name}: {found['status']}: {found['reason']}")
     rows = []
     for clock in clocks:
-        times = {who: ([], []) for who in ("twin", "limit")}
-        limited = clock in ("cold", "wall")
+        control = {"cold": "limit", "wall": "limit", "host": "floor"}.get(clock)
+        times = {who: ([], []) for who in ("twin", control) if who}
         try:
             for turn in range(turns):
-                for who in times if limited else ("twin",):
+                for who in times:
                     order = (0, 1) if turn % 2 == 0 else (1, 0)
                     for which in order:
                         times[who][which].append(sides[which].ask("sample", clock=clock, who=who))
         except Failed as error:
             log(f"{workload.name} {clock}: {error}")
             continue
-        rows.append(Row(workload.name, framework, clock, times["twin"], times["limit"] if limited else None))
+        rows.append(Row(workload.name, framework, clock, times["twin"], times.get(control)))
     return rows
 
 

@@ -27,7 +27,7 @@ from benchmarks.timing import (
     WallTimer,
     take_turns,
 )
-from benchmarks.workloads import ITEMSIZE, PREFILL, UPDATE, random_batches
+from benchmarks.workloads import PREFILL, UPDATE, random_batches
 from oracle.numerics import TypedArray
 
 
@@ -211,8 +211,9 @@ class JaxBackend:
 
     def _jax_limit(self, args) -> Prepared:
         w = args.workload  # as many bytes as the call must move; they start with x
-        count = w.least_bytes // 2 // ITEMSIZE[w.dtype]
-        return self._copy_of(self._array(TypedArray(w.dtype, np.resize(args.inputs.x.data, count))), args)
+        return self._copy_of(
+            self._array(TypedArray(w.dtype, np.resize(args.inputs.x.data, w.limit_elements))), args
+        )
 
     def _jax_copy(self, args) -> Prepared:
         if args.workload.op == UPDATE:

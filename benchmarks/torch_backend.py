@@ -25,7 +25,7 @@ from benchmarks.timing import (
     WallTimer,
     take_turns,
 )
-from benchmarks.workloads import ITEMSIZE, PREFILL, UPDATE, random_batches
+from benchmarks.workloads import PREFILL, UPDATE, random_batches
 from oracle.numerics import TypedArray
 
 
@@ -196,8 +196,9 @@ class TorchBackend:
 
     def _torch_limit(self, args) -> Prepared:
         w = args.workload  # as many bytes as the call must move; they start with x
-        count = w.least_bytes // 2 // ITEMSIZE[w.dtype]
-        return self._copy_of(self._tensor(TypedArray(w.dtype, np.resize(args.inputs.x.data, count))), args)
+        return self._copy_of(
+            self._tensor(TypedArray(w.dtype, np.resize(args.inputs.x.data, w.limit_elements))), args
+        )
 
     def _torch_copy(self, args) -> Prepared:
         if args.workload.op == UPDATE:

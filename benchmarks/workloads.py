@@ -99,6 +99,15 @@ class Workload:
         return self.bytes_read + self.bytes_written
 
     @property
+    def limit_elements(self) -> int:
+        """Elements of x's dtype that the limit copies: half the least bytes, up to whole 512 bytes.
+
+        A copy of any other length takes longer, up to twice as long: it cannot use the widest accesses.
+        """
+        item = ITEMSIZE[self.dtype]
+        return -(-self.least_bytes // 2 // 512) * 512 // item
+
+    @property
     def x_bytes(self) -> int:
         """Bytes that a copy of x into out moves, read plus written."""
         return 2 * self.tokens * self.dim * ITEMSIZE[self.dtype]

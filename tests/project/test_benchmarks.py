@@ -47,6 +47,14 @@ def test_least_bytes_by_hand():
     assert pool.least_bytes - wl.WORKLOADS["main/8x2048-d8192"].least_bytes == 2 * 8 * 3 * 8192 * 2
 
 
+def test_the_limit_copies_whole_lines():
+    for w in wl.WORKLOADS.values():
+        copied = w.limit_elements * wl.ITEMSIZE[w.dtype]
+        assert copied % 512 == 0
+        assert 0 <= copied - w.least_bytes // 2 < 512
+        assert w.limit_elements >= w.tokens * w.dim, "it begins with x"
+
+
 def test_least_ratios_of_the_main_table():
     expected = {"8x2048-d8192": 1.00, "8x2048-d2048": 1.00, "1x32768-d2048": 1.00, "64x128-d8192": 1.02,
                 "skew-d8192": 1.05, "mixed-d8192": 1.18}  # fmt: skip
@@ -887,16 +895,16 @@ def test_the_reports_help_and_its_errors(tmp_path, capsys):
 # Two checkouts in turns.
 
 
-def a_row(*turns, limit=None):
+def a_row(*turns, control=None):
     return against.Row(
-        "main/seed-d8192", "torch", "cold", ([[2.0, 2.2]] * len(turns), [[2.1 * t] for t in turns]), limit
+        "main/seed-d8192", "torch", "cold", ([[2.0, 2.2]] * len(turns), [[2.1 * t] for t in turns]), control
     )
 
 
 def test_a_row_is_the_median_of_its_turns():
-    row = a_row(1.0, 1.5, 1.1, limit=([[4.0], [4.0]], [[4.2], [4.2]]))
+    row = a_row(1.0, 1.5, 1.1, control=([[4.0], [4.0]], [[4.2], [4.2]]))
     assert row.ratios == pytest.approx([1.0, 1.5, 1.1])
-    assert row.limits_ratio == pytest.approx(1.05)
+    assert row.control_ratio == pytest.approx(1.05)
     assert row.line().split() == [
         "torch", "main/seed-d8192", "cold", "2.10", "2.31", "1.100", "1.040..1.340", "1.050",
     ]  # fmt: skip
