@@ -284,5 +284,6 @@ def shown(value: Any) -> str:
     """What an error says that it got. An array is not printed: that would read it."""
     if not hasattr(value, "shape") or isinstance(value, numbers.Number):
         return repr(value)
-    kind = type(value).__name__
-    return f"a {kind}" + (" (make the argument static)" if "Tracer" in kind else "")
+    kind = type(value)
+    name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return name + (" (make the argument static)" if "Tracer" in name else "")

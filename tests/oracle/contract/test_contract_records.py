@@ -110,7 +110,7 @@ FN_OPTIONS = tuple(FnCall._field_defaults[name] for name in FnCall._fields[7:])
 S0, B = SymInt("s0"), Dimension("b")
 BACKENDS = "backend: expected one of ('auto', 'triton', 'eager'), got "
 OWN = "expected memory of its own, since the call updates {}, got memory that they share"
-STATIC = "a Tracer (make the argument static)"
+STATIC = "tests.Tracer (make the argument static)"
 
 ACCEPTED = [
     ("backend", dict(backend="auto"), None),
@@ -144,14 +144,14 @@ ACCEPTED = [
 REJECTED = [
     ("backend", dict(backend="cuda"), ValueError, BACKENDS + "'cuda'"),
     ("backend", dict(backend=None), ValueError, BACKENDS + "None"),
-    ("backend", dict(backend=np.zeros(3)), ValueError, BACKENDS + "a ndarray"),
+    ("backend", dict(backend=np.zeros(3)), ValueError, BACKENDS + "numpy.ndarray"),
     *(
         ("serving", {name: value}, Unsupported, f"{name}: expected its default, since it is split")
         for name, value in (("state_layout", "back"), ("empty_rows", "apply"), ("write_indices", 0))
     ),
     ("fn", dict(pad_slot_id=S0), TypeError, f"pad_slot_id: {HOST}, got s0+0"),
     ("fn", dict(max_seqlen=Tracer()), TypeError, f"max_seqlen: {HOST}, got {STATIC}"),
-    ("fn", dict(pad_slot_id=np.array(-1)), TypeError, f"pad_slot_id: {HOST}, got a ndarray"),
+    ("fn", dict(pad_slot_id=np.array(-1)), TypeError, f"pad_slot_id: {HOST}, got numpy.ndarray"),
     ("fn", dict(pad_slot_id=np.float64(1)), TypeError, f"pad_slot_id: {HOST}, got np.float64(1.0)"),
     ("fn", dict(weight=Tracer()), ValueError, "weight: expected shape [dim=64, width], got []"),
     (
