@@ -1,8 +1,6 @@
-"""The JAX operations over several processes, one a device: on a CPU with gloo, on GPUs by `make test-multi-gpu`."""
+"""The JAX operations over several devices: on a CPU with gloo, on GPUs by `make test-multi-gpu`."""
 
 import importlib.util
-import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,30 +9,33 @@ spec = importlib.util.spec_from_file_location("processes", Path(__file__).parent
 processes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(processes)
 
+CHECKS = 11  # of each process; one that has all devices makes one more
 
-def test_same_bits_as_one_process_on_a_cpu():
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_same_bits_as_one_device_on_a_cpu(ranks):
+    """A process a device, or one with two."""
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(3 - ranks),
+    }
     codes, texts = processes.run_processes(
-        "sharded_jax.py", [2, processes.free_port(), "cpu"], 2, {"JAX_PLATFORMS": "cpu"}
+        "sharded_jax.py", [ranks, processes.free_port(), "cpu"], ranks, environment
     )
-    assert codes == [0, 0], "\n".join(texts)
-    assert all("agreed: 5" in text for text in texts)
+    assert codes == [0] * ranks, "\n".join(texts)
+    assert all(f"agreed: {CHECKS + (ranks == 1)}" in text for text in texts)
 
 
 @pytest.mark.gpu
-def test_same_bits_as_one_gpu_and_timings(tmp_path):
-    """NCCL, one process and one communicator a GPU, NVLink multicast off. RESULTS=FILE keeps the timings."""
-    ranks = processes.count_gpus()
-    if ranks < 2:
-        pytest.fail(f"expected at least 2 GPUs, got {ranks}", pytrace=False)
-    file = Path(os.environ.get("RESULTS", tmp_path / "timings.json"))
+@pytest.mark.parametrize("together", [False, True], ids=["a process a GPU", "one process"])
+def test_same_bits_as_one_gpu(together):
+    """NCCL, a communicator a GPU, NVLink multicast off."""
+    gpus = processes.count_gpus()
+    if gpus < 2:
+        pytest.fail(f"expected at least 2 GPUs, got {gpus}", pytrace=False)
+    ranks = 1 if together else gpus
     codes, texts = processes.run_processes(
-        "sharded_jax.py",
-        [ranks, processes.free_port(), "cuda", "--timings", file],
-        ranks,
-        {"NCCL_NVLS_ENABLE": "0"},
+        "sharded_jax.py", [ranks, processes.free_port(), "cuda"], ranks, {"NCCL_NVLS_ENABLE": "0"}
     )
     assert codes == [0] * ranks, "\n".join(texts)
-    assert all("agreed: 5" in text for text in texts)
-    timings = json.loads(file.read_text())
-    print(json.dumps(timings, indent=1))
-    assert timings["devices"] == ranks
+    assert all(f"agreed: {CHECKS + together}" in text for text in texts)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_processes(script, arguments, ranks, environment=(), limit=280):
-    """Runs `python script RANK *arguments` for every rank at the same time; returns (exit codes, texts)."""
+    """Runs `python tests/tools/script RANK *arguments` for every rank at the same time; returns (exit codes, texts)."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests/tools" / script), str(rank), *map(str, arguments)],

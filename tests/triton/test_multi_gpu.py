@@ -39,3 +39,16 @@ def test_same_bits_as_one_gpu(tmp_path):
     )
     assert codes == [0] * ranks, "\n".join(texts)
     assert all("agreed: 13" in text for text in texts)
+
+
+@pytest.mark.gpu
+def test_gradients_of_one_gpu(tmp_path):
+    ranks = gpus()
+    codes, texts = processes.run_processes(
+        "context_parallel_gradients_torch.py",
+        [ranks, tmp_path / "rendezvous", "cuda", "triton"],
+        ranks,
+        {"NCCL_NVLS_ENABLE": "0"},
+    )
+    assert codes == [0] * ranks, "\n".join(texts)
+    assert all("agreed: 18" in text for text in texts)
