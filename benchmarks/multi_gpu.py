@@ -47,15 +47,22 @@ def jax_results(sizes, backend, calls):
     devices = jax.devices()
     mesh = Mesh(np.array(devices), ("d",), axis_types=(AxisType.Auto,))
     options = dict(activation="silu", backend=backend)
+    leaves = ("x", "weight", "bias", "query_start_loc")
 
     def alone(x, weight, bias, starts):
         return pallas_impl.causal_conv1d(x, weight, bias, query_start_loc=starts, **options).out
 
-    def gradients(function):
-        def run(x, weight, bias, starts, dout):
-            return jax.vjp(lambda *leaves: function(*leaves, starts), x, weight, bias)[1](dout)
+    @jax.jit
+    def backward(pull, dout):
+        return pull(dout)
 
-        return run
+    def pulled(function, of):
+        """A call of the backward pass alone; what it needs was kept by a forward pass."""
+        keep = jax.jit(
+            lambda x, weight, bias, starts: jax.vjp(lambda *a: function(*a, starts), x, weight, bias)[1]
+        )
+        arguments = keep(*(of[name] for name in leaves)), of["dout"]
+        return functools.partial(backward, *arguments), backward.lower(*arguments)
 
     def same(whole, parts):
         """Whether every part has the bits of its place in the whole, compared on the first device."""
@@ -127,7 +134,6 @@ def jax_results(sizes, backend, calls):
         else:
             part = alone
         together = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=specs["x"], check_vma=False)
-        leaves = ("x", "weight", "bias", "query_start_loc")
         names = ("conv_states", "cache_indices", "has_initial_state", *leaves)
         for step in STEPS:
             if step == "prefill":
@@ -137,16 +143,16 @@ def jax_results(sizes, backend, calls):
                 alone_call, _ = prefill_call(plain, {name: own[name] for name in names}, None)
                 every, run = prefill_call(over, {name: parts[name] for name in names}, where)
                 text = run.lower(**{name: parts[name] for name in names}).compile().as_text()
-            else:
-                given = leaves if step == "forward" else (*leaves, "dout")
-                plain, over = (
-                    (alone, together) if step == "forward" else (gradients(alone), gradients(together))
-                )
-                plain, over = jax.jit(plain), jax.jit(over)
-                one = functools.partial(plain, *(whole[name] for name in given))
-                alone_call = functools.partial(plain, *(own[name] for name in given))
-                arguments = [parts[name] for name in given]
+            elif step == "forward":
+                plain, over = jax.jit(alone), jax.jit(together)
+                one = functools.partial(plain, *(whole[name] for name in leaves))
+                alone_call = functools.partial(plain, *(own[name] for name in leaves))
+                arguments = [parts[name] for name in leaves]
                 every, text = functools.partial(over, *arguments), over.lower(*arguments).compile().as_text()
+            else:
+                (one, _), (alone_call, _) = pulled(alone, whole), pulled(alone, own)
+                every, lowered = pulled(together, parts)
+                text = lowered.compile().as_text()
             wanted, found = jax.tree.leaves(one()), jax.tree.leaves(every())
             found_same = same(wanted[0], found[0]) and (step != "prefill" or same(wanted[1], found[1]))
             del wanted, found
