@@ -44,11 +44,14 @@ class Place(NamedTuple):
     """What a program works on: tokens `start` to `end` of a row, or of the tail, and a tile of channels.
 
     Attributes:
-      here: the row, at most the last one; slot, live: its slot, and whether it is computed.
+      index: which program of its tile of channels; row: the row, `batch` for the tail; here: at most the last row.
+      slot, live: the row's slot, and whether it is computed.
       channels, x_channels: the tile, in arrays of dim channels and in x.
-      turn, turns: which of the programs of this row it is, and how many there are; more than one for the tail alone.
+      batch, tail_programs: host integers: the rows, and how many programs share the tail.
     """
 
+    index: Any
+    row: Any
     here: Any
     start: Any
     end: Any
@@ -56,8 +59,8 @@ class Place(NamedTuple):
     live: Any
     channels: Any
     x_channels: Any
-    turn: Any
-    turns: Any
+    batch: int
+    tail_programs: int
 
 
 def launch(arrays, options):
@@ -141,15 +144,14 @@ def run_rows(body, name, arrays, options, scratch, *, stores=False, tail_program
 
 def _find_place(refs, batch, columns, num_slots, tail_programs, o):
     program = lax.axis_index("program")
-    place, column = div(program, columns), rem(program, columns)
+    index, column = div(program, columns), rem(program, columns)
     channels = pl.ds(column * o.block_d, o.block_d)
     x_channels = pl.ds(o.channel + column * o.block_d, o.block_d)
-    row = jnp.minimum(place, batch)  # row `batch` is the tail
+    row = jnp.minimum(index, batch)
     start, end = row_facts(refs.query_start_loc, row, batch, refs.x.shape[0], o.seqlen)
     slot, live = find_slot(refs.cache_indices, row, batch, num_slots, o.pad_slot_id)
     here = jnp.minimum(row, batch - 1)
-    turns = lambda: jnp.where(row < batch, jnp.int32(1), jnp.int32(max(tail_programs, 1)))  # noqa: E731
-    return Place(here, start, end, slot, live, channels, x_channels, lambda: place - row, turns)
+    return Place(index, row, here, start, end, slot, live, channels, x_channels, batch, tail_programs)
 
 
 def _kernel(refs, place, *, block_t, num_slots, state_len, stores, o):
@@ -317,7 +319,8 @@ def store_padding(refs, place, block_t, interpret):
     def _():
         zero_tail(refs.tile, interpret)
         plgpu.commit_smem()
-        first, stride = place.turn(), place.turns()
+        first, tail = place.index - place.row, jnp.int32(max(place.tail_programs, 1))
+        stride = jnp.where(place.row < place.batch, jnp.int32(1), tail)
         blocks = div(jnp.maximum(place.end - place.start, 0) + block_t - 1, block_t)
 
         def turn(i, _):
