@@ -301,7 +301,8 @@ _ORDERS: dict[str, type[Reference]] = {"float64": Reference, "float32": Ordered,
 
 def _checked(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call that keeps the contract, all of them."""
-    call = contract.RECORDS[op](**{"bias": None, "conv_states": None} | dict(arguments))
+    record = contract.RECORDS[op]
+    call = record(**dict.fromkeys(record.OPTIONAL) | arguments)
     sizes = call.check()
     if call.validate:
         call.check_values(sizes, lambda name, array: integers(array))
