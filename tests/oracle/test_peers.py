@@ -211,7 +211,7 @@ def test_what_is_not_there_is_named(package):
 
 def test_commands_say_what_they_expected(capsys):
     assert command.main(["no_such_peer"]) == 2
-    assert "peer: expected one of causal_conv1d_fn" in capsys.readouterr().err
+    assert "peer: expected one of aiter, causal_conv1d_fn" in capsys.readouterr().err
 
 
 def test_a_failure_without_a_cause_is_marked():
@@ -221,10 +221,10 @@ def test_a_failure_without_a_cause_is_marked():
         "flags": ["sequence-leak"],
         "detail": "conv_states: wrong",
     }
-    header = {"name": "vllm-triton", "version": "0", "device": "cuda", "cases": 3}
+    header = {"name": "vllm-triton", "version": "0", "device": "cuda", "suite": "1.1", "cases": 3}
     judged = report.Report(header, [case, {**case, "status": "passed"}], {})
     page = table.write([judged], table.causes())
-    assert "| vllm-triton 0 | cuda | 3 | 1 | 1 | 1 |" in page
+    assert "| vllm-triton 0 | cuda | 1.1 | 3 | 1 | 1 | 1 |" in page
     assert "| sequence-leak | 1/2 ? |" in page
     cause = table.Cause("V", ("vllm-triton",), "fault", "what", cases=("fn/seed*",), detail="conv_states")
     assert "| sequence-leak | 1/2 **V** |" in table.write([judged], [cause])
