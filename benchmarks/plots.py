@@ -52,7 +52,7 @@ def ratio_to_limit(run: Run, workload: str, provider: str) -> float | None:
 
 
 def in_words(name: str) -> str:
-    """A workload's rows and channels, on two lines: its name says them in short."""
+    """A workload's rows and channels, a line each: its name says them in short."""
     w = WORKLOADS[name]
     counts: dict[int, int] = {}
     for length in w.lengths:
@@ -60,7 +60,7 @@ def in_words(name: str) -> str:
     if len(counts) > 3:
         rows = f"{w.batch} uneven rows"
     else:
-        rows = " + ".join(
+        rows = "\n+ ".join(
             f"{count} x {length}" if count > 1 else f"{length} tokens" for length, count in counts.items()
         )
     return f"{rows}\n{w.dim} channels"
@@ -110,7 +110,7 @@ def draw_ratio(run: Run, axes: Axes) -> bool:
         "Prefill, cold: time over the limit" + (" (marks: peers of the same run)" if peers else ""),
         fontsize=10,
     )
-    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     return True
 
 
