@@ -16,32 +16,39 @@ has get zeros. A second kernel adds the places up in their order, so the sums ha
 and in both schedules.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2, walks
-from triton_impl.launch import Launch, stride
-from triton_impl.prefill import levels
-from triton_impl.records import Items, Rows
-from triton_impl.rows import find_row
-from triton_impl.taps import (
-    NATIVE_PTX,
+from triton_impl.arithmetic import (
     convolve,
     join_columns,
-    load_bias,
-    load_bias_word,
     load_taps,
-    load_words,
-    narrow,
-    offset,
+    load_weights,
+    native_ptx,
+    round_to,
+    silu_slope,
     split_columns,
-    unpack_taps,
     widen,
     word_bits,
 )
+from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2, walks
+from triton_impl.launch import Launch
+from triton_impl.prefill import levels
+from triton_impl.records import (
+    Channels,
+    Items,
+    Rows,
+    Tokens,
+    at,
+    behind,
+    constants,
+    strides_record,
+    tokens_of,
+)
+from triton_impl.rows import find_row, offset
 
 
 class BackwardConfig(NamedTuple):
@@ -115,404 +122,409 @@ def backward_config(
     )
 
 
-@triton.jit
-def _silu_slope(z, PTX: tl.constexpr):
-    """The derivative of SiLU, s * (1 + z * (1 - s)); 2**14 * s in between, and no cancellation in 1 - s.
+Strides = strides_record("dout", "dfinal", "x", "weight", "bias", "initial_states", "dx")  # of rows first
 
-    Beyond 97 it is 0 or 1 to the last bit of a float32.
+
+class Options(NamedTuple):
+    """What the kernel is compiled for: the call's options, then a BackwardConfig and what follows from layouts.
+
+    Attributes:
+      sums: whether the gradients of weight and bias are wanted; bias: whether there is one.
+      dense: whether rows have an axis of their own.
+      levels: log2 of a run's tokens for `_tile_back`, 0 for `_walk_back`.
+      aligned, phase_g, phase_o: see `_tile_back`.
     """
-    z = tl.clamp(z, -97.0, 97.0, propagate_nan=tl.PropagateNan.ALL)
-    exponent = tl.fma(z, -1.4426950408889634, -14.0)
-    if PTX:
-        p = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], tl.float32, is_pure=True, pack=1
-        )
-        r = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [p + 0.00006103515625], tl.float32, is_pure=True, pack=1
-        )
-    else:
-        p = tl.exp2(exponent)
-        r = 1.0 / (p + 0.00006103515625)
-    return r * tl.fma(z, p * r, 1.0) * 0.00006103515625
+
+    width: Any
+    silu: Any
+    bias: Any
+    sums: Any
+    word_bits: Any
+    flat: Any
+    block_t: Any
+    block_d: Any
+    group: Any
+    search: Any
+    stages: Any
+    dense: Any
+    levels: Any
+    aligned: Any
+    phase_g: Any
+    phase_o: Any
+    ptx: Any
+
+
+class Arrays(NamedTuple):
+    """A row's arrays, `Tokens`; of the states, columns in tokens' place. Absent ones are None."""
+
+    dout: Any
+    dfinal: Any
+    x: Any
+    initial: Any
+    dx: Any
+    dinitial: Any
+
+
+class Span(NamedTuple):
+    """Tokens [first, last) of a row of `length`."""
+
+    length: Any
+    first: Any
+    last: Any
+
+
+class Taps(NamedTuple):
+    """The taps oldest first, the same newest first, and the bias."""
+
+    taps: Any
+    flipped: Any
+    start: Any
 
 
 @triton.jit
-def _gradient(
-    window, taps, start_value, upstream, here, WIDTH: tl.constexpr, SILU: tl.constexpr, PTX: tl.constexpr
-):
+def _moved(array, offset):
+    return Tokens(array.ptr + offset, array.t, array.d)
+
+
+@triton.jit
+def _taps_of(weights, o: tl.constexpr):
+    taps, start = load_taps(weights, o)
+    flipped = ()
+    for j in tl.static_range(o.width):
+        flipped = flipped + (taps[o.width - 1 - j],)
+    return Taps(taps, flipped, start)
+
+
+@triton.jit
+def _gradient(window, weights, upstream, here, o: tl.constexpr):
     """The gradient of one pre-activation; zero where the token is not `here`, in the row."""
     g = upstream
-    if SILU:
-        g = tl.where(here, g * _silu_slope(convolve(window, taps, start_value, WIDTH), PTX), 0.0)
+    if o.silu:
+        slope = silu_slope(convolve(window, weights.taps, weights.start, o.width), o)
+        g = tl.where(here, g * slope, 0.0)
     return g
 
 
 @triton.jit
-def _add_products(sums, window, g, counted, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _add_products(sums, window, g, counted, o: tl.constexpr):
     """Adds one token to the sums of every tap and of the bias."""
     g = tl.where(counted, g, 0.0)
     new = ()
-    for j in tl.static_range(WIDTH):
+    for j in tl.static_range(o.width):
         new = new + (tl.fma(window[j], g, sums[j]),)
-    if HAS_BIAS:
-        new = new + (sums[WIDTH] + g,)
+    if o.bias:
+        new = new + (sums[o.width] + g,)
     return new
 
 
 @triton.jit
-def _load_final(late, column, in_dim, like, WIDTH: tl.constexpr, HAS_DFINAL: tl.constexpr):
+def _load_final(late, column, exist, like, o: tl.constexpr):
     """What comes in through column `column` of the final state; zeros for a column that it does not have."""
     value = tl.zeros_like(like)
-    if HAS_DFINAL:
-        value = widen(tl.load(late, mask=in_dim & (column >= 0) & (column < WIDTH - 1), other=0.0))
+    if late is not None:
+        value = widen(tl.load(late, mask=exist & (column >= 0) & (column < o.width - 1), other=0.0))
     return value
 
 
 @triton.jit
-def _flip(taps, WIDTH: tl.constexpr):
-    """The taps newest first."""
-    flipped = ()
-    for j in tl.static_range(WIDTH):
-        flipped = flipped + (taps[WIDTH - 1 - j],)
-    return flipped
-
-
-@triton.jit
-def _walk_first(
-    dout, dfinal, x, initial, dinitial, taps, flipped, start_value, length, first, last, ch, in_dim, sums,
-    stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d, stride_i_l, stride_i_d, dim,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_SUMS: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
+def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl.constexpr):
     """The first width-1 tokens from `first`: the inputs whose gradient they complete are the initial state's, or another
     block's.
 
     Returns:
-      The last width-1 inputs and values of g; `sums` with tokens before `last` added; where x and dout go on.
+      The last width-1 inputs and values of g; `sums` with tokens before `last` added, if it `adds`; where x and dout go on.
     """
+    length, first, _ = span
+    exist = channels.exist
     # the width-1 inputs before `first`, the width-1 values of g before it (of no use yet)
     window = ()
     gs = ()
     in_row = first > 0
-    source = x + (first - (WIDTH - 1)) * stride_x_t + ch * stride_x_d
-    for j in tl.static_range(WIDTH - 1):
-        past = widen(tl.load(source, mask=in_dim & in_row & (first + (j - WIDTH + 1) < length), other=0.0))
-        source += stride_x_t  # carried along, which needs fewer registers than a product a token
-        if HAS_INITIAL:
-            kept = tl.load(
-                initial + (first + j) * stride_i_l + ch * stride_i_d, mask=in_dim & (first == 0), other=0.0
-            )
+    source = at(arrays.x, first - (o.width - 1), channels)
+    for j in tl.static_range(o.width - 1):
+        past = widen(tl.load(source, mask=exist & in_row & (first + (j - o.width + 1) < length), other=0.0))
+        source += arrays.x.t  # carried along, which needs fewer registers than a product a token
+        if arrays.initial is not None:
+            kept = tl.load(at(arrays.initial, first + j, channels), mask=exist & (first == 0), other=0.0)
             past = tl.where(in_row, past, widen(kept))
         window = window + (past,)
-        gs = gs + (tl.zeros_like(start_value),)
+        gs = gs + (tl.zeros_like(weights.start),)
 
-    incoming = dout + first * stride_g_t + ch * stride_g_d
-    late = dfinal
-    if HAS_DFINAL:
-        late += (first - length) * stride_f_l + ch * stride_f_d
-    for i in tl.static_range(WIDTH - 1):
+    incoming = at(arrays.dout, first, channels)
+    late = None
+    if arrays.dfinal is not None:
+        late = at(arrays.dfinal, first - length, channels)
+    for i in tl.static_range(o.width - 1):
         here = first + i < length
-        entry = tl.load(source, mask=in_dim & here, other=0.0)
-        source += stride_x_t
-        upstream = tl.load(incoming, mask=in_dim & here, other=0.0)
-        incoming += stride_g_t
+        entry = tl.load(source, mask=exist & here, other=0.0)
+        source += arrays.x.t
+        upstream = tl.load(incoming, mask=exist & here, other=0.0)
+        incoming += arrays.dout.t
         window = window + (widen(entry),)
-        g = _gradient(window, taps, start_value, widen(upstream), here, WIDTH, SILU, PTX)
+        g = _gradient(window, weights, widen(upstream), here, o)
         gs = gs + (g,)
-        if HAS_DINITIAL:
-            begin = _load_final(late, first + i - length, in_dim, start_value, WIDTH, HAS_DFINAL)
-            kept = narrow(convolve(gs, flipped, begin, WIDTH), dinitial.dtype.element_ty)
-            tl.store(dinitial + i * dim + ch, kept, mask=in_dim & (first == 0))
-        if HAS_DFINAL:
-            late += stride_f_l
-        if HAS_SUMS:
-            sums = _add_products(sums, window, g, first + i < last, WIDTH, HAS_BIAS)
+        if arrays.dinitial is not None:
+            begin = _load_final(late, first + i - length, exist, weights.start, o)
+            kept = round_to(
+                convolve(gs, weights.flipped, begin, o.width), arrays.dinitial.ptr.dtype.element_ty
+            )
+            tl.store(at(arrays.dinitial, i, channels), kept, mask=exist & (first == 0))
+        if late is not None:
+            late += arrays.dfinal.t
+        if adds:
+            sums = _add_products(sums, window, g, first + i < span.last, o)
         window = window[1:]
         gs = gs[1:]
     return window, gs, sums, source, incoming
 
 
 @triton.jit
-def _walk_back(
-    dout, dfinal, x, initial, dx, dinitial, taps, start_value, length, first, last, ch, in_dim, sums,
-    stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d, stride_i_l, stride_i_d, stride_o_t, stride_o_d,
-    dim, WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_SUMS: tl.constexpr, PTX: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Tokens [first, last) of a row of `length`, one vector of channels a token; returns `sums` with theirs added."""
-    flipped = _flip(taps, WIDTH)
-    window, gs, sums, source, incoming = _walk_first(
-        dout, dfinal, x, initial, dinitial, taps, flipped, start_value, length, first, last, ch, in_dim, sums,
-        stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d, stride_i_l, stride_i_d, dim,
-        WIDTH, SILU, HAS_BIAS, HAS_INITIAL, HAS_DFINAL, HAS_DINITIAL, HAS_SUMS, PTX,
-    )  # fmt: skip
+def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
+    """The tokens of a span, one vector of channels a token; returns `sums` with theirs added."""
+    length, first, last = span
+    window, gs, sums, source, incoming = _walk_first(arrays, weights, span, channels, sums, o.sums, o)
 
     # token t + width-1 completes the gradient of token t
-    target = dx + first * stride_o_t + ch * stride_o_d
-    late = dfinal
-    if HAS_DFINAL:
-        late += (first - length + (WIDTH - 1)) * stride_f_l + ch * stride_f_d
-    for t in tl.range(first, last, GROUP):
+    target = at(arrays.dx, first, channels)
+    late = None
+    if arrays.dfinal is not None:
+        late = at(arrays.dfinal, first - length + (o.width - 1), channels)
+    for t in tl.range(first, last, o.group):
         loaded = ()
-        for i in tl.static_range(GROUP):
-            wanted = in_dim & (t + (WIDTH - 1 + i) < length)
+        for i in tl.static_range(o.group):
+            wanted = channels.exist & (t + (o.width - 1 + i) < length)
             entry = tl.load(source, mask=wanted, other=0.0)
-            source += stride_x_t
+            source += arrays.x.t
             upstream = tl.load(incoming, mask=wanted, other=0.0)
-            incoming += stride_g_t
+            incoming += arrays.dout.t
             loaded = loaded + (entry, upstream)
-        for i in tl.static_range(GROUP):
-            new = t + (WIDTH - 1 + i)
+        for i in tl.static_range(o.group):
+            new = t + (o.width - 1 + i)
             window = window + (widen(loaded[2 * i]),)
-            g = _gradient(window, taps, start_value, widen(loaded[2 * i + 1]), new < length, WIDTH, SILU, PTX)
+            g = _gradient(window, weights, widen(loaded[2 * i + 1]), new < length, o)
             gs = gs + (g,)
             # (64 bits: else ptxas takes more than 128 registers on sm_80)
-            begin = _load_final(late, tl.cast(new, tl.int64) - length, in_dim, start_value, WIDTH, HAS_DFINAL)
-            if HAS_DFINAL:
-                late += stride_f_l
-            value = narrow(convolve(gs, flipped, begin, WIDTH), dx.dtype.element_ty)
-            tl.store(target, value, mask=in_dim & (t + i < last))
-            target += stride_o_t
-            if HAS_SUMS:
-                sums = _add_products(sums, window, g, new < last, WIDTH, HAS_BIAS)
+            begin = _load_final(late, tl.cast(new, tl.int64) - length, channels.exist, weights.start, o)
+            if late is not None:
+                late += arrays.dfinal.t
+            value = round_to(convolve(gs, weights.flipped, begin, o.width), target.dtype.element_ty)
+            tl.store(target, value, mask=channels.exist & (t + i < last))
+            target += arrays.dx.t
+            if o.sums:
+                sums = _add_products(sums, window, g, new < last, o)
             window = window[1:]
             gs = gs[1:]
     return sums
 
 
 @triton.jit
-def _runs(base, offset, run, ch, shift, stride_t, stride_d, LEVELS: tl.constexpr, IN_PHASE: tl.constexpr):
-    """Where runs of 2**LEVELS tokens begin, [runs, channels], if the first begins `shift` tokens before `offset`.
+def _runs(array, offset, run, channels, shift, in_phase: tl.constexpr, o: tl.constexpr):
+    """Where runs begin, [runs, channels], if the first begins `shift` tokens before `offset`, as `Tokens`.
 
-    IN_PHASE: that is a boundary of 16 bytes of every channel, which the compiler is told.
+    In phase: that is a boundary of 16 bytes of every channel, which the compiler is told.
     """
-    start = offset + ch * stride_d
-    if IN_PHASE:
-        pointers = base + (((start >> LEVELS)[None, :] + run[:, None]) << LEVELS)
+    start = offset + channels.index * array.d
+    if in_phase:
+        pointers = array.ptr + (((start >> o.levels)[None, :] + run[:, None]) << o.levels)
     else:
-        pointers = base + start[None, :] + ((run << LEVELS)[:, None] - shift) * stride_t
-    return pointers
+        pointers = array.ptr + start[None, :] + ((run << o.levels)[:, None] - shift) * array.t
+    return Tokens(pointers, array.t, array.d)
 
 
 @triton.jit
-def _in_row(at, left, first, i, in_dim, EDGE: tl.constexpr, WHOLE: tl.constexpr):
-    """Which of the tokens first + i of every run are a row's, if `at` tokens of it lie before the run, `left` behind.
+def _in_row(before, left, first, i, exist, edge: tl.constexpr, whole: tl.constexpr):
+    """Which of the tokens first + i of every run are a row's, if `before` tokens of it lie before the run, `left` behind.
 
-    EDGE: not all are; WHOLE: all or none of a run.
+    Edge: not all are; whole: all or none of a run.
     """
-    wanted = in_dim[None, :, None]
-    if EDGE:
-        if WHOLE:
-            wanted = wanted & ((at >= -first) & (left > first))[:, :, None]
+    wanted = exist[None, :, None]
+    if edge:
+        if whole:
+            wanted = wanted & ((before >= -first) & (left > first))[:, :, None]
         else:
-            wanted = wanted & (at[:, :, None] >= -first - i) & (left[:, :, None] > first + i)
+            wanted = wanted & (before[:, :, None] >= -first - i) & (left[:, :, None] > first + i)
     return wanted
 
 
 @triton.jit
 def _load_runs(
-    source, stride_t, at, left, first: tl.constexpr, in_dim,
-    LEVELS: tl.constexpr, EDGE: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """2**LEVELS tokens from `first` behind each of `source`, as a tuple of [runs, channels]; zeros outside the row."""
-    i = tl.arange(0, 1 << LEVELS)[None, None, :]
-    wanted = _in_row(at, left, first, i, in_dim, EDGE, WHOLE)
-    return split_columns(tl.load(source[:, :, None] + (first + i) * stride_t, mask=wanted, other=0.0), LEVELS)
+    runs,
+    before,
+    left,
+    first: tl.constexpr,
+    exist,
+    levels: tl.constexpr,
+    edge: tl.constexpr,
+    whole: tl.constexpr,
+):
+    """2**levels tokens from `first` behind each run's start, as a tuple of [runs, channels]; zeros outside the row."""
+    i = tl.arange(0, 1 << levels)[None, None, :]
+    wanted = _in_row(before, left, first, i, exist, edge, whole)
+    return split_columns(tl.load(runs.ptr[:, :, None] + (first + i) * runs.t, mask=wanted, other=0.0), levels)
 
 
 @triton.jit
-def _tile_step(
-    dout, dfinal, x, initial, dx, taps, flipped, start_value, length, t, token, ch, in_dim, sums,
-    stride_g_t, stride_f_l, stride_f_d, stride_i_l, stride_i_d, stride_o_t,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_SUMS: tl.constexpr, PTX: tl.constexpr, LEVELS: tl.constexpr,
-    HALO_LEVELS: tl.constexpr, ALIGNED: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+def _tile_step(runs, weights, length, t, token, channels, sums, edge: tl.constexpr, o: tl.constexpr):
     """A run of every lane at tokens t + `token`; returns `sums` with theirs added.
 
-    EDGE: the runs or the tokens read around them may lie outside the row.
+    Edge: the runs or the tokens read around them may lie outside the row.
     """
-    RUN: tl.constexpr = 1 << LEVELS
+    RUN: tl.constexpr = 1 << o.levels
+    HALO_LEVELS: tl.constexpr = 0 if o.width < 3 else 1 if o.width == 3 else 2 if o.width < 6 else 3
     HALO: tl.constexpr = 1 << HALO_LEVELS
-    WHOLE: tl.constexpr = ALIGNED and HALO_LEVELS <= LEVELS
+    WHOLE: tl.constexpr = o.aligned and o.levels >= HALO_LEVELS
+    exist = channels.exist
     # tokens from the row's start to each run, and from there to its end
-    at = tl.minimum(t, 1 << 30).to(tl.int32) + token
+    before = tl.minimum(t, 1 << 30).to(tl.int32) + token
     left = tl.minimum(length - t, 1 << 30).to(tl.int32) - token
-    x += t
-    dout += t * stride_g_t
+    x, dout = behind(runs.x, t), behind(runs.dout, t)
 
     # the width-1 inputs before each run, the run, width-1 tokens behind it; all are asked for before any is used
-    entries = _load_runs(x, 1, at, left, 0, in_dim, LEVELS, EDGE, ALIGNED)
-    upstream = _load_runs(dout, stride_g_t, at, left, 0, in_dim, LEVELS, EDGE, ALIGNED)
-    if WIDTH > 1:
-        before = _load_runs(x, 1, at, left, -HALO, in_dim, HALO_LEVELS, EDGE, WHOLE)
-        behind = _load_runs(x, 1, at, left, RUN, in_dim, HALO_LEVELS, EDGE, WHOLE)
-        entries = before[HALO - (WIDTH - 1) :] + entries + behind[: WIDTH - 1]
-        behind = _load_runs(dout, stride_g_t, at, left, RUN, in_dim, HALO_LEVELS, EDGE, WHOLE)
-        upstream = upstream + behind[: WIDTH - 1]
+    entries = _load_runs(x, before, left, 0, exist, o.levels, edge, o.aligned)
+    upstream = _load_runs(dout, before, left, 0, exist, o.levels, edge, o.aligned)
+    if o.width > 1:
+        earlier = _load_runs(x, before, left, -HALO, exist, HALO_LEVELS, edge, WHOLE)
+        later = _load_runs(x, before, left, RUN, exist, HALO_LEVELS, edge, WHOLE)
+        entries = earlier[HALO - (o.width - 1) :] + entries + later[: o.width - 1]
+        later = _load_runs(dout, before, left, RUN, exist, HALO_LEVELS, edge, WHOLE)
+        upstream = upstream + later[: o.width - 1]
     held = ()
     late = ()
-    if EDGE:
-        for c in tl.static_range(WIDTH - 1):
-            if HAS_INITIAL:
-                kept = tl.load(initial + c * stride_i_l + ch * stride_i_d, mask=in_dim, other=0.0)
+    if edge:
+        for c in tl.static_range(o.width - 1):
+            if runs.initial is not None:
+                kept = tl.load(at(runs.initial, c, channels), mask=exist, other=0.0)
                 held = held + (widen(kept)[None, :],)
-            if HAS_DFINAL:
-                kept = tl.load(dfinal + c * stride_f_l + ch * stride_f_d, mask=in_dim, other=0.0)
+            if runs.dfinal is not None:
+                kept = tl.load(at(runs.dfinal, c, channels), mask=exist, other=0.0)
                 late = late + (widen(kept)[None, :],)
     inputs = ()
-    for k in tl.static_range(RUN + 2 * (WIDTH - 1)):
+    for k in tl.static_range(RUN + 2 * (o.width - 1)):
         entry = widen(entries[k])
-        if EDGE and HAS_INITIAL:
-            for c in tl.static_range(WIDTH - 1):
-                if (c - k) % RUN == 0 if ALIGNED else c - k > -RUN:  # else it is no run's
-                    entry = tl.where(at == c - k, held[c], entry)
+        if edge and runs.initial is not None:
+            for c in tl.static_range(o.width - 1):
+                if (c - k) % RUN == 0 if o.aligned else c - k > -RUN:  # else it is no run's
+                    entry = tl.where(before == c - k, held[c], entry)
         inputs = inputs + (entry,)
 
     gs = ()
-    for k in tl.static_range(RUN + WIDTH - 1):
+    for k in tl.static_range(RUN + o.width - 1):
         here = True
-        if EDGE:
-            here = (at >= -k) & (left > k)
-        window = inputs[k : k + WIDTH]
-        gs = gs + (_gradient(window, taps, start_value, widen(upstream[k]), here, WIDTH, SILU, PTX),)
+        if edge:
+            here = (before >= -k) & (left > k)
+        gs = gs + (_gradient(inputs[k : k + o.width], weights, widen(upstream[k]), here, o),)
 
     columns = ()
     for k in tl.static_range(RUN):
-        window = gs[k : k + WIDTH]
+        window = gs[k : k + o.width]
         begin = tl.zeros_like(gs[k])
-        if EDGE and HAS_DFINAL:
-            for c in tl.static_range(WIDTH - 1):
-                if (k + WIDTH - 1 - c) % RUN == 0 or not ALIGNED:
-                    begin = tl.where(left == k + WIDTH - 1 - c, late[c], begin)
-        columns = columns + (narrow(convolve(window, flipped, begin, WIDTH), dx.dtype.element_ty),)
-        if HAS_SUMS:
-            sums = _add_products(sums, inputs[k : k + WIDTH], gs[k], True, WIDTH, HAS_BIAS)
+        if edge and runs.dfinal is not None:
+            for c in tl.static_range(o.width - 1):
+                if (k + o.width - 1 - c) % RUN == 0 or not o.aligned:
+                    begin = tl.where(left == k + o.width - 1 - c, late[c], begin)
+        value = convolve(window, weights.flipped, begin, o.width)
+        columns = columns + (round_to(value, runs.dx.ptr.dtype.element_ty),)
+        if o.sums:
+            sums = _add_products(sums, inputs[k : k + o.width], gs[k], True, o)
 
     i = tl.arange(0, RUN)[None, None, :]
-    wanted = _in_row(at, left, 0, i, in_dim, EDGE, ALIGNED)
-    tl.store((dx + t * stride_o_t)[:, :, None] + i * stride_o_t, join_columns(columns, LEVELS), mask=wanted)
+    wanted = _in_row(before, left, 0, i, exist, edge, o.aligned)
+    target = behind(runs.dx, t).ptr[:, :, None] + i * runs.dx.t
+    tl.store(target, join_columns(columns, o.levels), mask=wanted)
     return sums
 
 
 @triton.jit
-def _tile_back(
-    dout, dfinal, x, initial, dx, dinitial, offset_g, offset_x, offset_o, taps, start_value, length, first, last, ch, in_dim,
-    stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d, stride_i_l, stride_i_d, stride_o_t, stride_o_d,
-    dim, WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_SUMS: tl.constexpr, PTX: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, PHASE_G: tl.constexpr, PHASE_O: tl.constexpr,
-):  # fmt: skip
-    """Tokens [first, last) of a row of `length`, by runs of 16 bytes of a channel; returns their sums.
+def _tile_back(arrays, offsets, weights, span, channels, o: tl.constexpr):
+    """The tokens of a span, by runs of 16 bytes of a channel; returns their sums.
 
-    In every channel runs lie on the boundaries of 16 bytes of x, so that the program's tokens begin up to a run before
-    `first` and, if the row goes on, end as much before `last`. ALIGNED: all rows begin and end on such boundaries.
-    PHASE_G, PHASE_O: dout's or dx's tokens lie to them as x's do.
+    `offsets` of dout, x and dx to the row. In every channel runs lie on the boundaries of 16 bytes of x, so that the
+    program's tokens begin up to a run before `first` and, if the row goes on, end as much before `last`. Aligned: all
+    rows begin and end on such boundaries. phase_g, phase_o: dout's or dx's tokens lie to them as x's do.
     """
-    RUN: tl.constexpr = 1 << LEVELS
-    HALO_LEVELS: tl.constexpr = 0 if WIDTH < 3 else 1 if WIDTH == 3 else 2 if WIDTH < 6 else 3
-    HALO: tl.constexpr = 0 if WIDTH == 1 else 1 << HALO_LEVELS
-    SLACK: tl.constexpr = 0 if ALIGNED else RUN - 1
-    flipped = _flip(taps, WIDTH)
-    if HAS_DINITIAL:
+    length, first, last = span
+    RUN: tl.constexpr = 1 << o.levels
+    HALO_LEVELS: tl.constexpr = 0 if o.width < 3 else 1 if o.width == 3 else 2 if o.width < 6 else 3
+    HALO: tl.constexpr = 0 if o.width == 1 else 1 << HALO_LEVELS
+    SLACK: tl.constexpr = 0 if o.aligned else RUN - 1
+    if arrays.dinitial is not None:
         if first == 0:
-            _walk_first(
-                dout + offset_g, dfinal, x + offset_x, initial, dinitial, taps, flipped, start_value, length, first, last,
-                ch, in_dim, (), stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d,
-                stride_i_l, stride_i_d, dim, WIDTH, SILU, HAS_BIAS, HAS_INITIAL, HAS_DFINAL, HAS_DINITIAL, False, PTX,
-            )  # fmt: skip
+            here = Arrays(
+                _moved(arrays.dout, offsets[0]),
+                arrays.dfinal,
+                _moved(arrays.x, offsets[1]),
+                arrays.initial,
+                _moved(arrays.dx, offsets[2]),
+                arrays.dinitial,
+            )
+            _walk_first(here, weights, span, channels, (), False, o)
     # axes: runs, channels, and in loads and stores tokens; lanes lie along the first
-    run = tl.arange(0, GROUP // RUN)
-    token = (run << LEVELS)[:, None]
+    run = tl.arange(0, o.group // RUN)
+    token = (run << o.levels)[:, None]
     shift = 0
-    if not ALIGNED:
-        shift = ((offset_x + ch * stride_x_d) & (RUN - 1)).to(tl.int32)[None, :]
+    if not o.aligned:
+        shift = ((offsets[1] + channels.index * arrays.x.d) & (RUN - 1)).to(tl.int32)[None, :]
         token -= shift
-    x_runs = _runs(x, offset_x, run, ch, shift, 1, stride_x_d, LEVELS, True)
-    g_runs = _runs(dout, offset_g, run, ch, shift, stride_g_t, stride_g_d, LEVELS, PHASE_G)
-    o_runs = _runs(dx, offset_o, run, ch, shift, stride_o_t, stride_o_d, LEVELS, PHASE_O)
-    wide_taps = ()
-    wide_flipped = ()
-    for j in tl.static_range(WIDTH):
-        wide_taps = wide_taps + (taps[j][None, :],)
-        wide_flipped = wide_flipped + (flipped[j][None, :],)
+    runs = Arrays(
+        _runs(arrays.dout, offsets[0], run, channels, shift, o.phase_g, o),
+        arrays.dfinal,
+        _runs(Tokens(arrays.x.ptr, 1, arrays.x.d), offsets[1], run, channels, shift, True, o),
+        arrays.initial,
+        _runs(arrays.dx, offsets[2], run, channels, shift, o.phase_o, o),
+        None,
+    )
+    taps = ()
+    flipped = ()
+    for j in tl.static_range(o.width):
+        taps = taps + (weights.taps[j][None, :],)
+        flipped = flipped + (weights.flipped[j][None, :],)
+    wide = Taps(taps, flipped, weights.start[None, :])
     sums = ()
-    for _ in tl.static_range(WIDTH + HAS_BIAS):
-        sums = sums + (tl.zeros([GROUP // RUN, ch.shape[0]], tl.float32),)
+    for _ in tl.static_range(o.width + o.bias):
+        sums = sums + (tl.zeros([o.group // RUN, o.block_d], tl.float32),)
 
     # steps before `low` and from `high` on may touch what is not the row's; they come first
-    steps = (last - first + (GROUP - 1)) // GROUP
+    steps = (last - first + (o.group - 1)) // o.group
     if last == length:
-        steps = (last - first + (GROUP - 1 + SLACK)) // GROUP
-    low = tl.minimum((tl.maximum(HALO + SLACK - first, 0) + (GROUP - 1)) // GROUP, steps)
-    high = tl.minimum(tl.maximum(tl.maximum(length - HALO - first, 0) // GROUP, low), steps)
+        steps = (last - first + (o.group - 1 + SLACK)) // o.group
+    low = tl.minimum((tl.maximum(HALO + SLACK - first, 0) + (o.group - 1)) // o.group, steps)
+    high = tl.minimum(tl.maximum(tl.maximum(length - HALO - first, 0) // o.group, low), steps)
     for step in range(low + steps - high):
-        t = first + tl.where(step < low, step, step - low + high) * GROUP
-        sums = _tile_step(
-            g_runs, dfinal, x_runs, initial, o_runs, wide_taps, wide_flipped, start_value[None, :], length, t, token, ch,
-            in_dim, sums, stride_g_t, stride_f_l, stride_f_d, stride_i_l, stride_i_d, stride_o_t, WIDTH, SILU, HAS_BIAS,
-            HAS_INITIAL, HAS_DFINAL, HAS_SUMS, PTX, LEVELS, HALO_LEVELS, ALIGNED, True,
-        )  # fmt: skip
-    for step in tl.range(low, high, num_stages=STAGES):
-        t = first + step * GROUP
-        sums = _tile_step(
-            g_runs, dfinal, x_runs, initial, o_runs, wide_taps, wide_flipped, start_value[None, :], length, t, token, ch,
-            in_dim, sums, stride_g_t, stride_f_l, stride_f_d, stride_i_l, stride_i_d, stride_o_t, WIDTH, SILU, HAS_BIAS,
-            HAS_INITIAL, HAS_DFINAL, HAS_SUMS, PTX, LEVELS, HALO_LEVELS, ALIGNED, False,
-        )  # fmt: skip
+        t = first + tl.where(step < low, step, step - low + high) * o.group
+        sums = _tile_step(runs, wide, length, t, token, channels, sums, True, o)
+    for step in tl.range(low, high, num_stages=o.stages):
+        t = first + step * o.group
+        sums = _tile_step(runs, wide, length, t, token, channels, sums, False, o)
     totals = ()
-    for j in tl.static_range(WIDTH + HAS_BIAS):
+    for j in tl.static_range(o.width + o.bias):
         totals = totals + (tl.sum(sums[j], axis=0),)
     return totals
 
 
 @triton.jit(do_not_specialize=["tokens", "batch"])
 def _backward_kernel(
-    dout, dfinal, x, weight, bias, initial_states, query_start_loc, dx, dinitial, partial,
-    tokens, dim, batch,
-    stride_g_n, stride_g_t, stride_g_d, stride_f_n, stride_f_l, stride_f_d, stride_x_n, stride_x_t, stride_x_d,
-    stride_w_d, stride_w_j, stride_b, stride_i_n, stride_i_l, stride_i_d, stride_o_n, stride_o_t, stride_o_d,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_SUMS: tl.constexpr, FLAT: tl.constexpr, PTX: tl.constexpr,
-    WORD_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, SEARCH: tl.constexpr,
-    STAGES: tl.constexpr, DENSE: tl.constexpr, LEVELS: tl.constexpr, ALIGNED: tl.constexpr, PHASE_G: tl.constexpr,
-    PHASE_O: tl.constexpr,
+    dout, dfinal, x, weight, bias, initial_states, query_start_loc, dx, dinitial, partial, strides,
+    tokens, dim, batch, o: tl.constexpr,
 ):  # fmt: skip
-    # strides may pass 2**31 elements when multiplied: all offsets are 64-bit
-    stride_g_n = tl.cast(stride_g_n, tl.int64)
-    stride_g_t = tl.cast(stride_g_t, tl.int64)
-    stride_g_d = tl.cast(stride_g_d, tl.int64)
-    stride_f_l = tl.cast(stride_f_l, tl.int64)
-    stride_f_d = tl.cast(stride_f_d, tl.int64)
-    stride_x_n = tl.cast(stride_x_n, tl.int64)
-    stride_x_t = tl.cast(stride_x_t, tl.int64)
-    stride_x_d = tl.cast(stride_x_d, tl.int64)
-    stride_i_l = tl.cast(stride_i_l, tl.int64)
-    stride_i_d = tl.cast(stride_i_d, tl.int64)
-    stride_o_n = tl.cast(stride_o_n, tl.int64)
-    stride_o_t = tl.cast(stride_o_t, tl.int64)
-    stride_o_d = tl.cast(stride_o_d, tl.int64)
-
     # mapping of programs
-    channel_blocks = tl.cdiv(dim, BLOCK_D)
+    channel_blocks = tl.cdiv(dim, o.block_d)
     block_d = tl.program_id(0) % channel_blocks
     program = tl.program_id(0) // channel_blocks
-    ch = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_dim = ch < dim
-    if LEVELS:  # the taps are under way while the row is looked for
-        words = load_words(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-        bias_word = load_bias_word(bias, ch, in_dim, stride_b, HAS_BIAS)
-    if FLAT:
+    ch = block_d * o.block_d + tl.arange(0, o.block_d)
+    channels = Channels(ch, ch < dim)
+    if o.levels:  # the taps are under way while the row is looked for
+        weights = load_weights(weight, bias, strides, channels, o)
+    if o.flat:
         nothing = Items(None, None)
-        facts = find_row(Rows(query_start_loc, nothing, nothing, batch, tokens), program, BLOCK_T, SEARCH)
+        facts = find_row(Rows(query_start_loc, nothing, nothing, batch, tokens), program, o.block_t, o.search)
         row, row_start, row_end = facts[0], facts[1], facts[2]
     else:
         row = program
         row_start = offset(query_start_loc, row, batch, tokens)
         row_end = offset(query_start_loc, row + 1, batch, tokens)
-    number = row_start // BLOCK_T + row  # of the row's first block
-    blocks = row_end // BLOCK_T + row + 1 - number  # numbers up to the next row's; the last may be no block
-    if FLAT:
+    number = row_start // o.block_t + row  # of the row's first block
+    blocks = row_end // o.block_t + row + 1 - number  # numbers up to the next row's; the last may be no block
+    if o.flat:
         block = program - number
         next_block = blocks  # a program has one block
     else:
@@ -523,87 +535,92 @@ def _backward_kernel(
 
     wide_row = row.to(tl.int64)
     wide_dim = tl.cast(dim, tl.int64)
-    if DENSE:
-        offset_g = wide_row * stride_g_n
-        offset_x = wide_row * stride_x_n
-        offset_o = wide_row * stride_o_n
+    dx = tokens_of(dx, strides.dx[1:])
+    x = tokens_of(x, strides.x[1:])
+    dout = tokens_of(dout, strides.dout[1:])
+    if o.dense:
+        offsets = (wide_row * strides.dout[0], wide_row * strides.x[0], wide_row * strides.dx[0])
     else:
-        offset_g = row_start * stride_g_t
-        offset_x = row_start * stride_x_t
-        offset_o = row_start * stride_o_t
-    if HAS_DFINAL:
-        dfinal += wide_row * stride_f_n
-    if HAS_INITIAL:
-        initial_states += wide_row * stride_i_n
-    if HAS_DINITIAL:
-        dinitial += wide_row * (WIDTH - 1) * wide_dim
+        offsets = (row_start * dout.t, row_start * x.t, row_start * dx.t)
+    late = None
+    if dfinal is not None:
+        late = tokens_of(dfinal + wide_row * strides.dfinal[0], strides.dfinal[1:])
+    initial = None
+    if initial_states is not None:
+        initial = tokens_of(initial_states + wide_row * strides.initial_states[0], strides.initial_states[1:])
+    result = None
+    if dinitial is not None:
+        result = Tokens(dinitial + wide_row * (o.width - 1) * wide_dim, wide_dim, 1)
+    arrays = Arrays(dout, late, x, initial, dx, result)
     length = row_end - row_start
-    zero = tl.zeros([BLOCK_D], tl.float32)
+    zero = tl.zeros([o.block_d], tl.float32)
     while block < blocks:
-        first = block * BLOCK_T  # from the row's start
-        last = first + tl.minimum(length - first, BLOCK_T)
+        first = block * o.block_t  # from the row's start
+        span = Span(length, first, first + tl.minimum(length - first, o.block_t))
         sums = ()
-        for _ in tl.static_range(WIDTH + HAS_BIAS):
+        for _ in tl.static_range(o.width + o.bias):
             sums = sums + (zero,)
         if (row < batch) & ((first < length) | (block == 0)):  # a row of zero tokens hands its state on
-            if LEVELS:
-                taps = unpack_taps(words, WIDTH, weight.dtype.element_ty)
-                sums = _tile_back(
-                    dout, dfinal, x, initial_states, dx, dinitial, offset_g, offset_x, offset_o, taps, widen(bias_word),
-                    length, first, last, ch, in_dim, stride_g_t, stride_g_d, stride_f_l, stride_f_d, stride_x_t, stride_x_d,
-                    stride_i_l, stride_i_d, stride_o_t, stride_o_d, wide_dim, WIDTH, SILU, HAS_BIAS, HAS_INITIAL,
-                    HAS_DFINAL, HAS_DINITIAL, HAS_SUMS, PTX, GROUP, STAGES, LEVELS, ALIGNED, PHASE_G, PHASE_O,
-                )  # fmt: skip
+            if o.levels:
+                sums = _tile_back(arrays, offsets, _taps_of(weights, o), span, channels, o)
             else:
-                taps = load_taps(weight, ch, in_dim, stride_w_d, stride_w_j, WIDTH, WORD_BITS)
-                start_value = load_bias(bias, ch, in_dim, stride_b, HAS_BIAS)
-                sums = _walk_back(
-                    dout + offset_g, dfinal, x + offset_x, initial_states, dx + offset_o, dinitial, taps, start_value,
-                    length, first, last, ch, in_dim, sums, stride_g_t, stride_g_d, stride_f_l, stride_f_d,
-                    stride_x_t, stride_x_d, stride_i_l, stride_i_d, stride_o_t, stride_o_d, wide_dim,
-                    WIDTH, SILU, HAS_BIAS, HAS_INITIAL, HAS_DFINAL, HAS_DINITIAL, HAS_SUMS, PTX, GROUP,
-                )  # fmt: skip
-        else:
-            ZEROS: tl.constexpr = GROUP if LEVELS else 1  # tokens at a time
-            for t in range(first, last, ZEROS):
-                token = t + tl.arange(0, ZEROS)[:, None]
-                tl.store(
-                    dx + offset_o + token * stride_o_t + ch[None, :] * stride_o_d,
-                    tl.zeros([ZEROS, BLOCK_D], dx.dtype.element_ty),
-                    mask=in_dim[None, :] & (token < last),
+                taps = _taps_of(load_weights(weight, bias, strides, channels, o), o)
+                here = Arrays(
+                    _moved(dout, offsets[0]),
+                    late,
+                    _moved(x, offsets[1]),
+                    initial,
+                    _moved(dx, offsets[2]),
+                    result,
                 )
-        if HAS_SUMS:
-            place = partial + (number + block) * (WIDTH + HAS_BIAS) * wide_dim + ch
-            for j in tl.static_range(WIDTH + HAS_BIAS):
+                sums = _walk_back(here, taps, span, channels, sums, o)
+        else:
+            zeros: tl.constexpr = o.group if o.levels else 1  # tokens at a time
+            for t in range(first, span.last, zeros):
+                token = t + tl.arange(0, zeros)[:, None]
+                tl.store(
+                    dx.ptr + offsets[2] + token * dx.t + ch[None, :] * dx.d,
+                    tl.zeros([zeros, o.block_d], dx.ptr.dtype.element_ty),
+                    mask=channels.exist[None, :] & (token < span.last),
+                )
+        if o.sums:
+            place = partial + (number + block) * (o.width + o.bias) * wide_dim + ch
+            for j in tl.static_range(o.width + o.bias):
                 # (a row of zero tokens has met its initial state, which may be NaN)
-                tl.store(place + j * wide_dim, tl.where(first < length, sums[j], 0.0), mask=in_dim)
-        block = next_block if FLAT else block + next_block
+                tl.store(place + j * wide_dim, tl.where(first < length, sums[j], 0.0), mask=channels.exist)
+        block = next_block if o.flat else block + next_block
+
+
+class Sums(NamedTuple):
+    """What the second kernel is compiled for; rows: places added up at a time."""
+
+    width: Any
+    bias: Any
+    rows: Any
+    block_d: Any
 
 
 @triton.jit(do_not_specialize=["places"])
-def _reduce_kernel(
-    partial, dweight, dbias, places, dim,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Adds up the places of the workspace, ROWS at a time, for one tap (or the bias) and BLOCK_D channels."""
+def _reduce_kernel(partial, dweight, dbias, places, dim, o: tl.constexpr):
+    """Adds up the places of the workspace, for one tap (or the bias) and block_d channels."""
     tap = tl.program_id(1)
-    ch = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    ch = tl.program_id(0).to(tl.int64) * o.block_d + tl.arange(0, o.block_d)
     in_dim = ch < dim
-    lane = tl.arange(0, ROWS)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for first in range(0, places, ROWS):
-        row = (first + lane).to(tl.int64) * (WIDTH + HAS_BIAS) + tap
+    lane = tl.arange(0, o.rows)
+    acc = tl.zeros([o.rows, o.block_d], tl.float32)
+    for first in range(0, places, o.rows):
+        row = (first + lane).to(tl.int64) * (o.width + o.bias) + tap
         acc += tl.load(
             partial + row[:, None] * dim + ch[None, :],
             mask=(first + lane < places)[:, None] & in_dim[None, :],
             other=0.0,
         )
     total = tl.sum(acc, axis=0)
-    if tap < WIDTH:
-        tl.store(dweight + ch * WIDTH + tap, narrow(total, dweight.dtype.element_ty), mask=in_dim)
+    if tap < o.width:
+        tl.store(dweight + ch * o.width + tap, round_to(total, dweight.dtype.element_ty), mask=in_dim)
     else:
-        if HAS_BIAS:
-            tl.store(dbias + ch, narrow(total, dbias.dtype.element_ty), mask=in_dim)
+        if o.bias:
+            tl.store(dbias + ch, round_to(total, dbias.dtype.element_ty), mask=in_dim)
 
 
 def run_of(x):
@@ -611,11 +628,11 @@ def run_of(x):
     return 0 if walks(*x.stride()[-2:]) else 1 << levels(x)
 
 
-def _runs_of(dout, x, dx):
-    """The constants of `_tile_back` for these strides: the default ones of a walk where x has no unit token stride."""
+def _phases(dout, x, dx):
+    """The options levels, aligned, phase_g and phase_o for these strides: all 0 for a walk, where x has no unit token stride."""
     run = run_of(x)
     if not run:
-        return dict(LEVELS=0, ALIGNED=False, PHASE_G=False, PHASE_O=False)
+        return 0, False, False, False
 
     def phase(tensor):
         """By how many tokens each step but that along tokens leaves a boundary of 16 bytes."""
@@ -625,7 +642,7 @@ def _runs_of(dout, x, dx):
         return tensor.stride(-2) == 1 and phase(tensor) == phase(x)
 
     aligned = x.dim() == 3 and x.shape[1] % run == 0 and not any(phase(x))
-    return dict(LEVELS=levels(x), ALIGNED=aligned, PHASE_G=in_phase(dout), PHASE_O=in_phase(dx))
+    return levels(x), aligned, in_phase(dout), in_phase(dx)
 
 
 def prepare(
@@ -668,22 +685,37 @@ def prepare(
         grid = ((batch + 1) * channel_blocks, min(max(config.row_blocks, 1), MAX_GRID_YZ), 1)
     no_rows = () if dense else (0,)
     dx = torch.empty_like(x, device="meta")
-    strides = (
-        *no_rows, *dout.stride(), stride(dfinal, 0), stride(dfinal, 1), stride(dfinal, 2), *no_rows, *x.stride(),
-        *weight.stride(), stride(bias, 0), stride(initial_states, 0), stride(initial_states, 1), stride(initial_states, 2),
-        *no_rows, *dx.stride(),
-    )  # fmt: skip
-    constants = dict(
-        WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INITIAL=initial_states is not None,
-        HAS_DFINAL=dfinal is not None, HAS_DINITIAL=need_initial, HAS_SUMS=need_sums, FLAT=config.flat, PTX=NATIVE_PTX,
-        WORD_BITS=word_bits(weight), BLOCK_T=config.block_t, BLOCK_D=config.block_d, GROUP=config.group,
-        SEARCH=config.search, STAGES=config.stages, DENSE=dense, **_runs_of(dout, x, dx),
-    )  # fmt: skip
-    walk = Launch(
-        _backward_kernel, grid, (tokens, dim, batch, *strides), constants,
-        num_warps=config.num_warps,
-    )  # fmt: skip
-    block_d = min(_next_power_of_2(dim), 64)
-    constants = dict(WIDTH=width, HAS_BIAS=bias is not None, ROWS=32, BLOCK_D=block_d)
-    grid = (triton.cdiv(dim, block_d), width + (bias is not None), 1)
-    return places, walk, Launch(_reduce_kernel, grid, (places, dim), constants, num_warps=4)
+    strides = Strides(
+        dout=(*no_rows, *dout.stride()),
+        dfinal=None if dfinal is None else dfinal.stride(),
+        x=(*no_rows, *x.stride()),
+        weight=weight.stride(),
+        bias=None if bias is None else bias.stride(0),
+        initial_states=None if initial_states is None else initial_states.stride(),
+        dx=(*no_rows, *dx.stride()),
+    )
+    run_levels, aligned, phase_g, phase_o = _phases(dout, x, dx)
+    options = Options(
+        width=width,
+        silu=silu,
+        bias=bias is not None,
+        sums=need_sums,
+        word_bits=word_bits(weight),
+        flat=config.flat,
+        block_t=config.block_t,
+        block_d=config.block_d,
+        group=config.group,
+        search=config.search,
+        stages=config.stages,
+        dense=dense,
+        levels=run_levels,
+        aligned=aligned,
+        phase_g=phase_g,
+        phase_o=phase_o,
+        ptx=native_ptx(),
+    )
+    values = (strides, tokens, dim, batch, constants(options))
+    walk = Launch(_backward_kernel, grid, values, {}, num_warps=config.num_warps)
+    sums = Sums(width, bias is not None, rows=32, block_d=min(_next_power_of_2(dim), 64))
+    grid = (triton.cdiv(dim, sums.block_d), width + sums.bias, 1)
+    return places, walk, Launch(_reduce_kernel, grid, (places, dim, constants(sums)), {}, num_warps=4)

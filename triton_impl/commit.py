@@ -1,17 +1,16 @@
 """Moves accepted windows of speculative steps into their slots: one copy of width-1 vectors a row."""
 
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, strides_of
-from triton_impl.records import Channels, Items, constants, slot_of, windows_of
+from triton_impl.records import Channels, Items, constants, slot_of, strides_record, windows_of
 from triton_impl.slots import find_slot, store_window
 
 ARRAYS = ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices")
-Strides = namedtuple("Strides", ARRAYS)
+Strides = strides_record(*ARRAYS)
 
 
 class Options(NamedTuple):

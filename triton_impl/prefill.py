@@ -12,7 +12,6 @@ The program of a row's first block reads the old window and writes the new one; 
 Nothing is planned on the host and nothing synchronises.
 """
 
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from triton_impl.arithmetic import (
 )
 from triton_impl.config import MAX_GRID_YZ
 from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
-from triton_impl.records import Items, Row, Rows, Slot, at, constants, slot_of, tokens_of
+from triton_impl.records import Items, Row, Rows, Slot, at, constants, slot_of, strides_record, tokens_of
 from triton_impl.rows import channel_block_and_place, find_row, row_facts, zero_tail
 from triton_impl.slots import (
     column,
@@ -51,7 +50,7 @@ ARRAYS = (
     "x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state", "cache_seqlens",
     "residual",
 )  # fmt: skip
-Strides = namedtuple("Strides", (*ARRAYS, "out"))
+Strides = strides_record(*ARRAYS, "out")
 
 
 class Options(NamedTuple):

@@ -12,6 +12,7 @@ What Triton asks of them:
 - sizes that change from call to call are parameters of their own, since `do_not_specialize` does not reach into records.
 """
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
@@ -140,3 +141,12 @@ def constants(record):
     if _INTERPRETED:
         return record
     return type(record)(*map(tl.constexpr, record))
+
+
+def strides_record(*names):
+    """The type of a record of strides, in elements: a tuple an array, or the one stride.
+
+    It ends with a None: Triton forgets, where a kernel returns early, the constants of tuples behind a record's last
+    own constant.
+    """
+    return namedtuple("Strides", (*names, "end"), defaults=(None,))

@@ -6,14 +6,13 @@ flat schedule, so that a long row's snapshots are taken by many programs. The pr
 that reads the old slot, reads before writes; the others read x alone.
 """
 
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, strides_of
-from triton_impl.records import Channels, Items, Rows, behind, constants, slot_of, tokens_of
+from triton_impl.records import Channels, Items, Rows, behind, constants, slot_of, strides_record, tokens_of
 from triton_impl.rows import find_row, row_facts
 from triton_impl.slots import find_slot, first_column, is_slot, leave_state, load_window, store_window
 
@@ -21,7 +20,7 @@ ARRAYS = (
     "x", "conv_states", "query_start_loc", "cache_indices", "has_initial_state", "cache_seqlens", "write_indices",
     "snapshot_indices", "num_computed_tokens", "track_indices", "track_lengths",
 )  # fmt: skip
-Strides = namedtuple("Strides", ARRAYS)
+Strides = strides_record(*ARRAYS)
 NO_SNAPSHOTS = 1 << 62  # a block no row fills
 
 

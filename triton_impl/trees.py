@@ -4,7 +4,6 @@ A program owns NODES nodes of a row and BLOCK_D channels. The nodes' chains of p
 their inputs are loaded, so that the waits of all nodes overlap.
 """
 
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +23,14 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, strides_of
-from triton_impl.records import Items, Tokens, at, constants, slot_of, tokens_of, windows_of
+from triton_impl.records import Items, Tokens, at, constants, slot_of, strides_record, tokens_of, windows_of
 from triton_impl.slots import column, find_slot, first_column, part_of_out, split_blocks
 
 ARRAYS = (
     "x", "weight", "bias", "conv_states", "cache_indices", "cache_seqlens", "tree_parents", "window_out", "window_indices",
     "residual",
 )  # fmt: skip
-Strides = namedtuple("Strides", (*ARRAYS, "out"))
+Strides = strides_record(*ARRAYS, "out")
 
 
 class Options(NamedTuple):

@@ -4,7 +4,6 @@ A program owns `rows` rows and block_d channels, so that the taps are read once 
 packed rows and all other layouts and slots are `verify`'s.
 """
 
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
@@ -21,12 +20,12 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
-from triton_impl.records import Channels, Items, at, constants, slot_of, tokens_of
+from triton_impl.records import Channels, Items, at, constants, slot_of, strides_record, tokens_of
 from triton_impl.rows import channel_block_and_place
 from triton_impl.slots import column, find_slot, store_window
 
 ARRAYS = ("x", "weight", "bias", "conv_states", "cache_indices")
-Strides = namedtuple("Strides", (*ARRAYS, "out"))  # of x and out those of row and channel
+Strides = strides_record(*ARRAYS, "out")  # of x and out those of row and channel
 
 
 class Options(NamedTuple):

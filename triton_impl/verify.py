@@ -5,7 +5,6 @@ tokens, the loads of a group of tokens issued before any is used; so every read 
 may be overwritten by its own result. Packed rows have a few programs more, which write the zeros after the last row.
 """
 
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import triton
@@ -24,7 +23,18 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
-from triton_impl.records import Channels, Items, Tokens, at, behind, constants, slot_of, tokens_of, windows_of
+from triton_impl.records import (
+    Channels,
+    Items,
+    Tokens,
+    at,
+    behind,
+    constants,
+    slot_of,
+    strides_record,
+    tokens_of,
+    windows_of,
+)
 from triton_impl.rows import channel_block_and_place, offset, zero_tail
 from triton_impl.slots import (
     column,
@@ -41,7 +51,7 @@ ARRAYS = (
     "x", "weight", "bias", "conv_states", "cache_indices", "query_start_loc", "num_accepted_tokens", "cache_seqlens",
     "write_indices", "track_indices", "window_out", "window_indices", "residual",
 )  # fmt: skip
-Strides = namedtuple("Strides", (*ARRAYS, "out"))  # of x, residual and out those of row, token and channel
+Strides = strides_record(*ARRAYS, "out")  # of x, residual and out those of row, token and channel
 
 
 class Options(NamedTuple):
