@@ -34,8 +34,9 @@ activation, and schedule and max_seqlen where a case sets them.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from oracle import reference, reference_grad
@@ -95,7 +96,7 @@ class Adapter(Protocol):
     def capabilities(self) -> Mapping[str, Any]:
         """What it cannot do, and what it promises beyond values.
 
-        Keys, all optional:
+        Keys, all optional; any other, and a name or pattern that matches nothing, is an error:
           supports: names of `SERVING_FEATURES`, or patterns of them: ["*"] for all, ["state_layout_*", "split"].
             Cases that need one that is not named are unsupported. Default: none.
           unsupported: feature pattern -> reason. Features are strings such as "width:5", "x:bfloat16" or
@@ -199,6 +200,45 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         tree_parents_from_links=reference.tree_parents_from_links,
         causal_conv1d_backward=_rounded_gradients,
     )
+
+
+CAPABILITIES = ("supports", "unsupported", "bit_exact", "path_invariant", "device")
+
+
+def wrong_capabilities(stated: Any, features: Iterable[str]) -> Iterator[str]:
+    """What is wrong with capabilities: unknown keys, values of another type, patterns that match nothing.
+
+    Args:
+      stated: what `capabilities()` returned.
+      features: of every case that there is.
+    """
+    if not isinstance(stated, Mapping):
+        yield f"expected a mapping, got {type(stated).__name__}"
+        return
+    for key in stated:
+        if key not in CAPABILITIES:
+            yield f"{key!r}: expected one of {', '.join(CAPABILITIES)}{_near(key, CAPABILITIES)}"
+    for key, known in (("supports", SERVING_FEATURES), ("unsupported", sorted(features))):
+        patterns, kind = (
+            stated.get(key, ()),
+            "a list of names" if key == "supports" else "a mapping to reasons",
+        )
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+            yield f"{key}: expected {kind}, got {patterns!r}"
+            continue
+        if key == "unsupported" and patterns and not isinstance(patterns, Mapping):
+            yield f"{key}: expected {kind}, got {patterns!r}"
+        for pattern in patterns:
+            if pattern != "*" and not fnmatch.filter(known, str(pattern)):
+                yield f"{key}: {pattern!r} matches no feature{_near(str(pattern), known)}"
+    for key in ("bit_exact", "path_invariant"):
+        if not isinstance(stated.get(key, True), bool):
+            yield f"{key}: expected True or False, got {stated[key]!r}"
+
+
+def _near(name: Any, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def offered(op: str, arrays: Mapping[str, Array | None], supports: Iterable[str]) -> dict[str, Array | None]:

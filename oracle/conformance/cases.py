@@ -15,6 +15,16 @@ RELATIONS_NEED: dict[str | None, tuple[str, ...]] = {
     "verify_trees": ("window_out", "no_commit", "commit_windows", "tree_parents", "tree_parents_from_links"),
 }
 """Of `adapter.SERVING_FEATURES`, what the calls inside a relation use."""
+_STEPS = ("op:causal_conv1d_update",)
+RELATIONS_USE: dict[str | None, tuple[str, ...]] = {
+    "chain": _STEPS,
+    "serving": (*_STEPS, "update:packed", "update:rolling"),
+    "layouts": (*_STEPS, "update:packed"),
+    "verify_windows": (*_STEPS, "update:multi_token"),
+    "verify_trees": (*_STEPS, "update:multi_token"),
+    "packed_steps": ("update:packed",),
+}
+"""Features of the calls inside a relation that its case alone would not have."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Case:
     def features(self) -> frozenset[str]:
         """What an implementation must support to run this case; matched against its `unsupported` patterns."""
         axes = self.axes
-        found = {f"op:{self.op}", f"tier:{self.tier}", *self.serving}
+        found = {f"op:{self.op}", f"tier:{self.tier}", *self.serving, *RELATIONS_USE.get(self.relation, ())}
         if self.expect != "value":
             found.add("expect:undefined" if self.expect == "undefined" else "expect:error")
         used = {k: v for k, v in self.dtypes.items() if v is not None}
@@ -191,7 +201,7 @@ def select(
 
     Args:
       cases: the catalogue.
-      tiers: default core and full, and besides these a case that a pattern names exactly.
+      tiers: default core and full; besides these, a case that a pattern names exactly.
       patterns: globs of ids; any one must match.
       op: one of the operations.
       flags: failure modes; the case must carry one.
@@ -211,7 +221,7 @@ def select(
 
     def wanted(case: Case) -> bool:
         by_id = not patterns or any(fnmatch.fnmatchcase(case.id, pattern) for pattern in patterns)
-        by_tier = case.tier in (tiers or ("core", "full")) or (not tiers and case.id in patterns)
+        by_tier = case.tier in (tiers or ("core", "full")) or case.id in patterns
         return by_id and by_tier and (not flags or bool(flags & set(case.flags)))
 
     return [case for case in chosen if wanted(case)]

@@ -1,15 +1,19 @@
-"""The commands of `python -m oracle`. Exit status: 0 all right, 1 something disagrees, 2 a wrong command."""
+"""The commands of `python -m oracle`.
+
+Exit status: 0 all right, 1 something disagrees, 2 a wrong command or nothing judged, 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oracle.conformance import ledger, runner
+from oracle.conformance import ledger, nearest, runner
 from oracle.conformance import report as reports
 from oracle.conformance.adapter import OPS
 from oracle.conformance.cases import TIERS, Case, select
@@ -83,7 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     try:
-        return options.function(options)
+        status = options.function(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `list | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, runner.ImplementationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -108,6 +120,8 @@ def _selected(options: Any) -> list[Case]:
 
 def _run(options: Any) -> int:
     entries = ledger.read(options.known_failures) if options.known_failures else []
+    if options.report:
+        reports.check_path(options.report)
     result = runner.run(
         options.impl,
         _cases_of(options.case_file) if options.case_file else _selected(options),
@@ -121,6 +135,13 @@ def _run(options: Any) -> int:
     if options.report:
         reports.write(result, options.report)
     print(reports.summary(result))
+    if result.failures:
+        print("\n".join(nearest.words(result)))
+    if result.interrupted:
+        return 130
+    if not result.judged:
+        print("error: nothing was judged: no case ran for its result", file=sys.stderr)
+        return 2
     return 0 if result.good else 1
 
 

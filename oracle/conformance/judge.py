@@ -15,7 +15,17 @@ from oracle.conformance.adapter import ARRAYS, GRADIENTS, Adapter, offered
 from oracle.conformance.arrays import unchanged_outside
 from oracle.conformance.inputs import Problem
 from oracle.contract import FLOAT_DTYPES
-from oracle.numerics import SMALLEST_NORMAL_FLOAT32, TypedArray, is_nan, round_bits, silu, typed, ulp_distance
+from oracle.numerics import (
+    SMALLEST_NORMAL_FLOAT32,
+    TypedArray,
+    from_bits,
+    is_nan,
+    round_bits,
+    rounded,
+    silu,
+    typed,
+    ulp_distance,
+)  # fmt: skip
 from oracle.tolerance import error_bound, fraction_of_bound
 
 # Below this size float32 products may be subnormal, and what is exact depends on flushing.
@@ -128,9 +138,8 @@ def _judge_error(error: Exception, expect: Any) -> Verdict:
 def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[str, np.ndarray]) -> bool:
     """Checks shapes and dtypes of a result and unpacks it; False when there is nothing more to judge."""
     if not isinstance(result, Mapping) or RESULTS[problem.op] not in result:
-        verdict.fail(
-            "wrong_dtype", f"expected a mapping with {RESULTS[problem.op]}, got {type(result).__name__}"
-        )
+        got = f"one with {sorted(map(str, result))}" if isinstance(result, Mapping) else _kind(result)
+        verdict.fail("wrong_dtype", f"expected a mapping with {RESULTS[problem.op]!r}, got {got}")
         return False
     if problem.op == "tree_parents_from_links":
         return True
@@ -142,10 +151,8 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
         value, like = result.get(name), problem.arrays.get(name)
         if like is None or value is None:
             if (value is None) != (like is None):
-                verdict.fail(
-                    "wrong_shape",
-                    f"{name}: expected {'None' if like is None else 'an array'}, got the opposite",
-                )
+                wanted = "None" if like is None else "an array"
+                verdict.fail("wrong_shape", f"{name}: expected {wanted}, got {_kind(value)}")
             continue
         if (taken := _take(verdict, name, value, tuple(like.shape), like.dtype)) is not None:
             setattr(verdict, name, taken)
@@ -175,7 +182,8 @@ def _take_out(verdict: Verdict, problem: Problem, value: Any) -> None:
         verdict.out = _take(verdict, "out", value, (*shape, dim), x.dtype)
         return
     if not isinstance(value, (list, tuple)) or len(value) != len(sizes):
-        verdict.fail("wrong_shape", f"out: expected {len(sizes)} arrays, got {type(value).__name__}")
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
+        verdict.fail("wrong_shape", f"out: expected a list of {len(sizes)} arrays, got {got}")
         return
     parts = [
         _take(verdict, f"out[{i}]", part, (*shape, size), x.dtype)
@@ -189,9 +197,8 @@ def _take_gradients(verdict: Verdict, problem: Problem, result: Mapping[str, Any
     for name, argument in GRADIENTS.items():
         value, like = result.get(name), problem.arrays[argument]
         if (value is None) != (like is None):
-            verdict.fail(
-                "wrong_shape", f"{name}: expected {'None' if like is None else 'an array'}, got the opposite"
-            )
+            wanted = "None" if like is None else "an array"
+            verdict.fail("wrong_shape", f"{name}: expected {wanted}, got {_kind(value)}")
         elif like is None:
             verdict.gradients[name] = None
         else:
@@ -199,12 +206,16 @@ def _take_gradients(verdict: Verdict, problem: Problem, result: Mapping[str, Any
 
 
 def _take(verdict: Verdict, name: str, value: Any, shape: tuple[int, ...], dtype: str) -> TypedArray | None:
-    """An array of a result, if it has the right shape and dtype."""
+    """An array of a result, if it has the right shape and dtype; a list of numbers is rounded to that dtype."""
     try:
+        if isinstance(value, (list, tuple)):
+            value = rounded(
+                np.asarray(value, np.float64).reshape(shape if not np.size(value) else np.shape(value)), dtype
+            )
         value = typed(value)
         got_shape, got = tuple(value.shape), value.dtype
     except Exception as error:
-        verdict.fail("wrong_dtype", f"{name}: expected an array, got {type(value).__name__} ({error})")
+        verdict.fail("wrong_dtype", f"{name}: expected an array, got {_kind(value)} ({error})")
         return None
     if got not in FLOAT_DTYPES:
         verdict.fail("wrong_dtype", f"{name}: expected dtype {dtype}, got {got}")
@@ -265,8 +276,20 @@ def _judge(
 SOURCES = ("x", "conv_states", "window_out")
 
 
+def _kind(value: Any) -> str:
+    """What came, in a few words."""
+    if value is None:
+        return "None"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if shape is not None:
+        return f"an array of {dtype} {list(shape)}"
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
 def _judge_parents(verdict: Verdict, got: Any, want: np.ndarray) -> None:
-    got = np.asarray(got)
+    got = np.asarray(got, np.int32 if isinstance(got, (list, tuple)) else None)
     if got.dtype.name != "int32":
         verdict.fail("wrong_dtype", f"parents: expected dtype int32, got {got.dtype.name}")
     elif got.shape != want.shape:
@@ -322,14 +345,12 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
     wrong = fraction > 1.0
     if wrong.any():
         unwritten = wrong & ~computed
-        where = (
-            "where the contract demands zero"
-            if unwritten.any()
-            else f"worst {fraction[at]:.3g} times the bound"
-        )
-        verdict.fail(
-            "wrong_value", f"out: {int(wrong.sum())} of {wrong.size} elements outside the bound, {where}"
-        )
+        if unwritten.any():
+            at, where = tuple(np.argwhere(unwritten)[0]), "where the contract demands zero"
+        else:
+            where = f"{fraction[at]:.3g} times the bound"
+        verdict.fail("wrong_value", f"out: {int(wrong.sum())} of {wrong.size} elements outside the bound, the worst at "
+                     f"{[int(i) for i in at]}: expected {expected[at]:.6g}, got {got.values()[at]:.6g}, {where}")  # fmt: skip
 
     if (bits := exact_bits(problem.op, arguments)) is None:
         return
@@ -347,8 +368,10 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
         verdict.bit_exact = not differs.any()
         if promises.bit_exact and not verdict.bit_exact:
             at = tuple(np.argwhere(differs)[0])
+            want = from_bits(bits, got.dtype).values()[at]
             verdict.fail("wrong_value", f"out: {int(differs.sum())} elements differ in bits from float32 sums in the "
-                         f"contract's order, the first at {[int(i) for i in at]}")  # fmt: skip
+                         f"contract's order, the first at {[int(i) for i in at]}: expected {want:.9g}, got "
+                         f"{got.values()[at]:.9g}")  # fmt: skip
 
 
 def exact_bits(op: str, arguments: Mapping[str, Any]) -> np.ndarray | None:
@@ -375,7 +398,8 @@ def _report_positions(
     if wrong.any():
         at = tuple(np.argwhere(wrong)[0])
         verdict.fail(status, f"{name}: {int(wrong.sum())} elements wrong, the first at {[int(i) for i in at]}: expected "
-                     f"bits {_hex(want.bits[at])}, got {_hex(got.bits[at])}")  # fmt: skip
+                     f"{want.values()[at]:.6g} (bits {_hex(want.bits[at])}), got {got.values()[at]:.6g} (bits "
+                     f"{_hex(got.bits[at])})")  # fmt: skip
 
 
 def _hex(bits: Any) -> str:

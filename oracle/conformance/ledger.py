@@ -52,6 +52,21 @@ def read(path: str | Path) -> list[Entry]:
     return entries
 
 
+def find(path: str | Path, near: Path) -> Path:
+    """A ledger's path: as it is, or seen from a folder or from any folder that it lies in.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    folders = [near, *near.parents]
+    for folder in [Path(), *folders]:
+        if (folder / path).is_file():
+            return folder / path
+    raise ValueError(
+        f"{path}: expected a file in the working folder, {near} or a folder above it, found none"
+    )
+
+
 def apply(report: Report, entries: list[Entry]) -> Report:
     """The report with known failures marked, and every stale entry as a finding."""
     findings, cases = list(report.footer["findings"]), []

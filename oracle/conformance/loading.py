@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import shlex
+import sys
 from typing import Any
 
 from oracle.conformance.adapter import Adapter
 from oracle.conformance.process import ProcessAdapter
+
+
+class NotFound(ValueError):
+    """The text of an implementation does not lead to one."""
 
 
 def load_adapter(spec: str, device: str | None = None) -> Adapter:
@@ -17,15 +22,26 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
     The object is an adapter, or a function that returns one and may take `device`.
 
     Raises:
-      ValueError: the text has another form, or the object is no adapter.
+      NotFound: the text has another form, there is no such module or object, or it is no adapter.
     """
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
-        raise ValueError(f"impl: expected package.module:object or process:command, got {spec!r}")
+        raise NotFound(f"impl: expected package.module:object or process:command, got {spec!r}")
     if module == "process":
         return ProcessAdapter(shlex.split(name), device)
-    target: Any = importlib.import_module(module)
-    for part in name.split("."):
+    try:
+        target: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports one that is not
+        raise NotFound(
+            f"impl: no module {error.name!r} in {', '.join(sys.path[:2])} or any other folder of sys.path"
+        ) from None
+    for number, part in enumerate(name.split(".")):
+        if not hasattr(target, part):
+            where = ".".join([module, *name.split(".")[:number]])
+            hint = f", the package at {target.__file__}" if module == "oracle" else ""
+            raise NotFound(f"impl: {where}{hint} has no {part!r}")
         target = getattr(target, part)
     if not hasattr(target, "run"):
         takes_device = "device" in inspect.signature(target).parameters
@@ -34,7 +50,7 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
         target = target()
     for attribute in ("name", "version", "capabilities", "run"):
         if not hasattr(target, attribute):
-            raise ValueError(
+            raise NotFound(
                 f"impl: expected an adapter with {attribute!r}, got {type(target).__name__} from {spec!r}"
             )
     return target

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def conformance_tests(
       device: handed to the adapter.
       tiers: core, full, large.
       cases: globs of case ids; default all.
-      known_failures: a ledger; see `ledger`.
+      known_failures: a ledger; see `ledger`. A relative path is looked for in the working folder, beside the file that calls
+        this, and in the folders above it.
       time_limit: seconds a case may take.
       total_limit: seconds for the first test, which runs all cases (for the pytest-timeout plugin).
       environment: extra environment variables of the implementation's process.
@@ -55,7 +57,8 @@ def conformance_tests(
       ValueError: a pattern matches nothing, or the ledger is damaged.
     """
     chosen = select(catalogue(), tiers=tiers, patterns=cases)
-    entries = ledger.read(known_failures) if known_failures else []
+    caller = Path(sys._getframe(1).f_code.co_filename).resolve().parent
+    entries = ledger.read(ledger.find(known_failures, caller)) if known_failures else []
 
     @functools.cache
     def judged() -> Report:
@@ -71,6 +74,7 @@ def conformance_tests(
         result = judged()
         if case_id == WHOLE:
             assert not result.footer["findings"], "\n".join(result.footer["findings"])
+            assert result.judged, "nothing was judged: capabilities() denies every case"
             return
         (record,) = [case for case in result.cases if case["id"] == case_id]
         if record["status"] == "unsupported":

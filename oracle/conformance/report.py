@@ -6,6 +6,7 @@ A file without a footer comes from a run that did not end, and is refused.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,8 +38,18 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """At least one case, none of them wrong, and capabilities that are true."""
-        return bool(self.cases) and not self.failures and not self.footer["findings"]
+        """At least one case was judged, none is wrong, and capabilities are true."""
+        return self.judged and not self.failures and not self.footer["findings"]
+
+    @property
+    def judged(self) -> bool:
+        """Whether any case was run for its result: an implementation that denies everything is not right."""
+        return any(case["status"] != "unsupported" for case in self.cases)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run ended before all its cases had run."""
+        return any(finding.startswith("interrupted:") for finding in self.footer["findings"])
 
 
 def close(
@@ -49,6 +60,22 @@ def close(
     footer = {"kind": "footer", "cases": len(cases), "counts": counts, "seconds": round(seconds, 2),
               "findings": list(findings)}  # fmt: skip
     return Report(header, cases, footer)
+
+
+def check_path(path: str | Path) -> None:
+    """Raises ValueError if no report can be written there: said before a run rather than after it."""
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
+        what = (
+            "a folder"
+            if Path(path).is_dir()
+            else "no folder there"
+            if not folder.is_dir()
+            else "no right to write it"
+        )
+        raise ValueError(
+            f"report: expected the path of a file that can be written, got {str(path)!r}: {what}"
+        )
 
 
 def write(report: Report, path: str | Path) -> None:

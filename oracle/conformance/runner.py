@@ -15,15 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from oracle import contract
 from oracle.conformance import report as reports
+from oracle.conformance.adapter import wrong_capabilities
 from oracle.conformance.cases import Case
+from oracle.conformance.catalogue import catalogue
 from oracle.conformance.report import Report
 
-SUITE_VERSION = "1.1"
+SUITE_VERSION = "1.2"
 START_LIMIT = 300.0  # seconds for loading an implementation: frameworks import slowly
+
+
+ROOT = Path(__file__).resolve().parents[2]
+# This package is found first, whatever lies in the folder that the run was started in, and nothing else of its folder.
+_START = "import sys; sys.path.insert(0, {root!r}); from oracle.conformance.worker import main; del sys.path[0]; main()"
 
 
 class ImplementationError(RuntimeError):
@@ -35,7 +43,7 @@ class _Worker:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "oracle.conformance.worker", *arguments],
+            [sys.executable, "-c", _START.format(root=str(ROOT)), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
             start_new_session=True,
         )  # fmt: skip
@@ -46,7 +54,9 @@ class _Worker:
         if self.hello is None or "hello" not in self.hello:
             self.stop()
             reason = (self.hello or {}).get("failed", f"no answer; exit status {self.process.poll()}")
-            raise ImplementationError(f"impl: could not be loaded: {reason}")
+            raise ImplementationError(
+                reason if reason.startswith("impl:") else f"impl: could not be loaded: {reason}"
+            )
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -85,10 +95,15 @@ class _Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=60)
 
-    def stop(self) -> None:
-        """Kills the worker and what it started, and closes its pipes."""
+    def kill(self) -> None:
+        """Kills the worker and what it started."""
         if self.alive:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Kills the worker, and closes its pipes."""
+        self.kill()
         self.process.wait()
         self.reader.join(5)
         self.process.stdout.close()
@@ -126,8 +141,10 @@ def run(
       jobs: processes at a time, each of which loads the implementation; 1 with `outputs`.
       progress: called with (done, all, case id).
 
+    Ctrl-C ends the run early: the report holds the cases that ran, and a finding says so.
+
     Raises:
-      ImplementationError: the implementation cannot be loaded.
+      ImplementationError: the implementation cannot be loaded, or states capabilities that do not exist.
       ValueError: no job, or several and `outputs`.
     """
     if jobs < 1:
@@ -141,11 +158,20 @@ def run(
     arguments += ["--outputs", outputs] if outputs else []
     first = _Worker(arguments, environment or {})
     hello = first.hello["hello"]
+    every = frozenset[str]().union(*(case.features for case in (*catalogue(), *cases)))
+    if wrong := list(wrong_capabilities(hello["capabilities"], every)):
+        first.stop()
+        raise ImplementationError(f"capabilities of {hello['name']}: {'; '.join(wrong)}")
     denied = dict(hello["capabilities"].get("unsupported", {}))
     supported = list(hello["capabilities"].get("supports", ()))
     waiting = iter(range(len(cases)))
     records: list[dict[str, Any]] = [{}] * len(cases)
-    lock = threading.Lock()
+    lock, interrupted, running = threading.Lock(), threading.Event(), {first}
+
+    def launch() -> _Worker:
+        worker = _Worker(arguments, environment or {})
+        running.add(worker)
+        return worker
 
     def judge(worker: _Worker, case: Case) -> tuple[_Worker, dict[str, Any]]:
         if missing := [f for f in case.serving if not any(fnmatch.fnmatchcase(f, p) for p in supported)]:
@@ -156,7 +182,7 @@ def run(
         if not worker.alive:
             worker.stop()
             try:
-                worker = _Worker(arguments, environment or {})
+                worker = launch()
             except ImplementationError as error:
                 return worker, _dead("crashed", f"not loaded again after the case before: {error}", 0.0)
         record = worker.ask(case, time_limit)
@@ -168,9 +194,9 @@ def run(
         return worker, record
 
     def serve(worker: _Worker | None) -> None:
-        worker = worker or _Worker(arguments, environment or {})
+        worker = worker or launch()
         try:
-            while True:
+            while not interrupted.is_set():
                 with lock:
                     number = next(waiting, None)
                     if number is None:
@@ -178,6 +204,8 @@ def run(
                     if progress:
                         progress(number, len(cases), cases[number].id)
                 worker, record = judge(worker, cases[number])
+                if interrupted.is_set():  # it was killed with the run
+                    break
                 case = cases[number]
                 records[number] = {
                     "kind": "case", "id": case.id, "op": case.op, "group": case.group, "tier": case.tier,
@@ -190,8 +218,20 @@ def run(
 
     workers = [first, *[None] * (min(jobs, len(cases)) - 1)]
     with ThreadPoolExecutor(len(workers)) as pool:
-        list(pool.map(serve, workers))
-    if progress:
+        served = [pool.submit(serve, worker) for worker in workers]
+        try:
+            for future in served:
+                future.result()
+        except KeyboardInterrupt:
+            interrupted.set()
+            for worker in list(running):
+                worker.kill()
+    findings = list(_denials(denied, cases, records))
+    if interrupted.is_set():
+        ran = [record for record in records if record]
+        findings = [f"interrupted: {len(ran)} of {len(cases)} cases ran"]
+        records = ran
+    elif progress:
         progress(len(cases), len(cases), "")
     header = {
         "kind": "header", "format": reports.FORMAT_VERSION, "contract": contract.CONTRACT_VERSION,
@@ -200,7 +240,7 @@ def run(
         "environment": first.hello["environment"], "cases": len(cases),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - (time.perf_counter() - start))),
     }  # fmt: skip
-    return reports.close(header, records, time.perf_counter() - start, _denials(denied, cases, records))
+    return reports.close(header, records, time.perf_counter() - start, findings)
 
 
 def _denials(patterns: dict[str, str], cases: list[Case], records: list[dict[str, Any]]) -> Iterable[str]:

@@ -20,7 +20,7 @@ from oracle.conformance import inputs, relations
 from oracle.conformance.adapter import Adapter
 from oracle.conformance.cases import Case
 from oracle.conformance.judge import Promises, Verdict, evaluate, promises_of
-from oracle.conformance.loading import load_adapter
+from oracle.conformance.loading import NotFound, load_adapter
 
 
 class RelationFailed(Exception):
@@ -73,6 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
             "capabilities": dict(adapter.capabilities()),
         }
         promises = promises_of(adapter)
+    except NotFound as error:
+        say({"failed": str(error)})
+        return
     except Exception as error:
         say({"failed": f"{type(error).__name__}: {error}"})
         raise

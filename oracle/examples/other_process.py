@@ -139,7 +139,7 @@ def main() -> None:
                 answer = run(request["op"], request["arrays"], request["options"])
             except Exception as error:
                 answer = {"error": type(error).__name__, "message": str(error)}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps({"id": request["id"], **answer}), flush=True)
 
 
 if __name__ == "__main__":

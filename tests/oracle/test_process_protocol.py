@@ -20,7 +20,8 @@ import json, os, sys
 sys.path.insert(0, {folder!r})
 import other_process as example
 
-mode = {mode!r}
+mode, mark = {mode!r}, {mark!r}
+NUMBERED = ("good", "dies-once", "stray-before", "stray-json", "stray-after", "other-number")
 for number, line in enumerate(sys.stdin):
     request = json.loads(line)
     if request["request"] == "hello":
@@ -33,7 +34,15 @@ for number, line in enumerate(sys.stdin):
     elif mode == "refuses": answer = {{"error": "ValueError", "message": "x: expected two axes"}}
     elif mode == "bad-array": answer = {{"out": {{"dtype": "bfloat16", "shape": [4, 5], "bits": "3f80"}}}}
     else: answer = example.run(request["op"], request["arrays"], request["options"])
-    print(json.dumps(answer), flush=True)
+    first = not os.path.exists(mark) and request["request"] == "run"
+    if first: open(mark, "w").close()
+    numbered = {{"id": request["id"], **answer}} if isinstance(answer, dict) and mode in NUMBERED else answer
+    if mode == "dies-once" and first: os._exit(7)
+    if mode == "stray-before" and first: print("loading kernels", flush=True)
+    if mode == "stray-json" and first: print(json.dumps({{"out": None}}), flush=True)
+    if mode == "other-number" and first: numbered["id"] += 1
+    print(json.dumps(numbered), flush=True)
+    if mode == "stray-after" and first: print("done", flush=True)
 """
 
 
@@ -81,7 +90,7 @@ def test_serving_goes_through_the_pipe(tmp_path):
 
 def run(tmp_path, mode):
     program = tmp_path / "program.py"
-    program.write_text(BROKEN.format(mode=mode, folder=str(EXAMPLE.parent)))
+    program.write_text(BROKEN.format(mode=mode, folder=str(EXAMPLE.parent), mark=str(tmp_path / "mark")))
     return runner.run(
         f"process:{shlex.quote(sys.executable)} {shlex.quote(str(program))}", CASES, time_limit=20
     )
@@ -130,3 +139,22 @@ def test_a_program_without_a_proper_hello_is_not_loaded(tmp_path):
 def test_a_good_program_passes(tmp_path):
     counts = run(tmp_path, "good").footer["counts"]
     assert counts == {"passed": 2, "wrong_error": 1}  # the example does not check its arguments
+
+
+@pytest.mark.parametrize(
+    ("mode", "detail"),
+    [("dies-once", "exit status 7"), ("stray-before", "the line 'loading kernels'"),
+     ("stray-json", "expected the answer to request 1"), ("other-number", "expected the answer to request 1")],
+)  # fmt: skip
+def test_a_broken_answer_spoils_one_case_only(tmp_path, mode, detail):
+    """The next case meets a fresh process, and its own answer."""
+    result = run(tmp_path, mode)
+    assert [case["status"] for case in result.cases] == ["wrong_error", "passed", "wrong_error"]
+    assert detail in result.cases[0]["detail"]
+    assert "does not" not in result.cases[2]["detail"]
+
+
+def test_a_line_after_an_answer_is_found_at_the_next_request(tmp_path):
+    result = run(tmp_path, "stray-after")
+    assert result.cases[0]["status"] == "passed"
+    assert "the line 'done'" in result.cases[1]["detail"]
