@@ -90,12 +90,13 @@ def write(reports: list[Report], known: list[Cause]) -> str:
     lines += ["Written by `python -m benchmarks.peers`; how to read it is in "
               "[benchmarks/peers](https://github.com/twinconv/twinconv/blob/main/benchmarks/peers/README.md). What "
               "our own adapters do otherwise than these peers is [beside it](adapters.md).", ""]  # fmt: skip
-    lines += ["| implementation | on | suite | cases | passed | failed | cannot |", "|---" * 7 + "|"]
+    lines += ["| implementation | on | suite | date | cases | passed | failed | cannot |", "|---" * 8 + "|"]
     for report in reports:
         header, ran = report.header, report.cases
         passed = sum(case["status"] == "passed" for case in ran)
-        lines.append(f"| {header['name']} {header['version']} | {header['device']} | {header['suite']} | {header['cases']} | {passed} | "
-                     f"{len(report.failures)} | {header['cases'] - len(ran)} |")  # fmt: skip
+        lines.append(f"| {header['name']} {header['version']} | {header['device']} | {header['suite']} | "
+                     f"{header['started'][:10]} | {header['cases']} | {passed} | {len(report.failures)} | "
+                     f"{header['cases'] - len(ran)} |")  # fmt: skip
     lines += [
         "",
         "## Causes",

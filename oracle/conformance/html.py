@@ -14,13 +14,19 @@ from oracle.conformance.flags import FLAGS, KINDS
 from oracle.conformance.report import GOOD, Report
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; --good: #2e7d32; --bad: #c62828; --part: #b26a00; --none: #777; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
-table { border-collapse: collapse; } caption { text-align: left; }
+:root { color-scheme: light dark; --line: #8886; --page: #ffffff; --text: #1c1c1c; --link: #0b57d0; --good: #1e6b24; --bad: #b3261e;
+  --part: #8a4f00; --none: #5c5c5c; }
+@media (prefers-color-scheme: dark) { :root { --page: #15171a; --text: #e6e6e6; --link: #8ab4f8; --good: #81d086; --bad: #ff8f85;
+  --part: #f0b35a; --none: #b4b4b4; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; overflow-wrap: anywhere;
+  background: var(--page); color: var(--text); }
+a { color: var(--link); }
+table { border-collapse: collapse; overflow-wrap: normal; } caption { text-align: left; }
+@media (max-width: 60rem) { .wide { overflow-x: auto; } }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
-thead th { position: sticky; top: 0; background: Canvas; }
+thead th { position: sticky; top: 0; background: var(--page); }
 td.cell { white-space: nowrap; } td.cell a { text-decoration: none; font-weight: 600; display: block; }
-.good, .good a { color: var(--good); } .bad, .bad a { color: var(--bad); } .part, .part a { color: var(--part); } .none { color: var(--none); }
+.good, .good a { color: var(--good); } .bad, .bad a { color: var(--bad); } .part, .part a { color: var(--part); } .none, .none a { color: var(--none); }
 a:focus-visible, summary:focus-visible, input:focus-visible, select:focus-visible { outline: 3px solid Highlight; }
 details { border: 1px solid var(--line); border-radius: 4px; margin: .4rem 0; padding: .2rem .7rem; }
 details:target, details:has(:target) { border-color: Highlight; }
@@ -80,7 +86,7 @@ def page(reports: Iterable[Report]) -> str:
         "<p class=filter hidden><label>Search <input id=text type=search></label><label>Show <select id=state>"
         "<option value=all>all<option value=bad>with failures<option value=good>without failures</select></label>"
         "<output id=shown></output></p>",
-        "<table id=matrix><thead><tr><th scope=col>failure mode"
+        "<div class=wide><table id=matrix><thead><tr><th scope=col>failure mode"
         + "".join(f"<th scope=col>{_e(n)}" for n in names),
         "<tbody>",
     ]
@@ -97,7 +103,7 @@ def page(reports: Iterable[Report]) -> str:
         parts.append(
             f"<tr data-flag='{flag.id}' data-state={state} data-text='{searched}'><th scope=row>{flag.id}{''.join(cells)}"
         )
-    parts.append("</table><h2>Cases</h2>")
+    parts.append("</table></div><h2>Cases</h2>")
     for flag in flags:
         seen = f"<p><small>seen: {_e(', '.join(flag.references))}</small>" if flag.references else ""
         parts.append(f"<section id='flag-{flag.id}'><h3>{flag.id}</h3><p>{_e(flag.wrong)}.<br><span class=rule>Rule: "
@@ -135,9 +141,16 @@ def _runs(reports: list[Report], names: list[str]) -> str:
         findings = "".join(f"<br>{_e(f)}" for f in report.footer["findings"])
         style = "good" if report.good else "bad"
         rows.append(f"<tr><th scope=row>{_e(name)}<td>{_e(report.header['device'])}<td class={style}>{_e(counts)}{findings}"
-                    f"<td>{report.footer['seconds']} s<td>{_e(report.header['started'])}")  # fmt: skip
-    return ("<table><caption>Runs</caption><thead><tr><th>implementation<th>device<th>cases<th>time<th>started<tbody>"
-            + "".join(rows) + "</table>")  # fmt: skip
+                    f"<td>{report.footer['seconds']} s<td>{_e(report.header['started'])}<td>{_versions(report)}")  # fmt: skip
+    return ("<div class=wide><table id=runs><caption>Runs</caption><thead><tr><th>implementation<th>device<th>cases<th>time"
+            "<th>started<th>versions<tbody>" + "".join(rows) + "</table></div>")  # fmt: skip
+
+
+def _versions(report: Report) -> str:
+    header, environment = report.header, report.header["environment"]
+    found = {"suite": header["suite"], "contract": header["contract"]}
+    found |= {name: environment[name] for name in ("python", "numpy") if name in environment}
+    return _e(", ".join(f"{name} {version}" for name, version in found.items()))
 
 
 def _cell(flag: str, number: int, report: Report) -> str:

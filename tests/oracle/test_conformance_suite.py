@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +28,7 @@ import os, signal, sys, time
 import numpy as np
 from oracle.conformance.adapter import ARRAYS, SERVING_ARRAYS, NumpyAdapter
 from oracle.conformance.model import Model
+from oracle.contract import Unsupported
 
 class Base(Model):
     def run(self, op, arrays, options):
@@ -82,6 +87,39 @@ class SupportsLayouts(Base):
         new = {"cache_seqlens", "write_indices"}
         assert set(arrays) == set(ARRAYS[op]) - set(SERVING_ARRAYS) | new, sorted(arrays)
         return super().run(op, arrays, options)
+class PrefillOnly(Base):
+    def capabilities(self): return {"unsupported": {"op:causal_conv1d_update": "no decode step"}}
+    def run(self, op, arrays, options):
+        if op == "causal_conv1d_update": raise Unsupported("no decode step")
+        return super().run(op, arrays, options)
+class UnpackedStepsOnly(Base):
+    def capabilities(self): return {"unsupported": {"update:packed": "no offsets", "update:multi_token": "one token"}}
+    def run(self, op, arrays, options):
+        if op == "causal_conv1d_update" and (arrays["query_start_loc"] is not None or len(arrays["x"].shape) == 3):
+            raise Unsupported("rows of one token only")
+        return super().run(op, arrays, options)
+class DeniesAll(Base):
+    def capabilities(self): return {"unsupported": {"*": "no"}}
+class ReturnsLists(Base):
+    def spoil(self, arrays, result):
+        for name in ("out", "conv_states", "window_out"):
+            if result.get(name) is not None and not isinstance(result[name], list):
+                result[name] = result[name].values().tolist()
+        if "parents" in result: result["parents"] = result["parents"].tolist()
+class ReturnsRaggedList(Base):
+    def spoil(self, arrays, result): result["out"] = [[1.0], [1.0, 2.0]]
+class ForgetsOut(Base):
+    def spoil(self, arrays, result): del result["out"]
+class States(Base):
+    STATED = {}
+    def capabilities(self): return self.STATED
+class TypoSupports(States): STATED = {"supports": ["statelayout_back"]}
+class TypoDenied(States): STATED = {"unsupported": {"widht:5": "at most four"}}
+class TypoKey(States): STATED = {"bitexact": True}
+class SupportsText(States): STATED = {"supports": "split"}
+class DeniedList(States): STATED = {"unsupported": ["width:5"]}
+class PromisesText(States): STATED = {"path_invariant": "yes"}
+class NoMapping(States): STATED = ["split"]
 class SupportsAll(Base):
     def run(self, op, arrays, options):
         assert list(arrays) == list(ARRAYS[op])
@@ -127,7 +165,14 @@ STATUS = {
     "Good": "passed", "Loud": "passed", "Raises": "wrong_error", "ReturnsNone": "wrong_dtype", "ReturnsText": "wrong_dtype",
     "ReturnsFloat64": "wrong_dtype", "ReturnsTransposed": "wrong_shape", "ForgetsStates": "wrong_shape",
     "WritesWeight": "wrong_memory", "WritesBeforePool": "wrong_memory", "ReturnsShortMemory": "wrong_shape",
-    "ClaimsInVain": "wrong_error",
+    "ClaimsInVain": "wrong_error", "ReturnsLists": "passed", "ReturnsRaggedList": "wrong_dtype", "ForgetsOut": "wrong_dtype",
+}  # fmt: skip
+WORDS = {
+    "ReturnsNone": "expected a mapping with 'out', got None", "ReturnsText": "out: expected an array, got str 'zeros'",
+    "ForgetsOut": "expected a mapping with 'out', got one with ['conv_states', 'window_out']",
+    "ForgetsStates": "conv_states: expected an array, got None",
+    "ReturnsRaggedList": "out: expected an array, got a list of 2",
+    "ReturnsFloat64": "out: expected dtype bfloat16, got float64",
 }  # fmt: skip
 
 
@@ -153,6 +198,67 @@ def test_misbehaviour_has_a_status(bad, name):
     assert result.good == (STATUS[name] == "passed")
     if STATUS[name] != "passed":
         assert by_id["update/width-4"]["detail"]
+    assert WORDS.get(name, "") in by_id["update/width-4"]["detail"]
+
+
+def test_lists_may_be_returned_wherever_arrays_may(bad):
+    patterns = (
+        "fn/seed",
+        "fn/width-4-float32",
+        "update/no-rows",
+        "update/windows-width-4",
+        "commit/steps",
+        "links/tree",
+    )
+    assert bad("ReturnsLists", patterns).footer["counts"] == {"passed": len(patterns)}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("TypoSupports", "supports: 'statelayout_back' matches no feature; did you mean 'state_layout_back'"),
+     ("TypoDenied", "unsupported: 'widht:5' matches no feature; did you mean 'width:5'"),
+     ("TypoKey", "'bitexact': expected one of supports, .*; did you mean 'bit_exact'"),
+     ("SupportsText", "supports: expected a list of names, got 'split'"),
+     ("DeniedList", "unsupported: expected a mapping to reasons"),
+     ("PromisesText", "path_invariant: expected True or False, got 'yes'")],
+)  # fmt: skip
+def test_a_typo_in_capabilities_is_an_error(bad, name, message):
+    with pytest.raises(runner.ImplementationError, match=f"capabilities of model: {message}"):
+        bad(name)
+
+
+def test_capabilities_of_another_kind_are_an_error(bad):
+    with pytest.raises(runner.ImplementationError, match="could not be loaded"):
+        bad("NoMapping")
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns"),
+    [("PrefillOnly", ("fn/path-*", "fn/seed", "fn/serving-chunks", "update/width-4")),
+     ("UnpackedStepsOnly", ("fn/path-*", "update/path-*", "update/width-4", "update/packed-f32"))],
+)  # fmt: skip
+def test_who_denies_an_operation_is_not_judged_by_relations_that_use_it(bad, name, patterns):
+    result = bad(name, patterns)
+    assert result.failures == []
+    assert not [finding for finding in result.footer["findings"] if "denied" in finding]
+    assert result.judged
+
+
+def test_values_are_said_in_words_of_numbers(bad):
+    """What an out and a state should have been, and were, without a table of bits."""
+    (record,) = runner.run(
+        "oracle.conformance.mutants.arithmetic:NeverSilu", select(CASES, patterns=["fn/seed"])
+    ).cases
+    assert re.search(
+        r"out: \d+ of \d+ elements outside the bound, the worst at \[\d+, \d+\]: expected -?[\d.]+(e-?\d+)?, got "
+        r"-?[\d.]+(e-?\d+)?, [\d.e+]+ times the bound", record["detail"],
+    ), record["detail"]  # fmt: skip
+    wrong = "oracle.conformance.mutants.states:StateHoldsOutputs"
+    (record,) = runner.run(wrong, select(CASES, patterns=["update/stored"])).cases
+    assert re.search(
+        r"conv_states: \d+ elements wrong, the first at \[.*\]: expected -?[\d.e-]+ \(bits 0x[0-9a-f]{4}\), got -?[\d.e-]+ \(bits",
+        record["detail"],
+    ), record["detail"]  # fmt: skip
 
 
 SERVING = {
@@ -328,6 +434,8 @@ def test_selection():
     everything = select(CASES)
     assert all(case.tier != "large" for case in everything)
     assert [c.id for c in select(CASES, patterns=["fn/pitch-2-31"])] == ["fn/pitch-2-31"]
+    assert [c.id for c in select(CASES, patterns=["fn/pitch-2-31"], tiers=["core"])] == ["fn/pitch-2-31"]
+    assert select(CASES, patterns=["fn/pitch-2-3*"], tiers=["core"]) == []
     assert all(c.op == catalogue.UPDATE for c in select(CASES, op=catalogue.UPDATE))
     assert all("sequence-leak" in c.flags for c in select(CASES, flags=["sequence-leak"]))
     for wrong in ({"patterns": ["nothing-*"]}, {"op": "conv"}, {"flags": ["typo"]}):
@@ -431,10 +539,101 @@ def test_a_run_of_no_cases_is_no_success(bad):
     assert not report.close({}, [], 0.0, []).good
 
 
-def oracle(*arguments):
+def oracle(*arguments, cwd=ROOT, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "oracle", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-m", "oracle", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [("nosuch", "expected package.module:object"), ("nosuch:x", "no module 'nosuch'"),
+     ("oracle.contract:nothing", "oracle.contract has no 'nothing'"), ("json:JSONDecoder", "expected an adapter with 'name'")],
+)  # fmt: skip
+def test_what_is_not_there_is_one_line(impl, message):
+    done = oracle("run", "--impl", impl, "--cases", "fn/seed")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: impl: ")
+    assert message in line
+
+
+def test_a_module_that_fails_itself_keeps_its_traceback(tmp_path):
+    (tmp_path / "mine.py").write_text("import no_such_framework\n")
+    done = oracle("run", "--impl", "mine:adapter", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "No module named 'no_such_framework'" in done.stderr.splitlines()[-1]
+
+
+def test_a_file_of_the_users_named_oracle_does_no_harm(tmp_path):
+    """The console script finds the package, and so do the processes that it starts; the file itself is named."""
+    (tmp_path / "oracle.py").write_text("adapter = None\n")
+    (tmp_path / "mine.py").write_text("from oracle.conformance.model import Model\n")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from oracle.conformance.commands import main; sys.exit(main())"
+
+    def run(impl):
+        return subprocess.run(
+            [sys.executable, "-c", code, "run", "--impl", impl, "--cases", "fn/seed"], cwd=tmp_path, capture_output=True,
+            text=True, timeout=120, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )  # fmt: skip
+
+    good = run("mine:Model")
+    assert good.returncode == 0, good.stderr
+    hidden = run("oracle:adapter")
+    assert hidden.returncode == 2
+    assert f"oracle, the package at {ROOT / 'oracle' / '__init__.py'} has no 'adapter'" in hidden.stderr
+
+
+def test_nothing_judged_is_no_success(tmp_path):
+    (tmp_path / "bad_adapters.py").write_text(BAD)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = oracle("run", "--impl", "bad_adapters:DeniesAll", "--cases", "fn/seed", PYTHONPATH=path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: nothing was judged: no case ran for its result"
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_run(tmp_path):
+    for path in (tmp_path, tmp_path / "no" / "r.jsonl"):
+        done = oracle(
+            "run", "--impl", "oracle.conformance.model:Model", "--cases", "fn/seed", "--report", str(path)
+        )
+        assert done.returncode == 2
+        assert f"error: report: expected the path of a file that can be written, got '{path}'" in done.stderr
+        assert done.stdout == ""
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -m oracle list | head -n 2"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stderr == ""
+
+
+def test_an_interrupted_run_leaves_what_it_has(tmp_path):
+    """A program that never answers its second case, and Ctrl-C."""
+    (tmp_path / "bad_adapters.py").write_text(BAD)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    signals = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{signals}; from oracle.conformance.commands import main; raise SystemExit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", "--impl", "bad_adapters:Sleeps", "--cases", "update/dim-7", "--cases", "update/width-4",
+         "--cases", "update/width-2", "--jobs", "2", "--report", str(tmp_path / "r.jsonl")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    for line in process.stderr:  # progress: the third of three cases has begun, the first has ended
+        if "2/3" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    text, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    left = report.read(tmp_path / "r.jsonl")
+    assert left.interrupted
+    assert "update/dim-7" in {case["id"] for case in left.cases}
+    assert f"CAPABILITIES interrupted: {len(left.cases)} of 3 cases ran" in text
+    assert f"{len(left.cases)} cases in" in text
 
 
 def test_the_command_line(tmp_path):

@@ -66,6 +66,25 @@ def test_unknown_failures_fail_with_the_command(tmp_path):
     assert "repeat: python -m oracle run --impl mine:adapter --cases update/width-7-silu" in text
 
 
+def test_the_ledger_is_found_from_any_folder(tmp_path):
+    """Beside the test file or above it, wherever pytest was started."""
+    folder = tmp_path / "tests" / "conformance"
+    folder.mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(ADAPTER)
+    (tmp_path / "tests" / "known.toml").write_text(LEDGER)
+    (folder / "test_mine.py").write_text(PROJECT.format(ledger="known.toml"))
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    for start in (Path("/"), tmp_path, folder):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", str(folder)], cwd=start,
+            capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+    with pytest.raises(ValueError, match=r"nowhere.toml: expected a file in the working folder"):
+        ledger.find("nowhere.toml", folder)
+    assert ledger.find("known.toml", folder) == tmp_path / "tests" / "known.toml"
+
+
 def test_stale_entries_fail(tmp_path):
     entry = '[[failure]]\ncases = "update/width-1"\nreason = "was wrong once"\n'
     counts, text = project(tmp_path, LEDGER + entry)

@@ -177,7 +177,7 @@ def poisoned(array):
 def test_the_judge_names_what_is_missing_or_of_another_kind():
     assert outcome().status == "passed"
     missing = outcome(dbias=None)
-    assert (missing.status, missing.detail) == ("wrong_shape", "dbias: expected an array, got the opposite")
+    assert (missing.status, missing.detail) == ("wrong_shape", "dbias: expected an array, got None")
     other = outcome(dweight=lambda a: TypedArray("float16", a.data.astype(np.float16)))
     assert (other.status, other.detail) == ("wrong_dtype", "dweight: expected dtype float32, got float16")
     assert outcome(dx=lambda a: TypedArray("float32", a.data.T)).status == "wrong_shape"

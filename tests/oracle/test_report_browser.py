@@ -68,6 +68,9 @@ class Browser:
     def shown(self, selector):
         return self._call("GET", f"{self.find(selector)}/displayed")
 
+    def cdp(self, command, **parameters):
+        return self._call("POST", f"{self._session}/goog/cdp/execute", {"cmd": command, "params": parameters})
+
     def log(self):
         return self._call("POST", f"{self._session}/se/log", {"type": "browser"})
 
@@ -165,3 +168,42 @@ def test_it_is_readable_without_javascript(driver, page, tmp_path):
         assert not opened.shown(".filter")
     finally:
         opened.close()
+
+
+CONTRAST = """
+const channels = text => text.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255);
+const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const luminance = text => channels(text).map(linear).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const page = luminance(getComputedStyle(document.body).backgroundColor);
+let worst = [99, ''];
+for (const node of document.querySelectorAll('body *')) {
+  if (![...node.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !node.offsetParent) continue;
+  if (['SCRIPT', 'OPTION', 'SELECT', 'INPUT'].includes(node.tagName)) continue;
+  const [low, high] = [luminance(getComputedStyle(node).color), page].sort((a, b) => a - b);
+  const ratio = (high + 0.05) / (low + 0.05);
+  if (ratio < worst[0]) worst = [ratio, node.tagName + '.' + node.className + ' ' + node.textContent.slice(0, 40)];
+}
+return worst;
+"""
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_meets_wcag_aa(browser, page, mode):
+    browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}])
+    browser.open(page)
+    background = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[mode]
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    ratio, where = browser.run(CONTRAST)
+    assert ratio >= 4.5, where
+    unsupported = browser.run("const a = document.querySelector('td.none a'); return a && getComputedStyle(a).color")
+    assert unsupported != browser.run("return getComputedStyle(document.body).getPropertyValue('--link')")
+
+
+@pytest.mark.parametrize("width", [420, 800])
+def test_a_narrow_window_does_not_overflow(browser, page, width):
+    browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+    browser.open(page)
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.run("return window.innerWidth") == width
+    assert browser.run("return document.documentElement.scrollWidth") <= width

@@ -108,3 +108,37 @@ def test_the_command(reports, tmp_path, capsys):
     assert "broken.jsonl:1: kind" in capsys.readouterr().err
     with pytest.raises(ValueError, match="at least one"):
         html.page([])
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a, b):
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_meets_wcag_aa_in_both_modes():
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part))
+                   for part in re.findall(r":root \{([^}]*)\}", html.STYLE))  # fmt: skip
+    assert set(light) == set(dark) == {"page", "text", "link", "good", "bad", "part", "none"}
+    for mode in (light, dark):
+        for name, colour in mode.items():
+            assert name == "page" or contrast(colour, mode["page"]) >= 4.5, (name, colour)
+    used = re.findall(r"[^-]color: ([^;} ]+)", html.STYLE)
+    assert len(used) >= 6
+    assert all(colour.startswith("var(--") for colour in used), "a colour that this test does not see"
+
+
+def test_unsupported_is_no_link_blue_and_versions_are_said(reports):
+    assert ".none a { color: var(--none); }" in html.STYLE
+    text = html.page(reports)
+    header = reports[0].header
+    assert (
+        f"suite {header['suite']}, contract {header['contract']}, python {header['environment']['python']}" in text
+    )
+    assert text.count("<div class=wide>") == text.count("</div>") == 2
