@@ -38,9 +38,9 @@ class Guess(NamedTuple):
 @functools.cache
 def table() -> Mapping[str, Mapping[str, str]]:
     """Of every mutant, case -> status of the cases that fail it."""
-    data = json.loads(resources.files("oracle.conformance").joinpath(FILE).read_text())
+    data = json.loads(resources.files("oracle.conformance").joinpath(FILE).readtext_of())
     return {
-        name: {data["cases"][i]: status for status, text in failing.items() for i in _numbers(text)}
+        name: {data["cases"][i]: status for status, text in failing.items() for i in numbers_of(text)}
         for name, failing in data["mutants"].items()
     }
 
@@ -100,15 +100,15 @@ def write(found: Mapping[str, Mapping[str, str]], path: Path) -> None:
     rows = []
     for name, failed in found.items():
         row = {
-            s: _text(sorted(places[case] for case, got in failed.items() if got == s))
+            s: text_of(sorted(places[case] for case, got in failed.items() if got == s))
             for s in failed.values()
         }
         rows.append(f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}")
     text = ",\n".join(rows)
-    path.write_text(f'{{"cases": {json.dumps(cases)},\n"mutants": {{\n{text}\n}}}}\n')
+    path.writetext_of(f'{{"cases": {json.dumps(cases)},\n"mutants": {{\n{text}\n}}}}\n')
 
 
-def _numbers(text: str) -> list[int]:
+def numbers_of(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -116,7 +116,7 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def _text(numbers: list[int]) -> str:
+def text_of(numbers: list[int]) -> str:
     """Sorted numbers as ranges: "3-17,20"."""
     parts = []
     for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):

@@ -618,7 +618,7 @@ def test_an_interrupted_run_leaves_what_it_has(tmp_path):
     signals = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{signals}; from oracle.conformance.commands import main; raise SystemExit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "run", "--impl", "bad_adapters:Sleeps", "--cases", "update/dim-7", "--cases", "update/width-4",
+        [sys.executable, "-c", code, "run", "--impl", "bad_adapters:Sleeps", "--cases", "fn/width-1", "--cases", "update/width-4",
          "--cases", "update/width-2", "--jobs", "2", "--report", str(tmp_path / "r.jsonl")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
@@ -631,7 +631,7 @@ def test_an_interrupted_run_leaves_what_it_has(tmp_path):
     assert process.returncode == 130, rest
     left = report.read(tmp_path / "r.jsonl")
     assert left.interrupted
-    assert "update/dim-7" in {case["id"] for case in left.cases}
+    assert "fn/width-1" in {case["id"] for case in left.cases}
     assert f"CAPABILITIES interrupted: {len(left.cases)} of 3 cases ran" in text
     assert f"{len(left.cases)} cases in" in text
 
