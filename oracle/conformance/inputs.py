@@ -230,7 +230,7 @@ def _float(case: Case, name: str, shape: tuple[int, ...]) -> TypedArray:
 
 
 def _integers(values: Any, dtype: str) -> TypedArray:
-    return TypedArray(dtype, np.array(values, dtype=np.int64).astype(dtype))
+    return TypedArray(dtype, np.array(values, dtype="uint64" if dtype == "uint64" else "int64").astype(dtype))
 
 
 def _overridden(array: TypedArray | None, change: Mapping[str, Any]) -> TypedArray | None:

@@ -31,7 +31,7 @@ SECTIONS = (
     errors.steps, errors.hostile_steps, slots.layouts, slots.write_slots, prefixes.snapshots, prefixes.tracks,
     prefixes.empty_rows, verify.windows, verify.commits, trees.trees, arithmetic.fused, paths.serving, errors.serving,
     errors.hostile_serving, scale.serving, gradients.values, gradients.layouts, gradients.relations,
-    gradients.bad_calls,
+    gradients.bad_calls, slots.unsigned,
 )  # fmt: skip
 
 

@@ -164,3 +164,24 @@ def write_slots() -> list[Case]:
         cases.append(fn(f"write-slots-{layout}", f"{prefix} fresh-slot-not-cleared", lengths=(1, 2, 3, 9, 1), state_len=5,
                         options={"state_layout": layout}, tier="core", **both, **more))  # fmt: skip
     return cases
+
+
+def unsigned() -> list[Case]:
+    """Counters, counts and parents that a signed reading makes negative."""
+    flags, huge = "index-dtype-narrowed", 2**63
+    ring: dict[str, Any] = {"options": {"state_layout": "ring"}, "state_len": 5, "dim": 8, "group": "layouts of a slot"}
+    return [
+        update("ring-counter-uint64", flags, batch=3, seqlen=2, **ring, args={"cache_seqlens": (huge + 1, 2 * huge - 1, 4)},
+               dtypes={"cache_seqlens": "uint64"}),
+        fn("ring-counter-uint64", flags, lengths=(2, 7, 1), **ring, args={"cache_seqlens": (huge + 3, huge - 1, 4)},
+           dtypes={"cache_seqlens": "uint64"}),
+        update("rolling-counts-uint64", flags, lengths=(2, 4, 3), counts=(3, huge, 2 * huge - 1), state_len=8,
+               dtypes={"num_accepted_tokens": "uint64"}, group="update rolling"),
+        fn("snapshot-computed-uint64", flags, lengths=(4, 3), has=(True, True), slots=(0, 1), num_slots=16, dim=8,
+           options={"snapshot_block_size": 2}, group="prefix caching", dtypes={"num_computed_tokens": "uint64"},
+           args={"snapshot_indices": ((9, 3), (9, 4)), "num_computed_tokens": (huge, 1)}),
+        update("slots-uint64", flags, batch=3, slots=(3, 2 * huge - 1, 0), num_slots=4, dim=8,
+               dtypes={"cache_indices": "uint64"}, group="update linear"),
+        update("tree-parents-uint64", flags, batch=1, seqlen=4, dim=8, slots=(1,), num_slots=3, options={"commit": False},
+               args={"tree_parents": ((2 * huge - 1, 0, huge, 1),)}, dtypes={"tree_parents": "uint64"}, group="draft trees"),
+    ]  # fmt: skip
