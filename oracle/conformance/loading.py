@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import shlex
-import sys
 from typing import Any
 
 from oracle.conformance.adapter import Adapter
@@ -26,7 +25,7 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
     """
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
-        raise NotFound(f"impl: expected package.module:object or process:command, got {spec!r}")
+        raise NotFound(f"expected package.module:object or process:command, got {spec!r}")
     if module == "process":
         return ProcessAdapter(shlex.split(name), device)
     try:
@@ -34,14 +33,12 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and imports one that is not
-        raise NotFound(
-            f"impl: no module {error.name!r} in {', '.join(sys.path[:2])} or any other folder of sys.path"
-        ) from None
+        raise NotFound(f"ModuleNotFoundError: {error}") from None
     for number, part in enumerate(name.split(".")):
         if not hasattr(target, part):
             where = ".".join([module, *name.split(".")[:number]])
             hint = f", the package at {target.__file__}" if module == "oracle" else ""
-            raise NotFound(f"impl: {where}{hint} has no {part!r}")
+            raise NotFound(f"{where}{hint} has no {part!r}")
         target = getattr(target, part)
     if not hasattr(target, "run"):
         takes_device = "device" in inspect.signature(target).parameters
@@ -51,6 +48,6 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
     for attribute in ("name", "version", "capabilities", "run"):
         if not hasattr(target, attribute):
             raise NotFound(
-                f"impl: expected an adapter with {attribute!r}, got {type(target).__name__} from {spec!r}"
+                f"expected an adapter with {attribute!r}, got {type(target).__name__} from {spec!r}"
             )
     return target

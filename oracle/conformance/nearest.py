@@ -11,7 +11,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -127,6 +126,8 @@ def text_of(numbers: list[int]) -> str:
 
 def main() -> None:
     """Measures every mutant, on all processors, and writes the table."""
+    from concurrent.futures import ProcessPoolExecutor
+
     with ProcessPoolExecutor() as pool:
         found = dict(zip(MUTANTS, pool.map(measure, MUTANTS), strict=True))
     write(found, Path(__file__).with_name(FILE))

@@ -54,9 +54,7 @@ class _Worker:
         if self.hello is None or "hello" not in self.hello:
             self.stop()
             reason = (self.hello or {}).get("failed", f"no answer; exit status {self.process.poll()}")
-            raise ImplementationError(
-                reason if reason.startswith("impl:") else f"impl: could not be loaded: {reason}"
-            )
+            raise ImplementationError(f"impl: could not be loaded: {reason}")
 
     def _read(self) -> None:
         for line in self.process.stdout:

@@ -548,7 +548,7 @@ def oracle(*arguments, cwd=ROOT, **environment):
 
 @pytest.mark.parametrize(
     ("impl", "message"),
-    [("nosuch", "expected package.module:object"), ("nosuch:x", "no module 'nosuch'"),
+    [("nosuch", "expected package.module:object"), ("nosuch:x", "No module named 'nosuch'"),
      ("oracle.contract:nothing", "oracle.contract has no 'nothing'"), ("json:JSONDecoder", "expected an adapter with 'name'")],
 )  # fmt: skip
 def test_what_is_not_there_is_one_line(impl, message):

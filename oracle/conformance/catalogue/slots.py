@@ -169,7 +169,12 @@ def write_slots() -> list[Case]:
 def unsigned() -> list[Case]:
     """Counters, counts and parents that a signed reading makes negative."""
     flags, huge = "index-dtype-narrowed", 2**63
-    ring: dict[str, Any] = {"options": {"state_layout": "ring"}, "state_len": 5, "dim": 8, "group": "layouts of a slot"}
+    ring: dict[str, Any] = {
+        "options": {"state_layout": "ring"},
+        "state_len": 5,
+        "dim": 8,
+        "group": "layouts of a slot",
+    }
     return [
         update("ring-counter-uint64", flags, batch=3, seqlen=2, **ring, args={"cache_seqlens": (huge + 1, 2 * huge - 1, 4)},
                dtypes={"cache_seqlens": "uint64"}),
