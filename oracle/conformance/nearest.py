@@ -104,7 +104,7 @@ def write(found: Mapping[str, Mapping[str, str]], path: Path) -> None:
         }
         rows.append(f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}")
     text = ",\n".join(rows)
-    path.writetext_of(f'{{"cases": {json.dumps(cases)},\n"mutants": {{\n{text}\n}}}}\n')
+    path.write_text(f'{{"cases": {json.dumps(cases)},\n"mutants": {{\n{text}\n}}}}\n')
 
 
 def numbers_of(text: str) -> list[int]:

@@ -71,7 +71,7 @@ adapter = NumpyAdapter(causal_conv1d_fn, causal_conv1d_update, "reversed", "1", 
 
 def test_reversed_taps_are_named_as_such(tmp_path, monkeypatch):
     """In an implementation of its own that cannot do half of what is asked."""
-    (tmp_path / "reversed_taps.py").writetext_of(REVERSED)
+    (tmp_path / "reversed_taps.py").write_text(REVERSED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     cases = select(catalogue(), tiers=["core"], patterns=["fn/*"])
     result = runner.run("reversed_taps:adapter", cases, probe=False)
