@@ -37,7 +37,7 @@ class Guess(NamedTuple):
 @functools.cache
 def table() -> Mapping[str, Mapping[str, str]]:
     """Of every mutant, case -> status of the cases that fail it."""
-    data = json.loads(resources.files("oracle.conformance").joinpath(FILE).readtext_of())
+    data = json.loads(resources.files("oracle.conformance").joinpath(FILE).read_text())
     return {
         name: {data["cases"][i]: status for status, text in failing.items() for i in numbers_of(text)}
         for name, failing in data["mutants"].items()
