@@ -100,7 +100,7 @@ def write(found: Mapping[str, Mapping[str, str]], path: Path) -> None:
     for name, failed in found.items():
         row = {
             s: text_of(sorted(places[case] for case, got in failed.items() if got == s))
-            for s in failed.values()
+            for s in sorted(set(failed.values()))
         }
         rows.append(f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}")
     text = ",\n".join(rows)

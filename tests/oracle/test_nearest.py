@@ -89,6 +89,6 @@ def test_what_resembles_nothing_is_said(monkeypatch):
     assert nearest.words(result) == ["NEAREST no known mistake fails any of these cases in this way"]
 
 
-def test_numbers_go_throughtext_of():
+def test_numbers_go_through_text():
     for numbers in ([3], [0, 1, 2], [1, 3, 4, 5, 9], list(np.arange(40) * 2)):
         assert nearest.numbers_of(nearest.text_of([int(n) for n in numbers])) == numbers
