@@ -38,7 +38,7 @@ def load_adapter(spec: str, device: str | None = None) -> Adapter:
         if not hasattr(target, part):
             where = ".".join([module, *name.split(".")[:number]])
             hint = f", the package at {target.__file__}" if module == "oracle" else ""
-            raise NotFound(f"{where}{hint} has no {part!r}")
+            raise NotFound(f"AttributeError: {where}{hint} has no {part!r}")
         target = getattr(target, part)
     if not hasattr(target, "run"):
         takes_device = "device" in inspect.signature(target).parameters

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
         say({"failed": str(error)})
         return
     except Exception as error:
+        traceback.print_exc()
         say({"failed": f"{type(error).__name__}: {error}"})
-        raise
+        return
     environment = {
         "python": platform.python_version(),
         "numpy": np.__version__,
