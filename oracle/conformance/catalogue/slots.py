@@ -167,19 +167,9 @@ def write_slots() -> list[Case]:
 
 
 def unsigned() -> list[Case]:
-    """Counters, counts and parents that a signed reading makes negative."""
+    """Counts, counters and parents that a signed reading makes negative."""
     flags, huge = "index-dtype-narrowed", 2**63
-    ring: dict[str, Any] = {
-        "options": {"state_layout": "ring"},
-        "state_len": 5,
-        "dim": 8,
-        "group": "layouts of a slot",
-    }
     return [
-        update("ring-counter-uint64", flags, batch=3, seqlen=2, **ring, args={"cache_seqlens": (huge + 1, 2 * huge - 1, 4)},
-               dtypes={"cache_seqlens": "uint64"}),
-        fn("ring-counter-uint64", flags, lengths=(2, 7, 1), **ring, args={"cache_seqlens": (huge + 3, huge - 1, 4)},
-           dtypes={"cache_seqlens": "uint64"}),
         update("rolling-counts-uint64", flags, lengths=(2, 4, 3), counts=(3, huge, 2 * huge - 1), state_len=8,
                dtypes={"num_accepted_tokens": "uint64"}, group="update rolling"),
         fn("snapshot-computed-uint64", flags, lengths=(4, 3), has=(True, True), slots=(0, 1), num_slots=16, dim=8,
