@@ -221,8 +221,14 @@ def test_a_failure_without_a_cause_is_marked():
         "flags": ["sequence-leak"],
         "detail": "conv_states: wrong",
     }
-    header = {"name": "vllm-triton", "version": "0", "device": "cuda", "suite": "1.1", "started": "2026-01-02T03:04:05Z",
-              "cases": 3}
+    header = {
+        "name": "vllm-triton",
+        "version": "0",
+        "device": "cuda",
+        "suite": "1.1",
+        "started": "2026-01-02T03:04:05Z",
+        "cases": 3,
+    }
     judged = report.Report(header, [case, {**case, "status": "passed"}], {})
     page = table.write([judged], table.causes())
     assert "| vllm-triton 0 | cuda | 1.1 | 2026-01-02 | 3 | 1 | 1 | 1 |" in page

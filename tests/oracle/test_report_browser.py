@@ -196,13 +196,17 @@ def test_text_meets_wcag_aa(browser, page, mode):
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     ratio, where = browser.run(CONTRAST)
     assert ratio >= 4.5, where
-    unsupported = browser.run("const a = document.querySelector('td.none a'); return a && getComputedStyle(a).color")
+    unsupported = browser.run(
+        "const a = document.querySelector('td.none a'); return a && getComputedStyle(a).color"
+    )
     assert unsupported != browser.run("return getComputedStyle(document.body).getPropertyValue('--link')")
 
 
 @pytest.mark.parametrize("width", [420, 800])
 def test_a_narrow_window_does_not_overflow(browser, page, width):
-    browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+    browser.cdp(
+        "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
+    )
     browser.open(page)
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.run("return window.innerWidth") == width

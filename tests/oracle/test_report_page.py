@@ -139,6 +139,7 @@ def test_unsupported_is_no_link_blue_and_versions_are_said(reports):
     text = html.page(reports)
     header = reports[0].header
     assert (
-        f"suite {header['suite']}, contract {header['contract']}, python {header['environment']['python']}" in text
+        f"suite {header['suite']}, contract {header['contract']}, python {header['environment']['python']}"
+        in text
     )
     assert text.count("<div class=wide>") == text.count("</div>") == 2
