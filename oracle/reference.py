@@ -302,7 +302,7 @@ _ORDERS: dict[str, type[Reference]] = {"float64": Reference, "float32": Ordered,
 def _checked(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call that keeps the contract, all of them."""
     record = contract.RECORDS[op]
-    call = record(**dict.fromkeys(record.OPTIONAL) | arguments)
+    call = record(**{**dict.fromkeys(record.OPTIONAL), **arguments})
     sizes = call.check()
     if call.validate:
         call.check_values(sizes, lambda name, array: integers(array))
