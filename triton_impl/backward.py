@@ -34,7 +34,7 @@ from triton_impl.arithmetic import (
     widen,
     word_bits,
 )
-from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, _next_power_of_2, walks
+from triton_impl.config import MAX_GRID_YZ, PROGRAMS_AT_ONCE, next_power_of_2, walks
 from triton_impl.launch import Launch
 from triton_impl.prefill import levels
 from triton_impl.records import (
@@ -97,12 +97,12 @@ def backward_config(
         lanes, block_d, longest, stages = warp_size // 2, 8, 16, 1
         while lanes > 4 and lanes * run * max(batch, 1) > 2 * tokens:
             lanes, block_d, longest = lanes // 2, block_d * 2, 1
-        block_d = min(block_d, _next_power_of_2(max(dim, 1)))
+        block_d = min(block_d, next_power_of_2(max(dim, 1)))
         group, num_warps = lanes * run, max(lanes * block_d // warp_size, 1)
         block_t, least = longest * group, group
     else:
         vector = 2  # channels a thread: inputs, g, taps and sums of each lie in registers
-        block_d = min(max(_next_power_of_2(dim), warp_size), 2 * warp_size * vector)
+        block_d = min(max(next_power_of_2(dim), warp_size), 2 * warp_size * vector)
         group, num_warps, stages = 8 if width > 2 else 4, max(block_d // (warp_size * vector), 1), 1
         block_t, least = 128, 32
     # large blocks recompute less and leave fewer sums; small ones keep every multiprocessor busy
@@ -716,6 +716,6 @@ def prepare(
     )
     values = (strides, tokens, dim, batch, constants(options))
     walk = Launch(_backward_kernel, grid, values, {}, num_warps=config.num_warps)
-    sums = Sums(width, bias is not None, rows=32, block_d=min(_next_power_of_2(dim), 64))
+    sums = Sums(width, bias is not None, rows=32, block_d=min(next_power_of_2(dim), 64))
     grid = (triton.cdiv(dim, sums.block_d), width + sums.bias, 1)
     return places, walk, Launch(_reduce_kernel, grid, (places, dim, constants(sums)), {}, num_warps=4)

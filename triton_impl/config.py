@@ -42,7 +42,7 @@ class UpdateConfig(NamedTuple):
     num_warps: int
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -75,17 +75,17 @@ def prefill_config(
     if not walk:
         # long rows take long stretches of a channel's memory; a thread has 16 bytes of one or a few channels
         block_t, block_d, num_warps = (256, 8, 4) if tokens >= 128 * batch else (32, 16, 1)
-        block_d, group = min(_next_power_of_2(max(dim, 1)), block_d), 8
+        block_d, group = min(next_power_of_2(max(dim, 1)), block_d), 8
     else:
         if small:
             channels = 2  # a thread
-            block_t = group = max(4, _next_power_of_2(width - 1))
+            block_t = group = max(4, next_power_of_2(width - 1))
         elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
             channels = 2
             block_t = group = 16
         else:  # short rows mostly wait: fewer registers, so that more of them wait at a time
             channels, block_t, group, stages = 4, 16, 8, 2
-        block_d = min(max(_next_power_of_2(dim), warp_size), 4 * warp_size * channels)
+        block_d = min(max(next_power_of_2(dim), warp_size), 4 * warp_size * channels)
         num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
     at_once = small and (batch + 1) * row_blocks * -(-dim // block_d) <= PROGRAMS_AT_ONCE
@@ -124,7 +124,7 @@ def kernel_of(call) -> str:
 
 def row_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """One row and one warp of 16-byte accesses a program; arguments as in `update_config`."""
-    return UpdateConfig(1, min(max(_next_power_of_2(dim), warp_size), warp_size * (16 // itemsize)), 1)
+    return UpdateConfig(1, min(max(next_power_of_2(dim), warp_size), warp_size * (16 // itemsize)), 1)
 
 
 def verify_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
@@ -141,6 +141,6 @@ def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> U
       warp_size: threads of a warp of the device.
     """
     if batch * dim <= 1 << 18:  # only latency shows: two channels a thread, so fewer instructions in a row
-        block_d = min(max(_next_power_of_2(dim), warp_size), 8 * warp_size)
+        block_d = min(max(next_power_of_2(dim), warp_size), 8 * warp_size)
         return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1))
     return verify_config(dim, itemsize, warp_size)._replace(rows=2)  # two rows share the taps
