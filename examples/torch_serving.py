@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from triton_impl.module import CausalConv1d
-from triton_impl.state_pool import ConvStatePool
+from triton_impl.modules import CausalConv1d, ConvStatePool
 
 VOCAB, HIDDEN, HEADS, HEAD_DIM, WIDTH = 96, 64, 4, 8, 4
 INNER = HEADS * HEAD_DIM

@@ -1,11 +1,8 @@
 """The public operations of the Torch twin: plain calls go straight to the kernel, traced ones through an operator."""
 
-import torch
-from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
-
-from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
-from triton_impl import ops, run, serving
+from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, LinksCall, UpdateCall
+from triton_impl import plain
+from triton_impl.call import check, parts, run
 
 
 def causal_conv1d_fn(
@@ -85,30 +82,13 @@ def causal_conv1d_fn(
         with `validate`, bad offsets, slots or max_seqlen.
       Unsupported: the backend asked for cannot run on these tensors; a backward pass; `validate` in a traced call.
     """
-    if (
-        cache_seqlens
-        is write_indices
-        is snapshot_indices
-        is snapshot_block_size
-        is num_computed_tokens
-        is None
-        and track_indices is track_lengths is residual is channel_offset is split_sizes is None
-        and state_layout == "front"
-        and empty_rows == "skip"
-    ):
-        args = (
-            x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            activation, pad_slot_id, max_seqlen, schedule, backend,
-        )  # fmt: skip
-        return ConvOutput(_call(run.fn, ops.causal_conv1d_fn, args, validate), conv_states)
     args = (
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, write_indices,
-        snapshot_indices, num_computed_tokens, track_indices, track_lengths, residual,
-        activation, pad_slot_id, max_seqlen, schedule, backend, state_layout, empty_rows, snapshot_block_size,
-        channel_offset, split_sizes,
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id, max_seqlen,
+        schedule, backend, validate, state_layout, cache_seqlens, write_indices, empty_rows, snapshot_indices,
+        snapshot_block_size, num_computed_tokens, track_indices, track_lengths, residual, channel_offset, split_sizes,
     )  # fmt: skip
-    out = _call(serving.fn, ops.causal_conv1d_fn_serving, args, validate, residual)
-    return ConvOutput(_split(out, x, split_sizes), conv_states)
+    out = run(FnCall, args)
+    return ConvOutput(out if split_sizes is None else parts(out, x.shape, split_sizes), conv_states)
 
 
 def causal_conv1d_update(
@@ -174,24 +154,14 @@ def causal_conv1d_update(
     Raises:
       ValueError, TypeError, Unsupported: as `causal_conv1d_fn`.
     """
-    if (
-        cache_seqlens is write_indices is track_indices is window_out is window_indices is None
-        and tree_parents is residual is channel_offset is split_sizes is None
-        and state_layout == "front"
-        and commit is True
-    ):
-        args = (
-            x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens,
-            max_seqlen, activation, pad_slot_id, backend,
-        )  # fmt: skip
-        return ConvOutput(_call(run.step, ops.causal_conv1d_update, args, validate), conv_states)
     args = (
-        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, cache_seqlens,
-        write_indices, track_indices, window_out, window_indices, residual, tree_parents,
-        max_seqlen, activation, pad_slot_id, backend, state_layout, commit, channel_offset, split_sizes,
+        x, weight, bias, conv_states, cache_indices, query_start_loc, num_accepted_tokens, max_seqlen, activation, pad_slot_id,
+        backend, validate, state_layout, cache_seqlens, write_indices, track_indices, window_out, window_indices, commit,
+        tree_parents, residual, channel_offset, split_sizes,
     )  # fmt: skip
-    out = _call(serving.step, ops.causal_conv1d_update_serving, args, validate, residual)
-    out = _split(out, x, split_sizes)
+    out = run(UpdateCall, args)
+    if split_sizes is not None:
+        out = parts(out, x.shape, split_sizes)
     if window_out is None:
         return ConvOutput(out, conv_states)
     return ConvWindowOutput(out, conv_states, window_out)
@@ -228,13 +198,10 @@ def commit_windows(
         `validate`, bad steps, slots or buffers.
       Unsupported: the backend asked for cannot run on these tensors; `validate` in a traced call.
     """
-    args = conv_states, window_out, accepted_steps, cache_indices, window_indices, pad_slot_id, backend
-    if not _traced(conv_states):
-        serving.commit(*args, validate)
-    elif validate:
-        raise _validated_trace()
-    else:
-        ops.commit_windows(*args)
+    args = (
+        conv_states, window_out, accepted_steps, cache_indices, window_indices, pad_slot_id, backend, validate,
+    )  # fmt: skip
+    run(CommitCall, args)
     return conv_states
 
 
@@ -252,66 +219,6 @@ def tree_parents_from_links(next_token, next_sibling):
     Raises:
       ValueError, TypeError: as `oracle.contract.check_tree_parents_from_links`; tensors on different devices.
     """
-    return serving.parents_from_links(next_token, next_sibling)
-
-
-def causal_conv1d_update_(
-    x, weight, bias, conv_states, cache_indices, activation, pad_slot_id, validate=False, **more
-):
-    """`causal_conv1d_update` whose result replaces x; returns x. Not public: what in-place peers are made of.
-
-    `more` may hold query_start_loc, num_accepted_tokens, max_seqlen, state_layout and cache_seqlens.
-    """
-    dense = x.is_contiguous() or (x.dim() == 3 and x.mT.is_contiguous())
-    if dense and not (_traced(x) or asks_for_gradient(x, weight, bias)):
-        packing = [more.get(name) for name in ("query_start_loc", "num_accepted_tokens")]
-        layout, seqlens = more.get("state_layout", "front"), more.get("cache_seqlens")
-        options = more.get("max_seqlen"), activation, pad_slot_id, "auto"
-        tensors = (x, weight, bias, conv_states, cache_indices, *packing)
-        if layout == "front":
-            return run.step(*tensors, *options, validate, out=x)
-        unused = [None] * 6
-        return serving.step(*tensors, seqlens, *unused, *options, layout, True, None, None, validate, out=x)
-    out, _ = causal_conv1d_update(
-        x, weight, bias, conv_states, cache_indices,
-        activation=activation, pad_slot_id=pad_slot_id, validate=validate, **more,
-    )  # fmt: skip
-    return x.copy_(out)
-
-
-def _validated_trace():
-    return Unsupported("validate: expected False where the call is traced, since it reads data, got True")
-
-
-def _split(out, x, split_sizes):
-    if split_sizes is None:
-        return out
-    return serving.parts(out, (*x.shape[:-1], sum(split_sizes)), split_sizes)
-
-
-def _call(direct, operator, args, validate, *more):
-    """Runs `direct`, which is quicker than an operator, wherever no tracer needs to see the call."""
-    x, weight, bias = args[:3]
-    if type(x) is Tensor and not is_grad_enabled() and not is_compiling():  # how engines call
-        return direct(*args, validate)
-    traced = _traced(x)
-    if traced and validate:
-        raise _validated_trace()
-    if asks_for_gradient(x, weight, bias, *more):
-        with torch.no_grad():
-            out = operator(*args) if traced else direct(*args, validate)
-        return ops.NoGradient.apply(out, x, weight, bias, *more)
-    return operator(*args) if traced else direct(*args, validate)
-
-
-def _traced(x):
-    return is_compiling() or (type(x) is not Tensor and isinstance(x, Tensor))
-
-
-def asks_for_gradient(*tensors):
-    """Whether a call with these tensors, or None, is to be differentiated."""
-    if is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and getattr(tensor, "requires_grad", False):
-                return True
-    return False
+    call = LinksCall(next_token, next_sibling)
+    check(call)
+    return plain.parents_from_links(call)

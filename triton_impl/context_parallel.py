@@ -1,20 +1,27 @@
-"""Context parallel prefill: the packed tokens split over the ranks of a process group, in order.
+"""The packed tokens split over the ranks of a process group, in order: prefill, and the differentiable form for training.
 
-A rank needs the last width-1 tokens before its part and nothing else, so only those travel, point to point; where
-parts are shorter than width-1 they come from several ranks. The convolution of the part does not wait for them: it
-runs at once with a wrong window where a row crosses the cut, and the first width-1 tokens are then computed again
-with the right one. Both are plain calls of the operation, so the bits are those of one device. On a GPU the
-communication has a stream of its own, beside the kernel.
+Forward, a rank needs the last width-1 tokens before its part and nothing else, so only those travel, point to point;
+where parts are shorter than width-1 they come from several ranks. Backward, it needs the first width-1 tokens after its
+part and their upstream gradient: from these it computes again what the later ranks' outputs give to its own last
+tokens. So `dx` is summed in one place, in the order of one device, and rounded once; sending finished gradients back
+would add up rounded sums. It costs as many bytes as a float32 gradient would.
+
+The main kernel waits for neither. It runs at once, wrong at the cut, and the width-1 tokens at the cut are then computed
+again. All are plain calls of the operation, so the bits are those of one device. On a GPU the communication has a stream
+of its own, beside the kernel.
 """
 
 import contextlib
 import operator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from oracle.contract import ConvOutput, Unsupported, check_causal_conv1d_fn, refuse_serving
+from oracle.contract import ConvOutput, FnCall, RowsCall, Unsupported, normalised
 from triton_impl import api
+from triton_impl.call import check, tied
+from triton_impl.tracing import asks_for_gradient, refuse_second_gradient
 
 
 def causal_conv1d_fn(
@@ -34,18 +41,6 @@ def causal_conv1d_fn(
     schedule="auto",
     backend="auto",
     validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    empty_rows="skip",
-    snapshot_indices=None,
-    snapshot_block_size=None,
-    num_computed_tokens=None,
-    track_indices=None,
-    track_lengths=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
 ):
     """`causal_conv1d_fn` with the tokens of x split over the ranks of a process group; every rank calls it.
 
@@ -55,42 +50,105 @@ def causal_conv1d_fn(
     Args:
       x: [part_lengths[rank], dim]: this rank's part of the packed tokens. Rows may cross the cuts, any number of them.
       group: the process group; None: the default one.
-      part_lengths: host ints, tokens of each rank's part (0 is a length); None: all equal to this rank's.
+      part_lengths: host ints, tokens of each rank's part (0 is a length); None: all equal to this rank's, which is
+        checked beside the kernel, on a GPU by an assertion on the device.
       query_start_loc: [batch+1], offsets into the whole.
       weight, bias, conv_states, cache_indices, has_initial_state, activation, pad_slot_id, max_seqlen, schedule,
         backend: as in `triton_impl.causal_conv1d_fn`.
       validate: False; a rank that raised would leave the others waiting.
-      state_layout and what follows: their defaults; anything else is Unsupported.
 
     Returns:
       ConvOutput(out, conv_states): this rank's part of `out`, and the pool passed in, both with the bits of the run
       on one device.
 
     Raises:
-      ValueError: `part_lengths` does not fit the group or x.
+      ValueError: `part_lengths` does not fit the group or x; parts of different lengths without it.
       ValueError, TypeError, Unsupported: as `triton_impl.causal_conv1d_fn`; `validate`.
     """
     if validate:
         raise Unsupported(
             "validate: expected False, since a rank that raised would leave the others waiting, got True"
         )
-    refuse_serving(
-        "the tokens are split over ranks", state_layout=state_layout, empty_rows=empty_rows,
-        cache_seqlens=cache_seqlens, write_indices=write_indices, snapshot_indices=snapshot_indices,
-        snapshot_block_size=snapshot_block_size, num_computed_tokens=num_computed_tokens,
-        track_indices=track_indices, track_lengths=track_lengths, residual=residual, channel_offset=channel_offset,
-        split_sizes=split_sizes,
+    call = FnCall(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id,
+        max_seqlen, schedule, backend,
     )  # fmt: skip
-    sizes = check_causal_conv1d_fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, schedule=schedule,
-        backend=backend, validate=validate,
-    )  # fmt: skip
-    rank, lengths = dist.get_rank(group), _check_parts(part_lengths, sizes.tokens, group)
+    sizes = check(call)
+    lengths = _check_parts(part_lengths, sizes.tokens, group)
+    call, equal = normalised(call), part_lengths is None
+    run = lambda record, args: _prefill(record(*args), sizes, lengths, group, equal)  # noqa: E731
+    if asks_for_gradient(x, weight, bias, conv_states):
+        out = tied(FnCall, tuple(call), run)
+    else:
+        out = run(FnCall, tuple(call))
+    return ConvOutput(out, conv_states)
+
+
+def causal_conv1d(
+    x,
+    weight,
+    bias,
+    query_start_loc,
+    *,
+    group=None,
+    part_lengths=None,
+    sum_weight_gradients=False,
+    activation=None,
+    max_seqlen=None,
+    schedule="auto",
+    backend="auto",
+):
+    """`causal_conv1d` with the tokens of x split over the ranks of a process group; it mutates nothing.
+
+    Every rank calls it, and every rank runs the backward pass through its `out`, each with the same inputs that ask
+    for gradients. Every argument but x is the whole of it, the same on every rank. Rows begin with zeros: there are
+    no initial and final states here. Nothing synchronises with the host.
+
+    `dx` has the bits of one device. `dweight` and `dbias` are sums over the tokens of this rank's part, so that the
+    gradient of a loss that is a sum over ranks is their sum over ranks; see `sum_weight_gradients`.
+
+    Args:
+      x: [part_lengths[rank], dim]: this rank's part of the packed tokens; float32, float16 or bfloat16. Rows may
+        cross the cuts, any number of them.
+      weight: [dim, width]; bias: [dim] or None; any of the three dtypes; width 1 to 8.
+      query_start_loc: [batch+1] int32 or int64, offsets into the whole.
+      group: the process group; None: the default one.
+      part_lengths: as in `causal_conv1d_fn`.
+      sum_weight_gradients: False: dweight and dbias are this rank's part, rounded to the dtype of weight and bias,
+        for a caller who sums them, as data parallel wrappers over these ranks do. True: the sum over the ranks, added
+        in float32 in the order of the ranks and rounded once; the same bits on every rank and in every run. It
+        gathers [ranks, dim, width+1] float32.
+      activation, max_seqlen, schedule, backend: as in `triton_impl.causal_conv1d`.
+
+    Returns:
+      [part_lengths[rank], dim]: this rank's part of `out`, with the bits of one device.
+
+    Raises:
+      ValueError: `part_lengths` does not fit the group or x; parts of different lengths without it; no
+        `query_start_loc`.
+      ValueError, TypeError, Unsupported: as `triton_impl.causal_conv1d`; a gradient of a gradient.
+    """
+    if query_start_loc is None:
+        raise ValueError("query_start_loc: expected offsets into the whole, [batch+1], got None")
+    call = RowsCall(x, weight, bias, None, query_start_loc, activation, max_seqlen, schedule, backend)
+    check(call)
+    call = normalised(call)
+    lengths = _check_parts(part_lengths, x.shape[0], group)
+    begins = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    offsets = query_start_loc.long().clamp(0, begins[-1])
+    offsets[0] = 0
+    part = _Part(dist.get_rank(group), begins, group, call[5:], part_lengths is None)
+    return _Convolution.apply(x, weight, bias, offsets, part, bool(sum_weight_gradients))
+
+
+def _prefill(call, sizes, lengths, group, equal):
+    """This rank's part of `out` of a checked call; updates the pool."""
+    x, conv_states, max_seqlen = call.x, call.conv_states, call.max_seqlen
+    rank = dist.get_rank(group)
     begins = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     begin, tokens, history, batch = begins[rank], sizes.tokens, sizes.width - 1, sizes.batch
 
-    offsets = query_start_loc.long().clamp(0, begins[-1])
+    offsets = call.query_start_loc.long().clamp(0, begins[-1])
     offsets[0] = 0
     starts = (offsets - begin).clamp(0, tokens)
     here = offsets[:-1] >= begin  # the row does not begin in an earlier part
@@ -100,12 +158,12 @@ def causal_conv1d_fn(
     windows = x.new_zeros(batch, history, sizes.dim)
     if conv_states is not None:
         number = torch.arange(batch, device=x.device)
-        slots = number if cache_indices is None else cache_indices.long()
-        live = (slots != pad_slot_id) & (slots >= 0) & (slots < sizes.num_slots)
+        slots = number if call.cache_indices is None else call.cache_indices.long()
+        live = (slots != call.pad_slot_id) & (slots >= 0) & (slots < sizes.num_slots)
         slots = torch.where(live, slots, 0)
         rows = torch.where(live, number, -1)
-        if has_initial_state is not None:
-            stateful = has_initial_state & live
+        if call.has_initial_state is not None:
+            stateful = call.has_initial_state & live
         # A pool without slots has no live rows, and nothing to select from.
         read = conv_states[slots, :history] if sizes.num_slots else windows.to(conv_states.dtype)
         windows = torch.where(stateful[:, None, None], read, 0)
@@ -114,14 +172,18 @@ def causal_conv1d_fn(
         """The first `count` tokens of the part, each row from its own window."""
         longest = None if max_seqlen is None else min(max_seqlen, count)
         return api.causal_conv1d_fn(
-            x[:count], weight, bias, windows, starts.clamp(max=count), rows, stateful,
-            activation=activation, pad_slot_id=-1, max_seqlen=longest, schedule=schedule, backend=backend,
+            x[:count], call.weight, call.bias, windows, starts.clamp(max=count), rows, stateful,
+            activation=call.activation, pad_slot_id=-1, max_seqlen=longest, schedule=call.schedule, backend=call.backend,
         ).out  # fmt: skip
 
     if history == 0 or batch == 0:
-        return ConvOutput(convolve(tokens, windows, stateful), conv_states)
+        if equal:
+            _check_equal(x, group)
+        return convolve(tokens, windows, stateful)
 
     with _beside(x.device) as join:
+        if equal:
+            _check_equal(x, group)
         # Both dtypes of entries fit into one: their own, or float32.
         entries = torch.promote_types(x.dtype, windows.dtype)
         entry = torch.arange(history, device=x.device)
@@ -159,7 +221,7 @@ def causal_conv1d_fn(
         out[:head] = first
     if conv_states is not None and sizes.num_slots:
         _write(conv_states[:, :history], slots, live & (offsets[1:] > offsets[:-1]), new)
-    return ConvOutput(out, conv_states)
+    return out
 
 
 def _check_parts(part_lengths, tokens, group):
@@ -172,6 +234,34 @@ def _check_parts(part_lengths, tokens, group):
             f"part_lengths: expected {tokens}, the tokens of x, for rank {rank}, got {lengths[rank]}"
         )
     return lengths
+
+
+def _check_equal(x, group):
+    """Compares the ranks' numbers of tokens; nothing waits for a GPU, which asserts it.
+
+    Raises:
+      ValueError: on a CPU, on every rank: they differ.
+    """
+    if dist.get_world_size(group) == 1:
+        return
+    mine = (
+        torch.tensor([x.shape[0]])
+        if x.device.type == "cpu"
+        else torch.full((1,), x.shape[0], device=x.device)
+    )
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    found = torch.cat(found)
+    if x.device.type == "cpu":
+        if (lengths := found.tolist()) != [x.shape[0]] * len(found):
+            raise ValueError(
+                f"part_lengths: expected the tokens of each rank, since they differ, {lengths}, got None"
+            )
+    else:
+        torch._assert_async(
+            (found == mine).all(),
+            "part_lengths: expected the tokens of each rank, since they differ, got None",
+        )
 
 
 def _receive_halo(x, history, begins, rank, group):
@@ -249,3 +339,150 @@ def _beside(device):
 
     with torch.cuda.stream(side):
         yield join
+
+
+class _Part(NamedTuple):
+    """Where this rank's tokens lie in the whole, `begins[rank]` to `begins[rank + 1]`, and the call's options.
+
+    `equal`: all parts are taken to be as long as this one, which is to be checked.
+    """
+
+    rank: int
+    begins: list[int]
+    group: object
+    options: tuple
+    equal: bool
+
+    @property
+    def begin(self):
+        return self.begins[self.rank]
+
+    def before(self, x, history):
+        return _receive_halo(x, history, self.begins, self.rank, self.group)
+
+    def after(self, x, history):
+        """[history, dim]: the tokens after this part; zeros past the last token."""
+        wanted = [(end, end + history) for end in self.begins[1:]]
+        return _receive(x, wanted, self.begins, self.rank, self.group)
+
+    def options_of(self, count):
+        """The options of a plain call with `count` tokens: no row there is longer."""
+        activation, max_seqlen, schedule, backend = self.options
+        return activation, None if max_seqlen is None else min(max_seqlen, count), schedule, backend
+
+
+def _windows(halo, offsets, begin):
+    """[batch, width-1, dim]: the tokens before the cut that belong to the row that crosses it, zeros elsewhere."""
+    position = begin - len(halo) + torch.arange(len(halo), device=halo.device)
+    crosses = (offsets[:-1] < begin) & (begin < offsets[1:])
+    own = crosses[:, None] & (offsets[:-1, None] <= position)
+    return torch.where(own[:, :, None], halo, 0)
+
+
+def _forward_part(x, weight, bias, offsets, part):
+    """This rank's part of `out`, and the tokens before it."""
+    tokens, history = x.shape[0], weight.shape[1] - 1
+    starts = (offsets - part.begin).clamp(0, tokens)
+
+    def convolve(count, windows):
+        return torch.ops.twinconv.causal_conv1d_forward.default(
+            x[:count], weight, bias, windows, starts.clamp(max=count), *part.options_of(count)
+        )[0]
+
+    head = min(tokens, history)
+    with _beside(x.device) as join:
+        if part.equal:
+            _check_equal(x, part.group)
+        halo = part.before(x, history)
+        windows = _windows(halo, offsets, part.begin)
+    out = convolve(tokens, None) if head < tokens else None
+    join(halo, windows)
+    if out is None:
+        return convolve(tokens, windows), halo
+    if head:
+        out[:head] = convolve(head, windows)
+    return out, halo
+
+
+def _backward_part(dout, x, weight, bias, offsets, halo, part, needs_x, needs_sums, sum_weight_gradients):
+    """(dx, dweight, dbias) of this rank's part; an empty tensor for what is not needed."""
+    tokens, history = x.shape[0], weight.shape[1] - 1
+    starts = (offsets - part.begin).clamp(0, tokens)
+    tail = min(tokens, history) if needs_x else 0
+
+    after = None
+    with _beside(x.device) as join:
+        if needs_x:
+            after = part.after(torch.cat([x[:history], dout[:history]], dim=1), history)
+    # Float32 copies of weight and bias, which change no product, so that their gradients come unrounded.
+    dx, dweight, dbias, _ = torch.ops.twinconv.causal_conv1d_backward.default(
+        dout, None, x, weight.float(), None if bias is None else bias.float(), _windows(halo, offsets, part.begin),
+        starts, *part.options_of(tokens), needs_sums, False,
+    )  # fmt: skip
+    join(after)
+    if tail:
+        dx[-tail:] = _last_dx(dout, x, weight, bias, offsets, halo, part, after)
+    if needs_sums:
+        if sum_weight_gradients:
+            dweight, dbias = _sum_over_ranks(dweight, dbias, part.group)
+        dweight = dweight.to(weight.dtype)
+        dbias = dbias if bias is None else dbias.to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def _last_dx(dout, x, weight, bias, offsets, halo, part, after):
+    """dx of the part's last tokens, at most width-1: a plain call over them, as many before and as many after.
+
+    g of a token reads the width-1 tokens before it, dx the width-1 values of g after it.
+    """
+    history, tail = len(halo), min(len(x), len(halo))
+    x_after, dout_after = after.split(x.shape[1], dim=1)
+    x_around = torch.cat([torch.cat([halo, x[-2 * history :]])[-history - tail :], x_after])
+    dout_around = torch.cat([torch.zeros_like(halo), dout[-tail:], dout_after])
+    count = len(x_around)
+    starts = (offsets - (part.begin + len(x) - tail - history)).clamp(0, count)
+    dx = torch.ops.twinconv.causal_conv1d_backward.default(
+        dout_around, None, x_around, weight, bias, None, starts, *part.options_of(count), False, False
+    )[0]
+    return dx[history : history + tail]
+
+
+def _sum_over_ranks(dweight, dbias, group):
+    """The float32 sums of all ranks, added in the order of the ranks; dbias may be empty."""
+    mine = torch.cat([dweight.flatten(), dbias])
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total[: dweight.numel()].view(dweight.shape), total[dweight.numel() :]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, offsets, part, sum_weight_gradients):
+        out, halo = _forward_part(x, weight, bias, offsets, part)
+        ctx.save_for_backward(x, weight, bias, offsets, halo)
+        ctx.part, ctx.sum_weight_gradients = part, sum_weight_gradients
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = _Gradients.apply(
+            dout, *ctx.saved_tensors, ctx.part, needs_x, needs_weight or needs_bias, ctx.sum_weight_gradients
+        )
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            *(None,) * 3,
+        )
+
+
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _backward_part(*arguments)
+
+    backward = staticmethod(refuse_second_gradient)

@@ -7,18 +7,23 @@ its inputs.
 
 import torch
 
-from oracle.contract import ConvOutput, RowSizes, Unsupported, check_backend, check_causal_conv1d
-from triton_impl import backward, eager_backward, launch, run
-from triton_impl.config import walks
-from triton_impl.prepared import recall, remember
-
-_library = torch.library.Library("twinconv", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? query_start_loc, str? activation,"
-    " SymInt? max_seqlen, str schedule, str backend"
+from oracle.contract import ConvOutput, FnCall, RowsCall, RowSizes, Unsupported, normalised
+from triton_impl import plain, tracing
+from triton_impl.call import (
+    check,
+    kernels,
+    launch_on,
+    recall,
+    remember,
+    resolve,
+    run_real,
+    unit_stride,
 )
-_library.define(f"causal_conv1d_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
-_library.define(
+from triton_impl.config import walks
+
+_ARGUMENTS = ", ".join(tracing.arguments(RowsCall, RowsCall._fields))
+tracing.library.define(f"causal_conv1d_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
+tracing.library.define(
     f"causal_conv1d_backward(Tensor? dout, Tensor? dfinal_states, {_ARGUMENTS}, bool need_sums, bool need_initial)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -67,22 +72,14 @@ def causal_conv1d(
       ValueError, TypeError: as `oracle.contract.check_causal_conv1d`; tensors on different devices.
       Unsupported: the backend asked for cannot run on these tensors; a gradient of a gradient.
     """
-    arguments = x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend
-    _check(*arguments)
-    if torch.compiler.is_compiling():
-        return ConvOutput(*torch.ops.twinconv.causal_conv1d_forward.default(*arguments))
-    return ConvOutput(*_Convolution.apply(*arguments))
-
-
-def _check(x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend):
-    check_causal_conv1d(
-        x, weight, bias, initial_states, query_start_loc,
-        activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
-    )  # fmt: skip
-    check_backend(backend, run.BACKENDS)
-    run._check_devices(
-        x, weight=weight, bias=bias, initial_states=initial_states, query_start_loc=query_start_loc
+    call = RowsCall(
+        x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend
     )
+    if torch.compiler.is_dynamo_compiling():
+        return ConvOutput(*torch.ops.twinconv.causal_conv1d_forward.default(*call))
+    tracing.refuse_odd(call._fields, call)
+    check(call)
+    return ConvOutput(*_Convolution.apply(*normalised(call)))
 
 
 def _sizes(x, weight, query_start_loc):
@@ -95,7 +92,7 @@ def _sizes(x, weight, query_start_loc):
 def _starts(x, sizes, query_start_loc, max_seqlen):
     """Where the rows start in packed tokens, and a bound of the longest."""
     if query_start_loc is not None:
-        return run.unit_stride(query_start_loc), max_seqlen
+        return unit_stride(query_start_loc), max_seqlen
     seqlen = x.shape[1]
     return torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen, seqlen
 
@@ -142,9 +139,10 @@ def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_s
     has_state = None
     if initial_states is not None:
         has_state = torch.ones(pool.shape[0], dtype=torch.bool, device=x.device)
-    out = run.fn(
+    call = FnCall(
         rows, weight, bias, pool, starts, None, has_state, activation, -1, longest, schedule, backend
     )
+    out = run_real(FnCall, tuple(call))
     out = _unfold(out, sizes.batch) if folds else out.view(x.shape)
     return _owned(out), _owned(states)
 
@@ -162,9 +160,9 @@ def _backward(
     if dout is None:
         dout = x.new_zeros(()).expand(x.shape)
     starts, longest = _starts(x, sizes, query_start_loc, max_seqlen)
-    if run._resolve(backend, x) == "eager":
+    if resolve(backend, x.device) == "eager":
         packed = sizes.tokens, sizes.dim
-        dx, dweight, dbias, dinitial = eager_backward.backward(
+        dx, dweight, dbias, dinitial = plain.backward(
             dout.reshape(packed), dfinal_states, x.reshape(packed), weight, bias, initial_states, starts,
             silu=activation is not None,
         )  # fmt: skip
@@ -202,13 +200,14 @@ def _launch(
     tensors = dout, dfinal, x, weight, bias, initial_states, starts
     weight_second = x, weight, dout, dfinal, bias, initial_states, starts
     options = silu, max_seqlen, schedule, need_sums, need_initial
-    key, call = recall("backward", weight_second, options)
-    if call is None:
+    kept = (*weight_second, *options)
+    if (call := recall("backward", kept)) is None:
+        backward = kernels("backward")
         config = backward.backward_config(
-            tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, launch.warp_size()
+            tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, kernels("launch").warp_size()
         )
         call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
-        remember(key, call)
+        remember("backward", kept, call)
     places, walk, reduce = call
     dx = torch.empty_like(x)
     dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
@@ -217,13 +216,14 @@ def _launch(
         workspace = x.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
         dweight = weight.new_empty(dim, width)
         dbias = None if bias is None else bias.new_empty(dim)
-    run._launch(walk, x, *tensors, dx, dinitial, workspace)
+    launch_on(x.device, walk, *tensors, dx, dinitial, workspace)
     if need_sums:
-        run._launch(reduce, x, workspace, dweight, dbias)
+        launch_on(x.device, reduce, workspace, dweight, dbias)
     return dx, dweight, dbias, dinitial
 
 
 def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
+    check(RowsCall(x, weight, bias, initial_states, query_start_loc, *options))
     sizes = _sizes(x, weight, query_start_loc)
     if _folds(x):
         out = _unfold(torch.empty_like(_fold(x)), sizes.batch)
@@ -267,20 +267,31 @@ def _differentiate(ctx, dout, dfinal_states, backward=torch.ops.twinconv.causal_
     )
 
 
-def _refuse(ctx, *grads):
+def _refuse_tangents(ctx, *tangents):
     raise Unsupported(
-        "backward: expected a first gradient, got one of a gradient, which these operations lack"
+        "x: expected tensors without a tangent, since there is no forward-mode gradient, got one with"
     )
 
 
-_library.impl("causal_conv1d_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("causal_conv1d_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("twinconv::causal_conv1d_forward", _forward_fake, lib=_library)
-torch.library.register_fake("twinconv::causal_conv1d_backward", _backward_fake, lib=_library)
+def _backward_flops(dout_shape, dfinal_shape, x_shape, weight_shape, *args, out_shape=None, **options):
+    """dx and the sums over tokens: a multiplication and an addition each for every tap of every element."""
+    return 2 * x_shape.numel() * weight_shape[1] * (2 if args[-2] else 1)
+
+
+for _name, _impl, _fake in (
+    ("causal_conv1d_forward", _forward, _forward_fake),
+    ("causal_conv1d_backward", _backward, _backward_fake),
+):
+    tracing.library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"twinconv::{_name}", _fake, lib=tracing.library)
 torch.library.register_autograd(
-    "twinconv::causal_conv1d_forward", _differentiate, setup_context=_keep_inputs, lib=_library
+    "twinconv::causal_conv1d_forward", _differentiate, setup_context=_keep_inputs, lib=tracing.library
 )
-torch.library.register_autograd("twinconv::causal_conv1d_backward", _refuse, lib=_library)
+torch.library.register_autograd(
+    "twinconv::causal_conv1d_backward", tracing.refuse_second_gradient, lib=tracing.library
+)
+tracing.count_flops("causal_conv1d_forward")
+tracing.count_flops("causal_conv1d_backward", _backward_flops)
 
 
 class _Convolution(torch.autograd.Function):
@@ -300,6 +311,8 @@ class _Convolution(torch.autograd.Function):
     def vmap(info, in_dims, *arguments):
         raise Unsupported("vmap: expected the batch in x's first axis or in packed rows, got a mapped call")
 
+    jvp = staticmethod(_refuse_tangents)
+
 
 class _Gradients(torch.autograd.Function):
     @staticmethod
@@ -310,5 +323,6 @@ class _Gradients(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         pass
 
-    backward = staticmethod(_refuse)
+    backward = staticmethod(tracing.refuse_second_gradient)
+    jvp = staticmethod(_refuse_tangents)
     vmap = _Convolution.vmap

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from oracle.numerics import TypedArray
 from tests.tools.context_parallel_cases import build, cases, judge, uneven_cases
-from triton_impl import causal_conv1d, context_parallel_functional
+from triton_impl import causal_conv1d, context_parallel
 
 FLOATS = ("x", "weight", "bias")
 
@@ -78,7 +78,7 @@ def check(case, rank, ranks, device, backend):
     sizes = case.parts or [len(dout) // ranks] * ranks
     here = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     mine = arguments | {"x": arguments["x"][here]}
-    run = context_parallel_functional.causal_conv1d
+    run = context_parallel.causal_conv1d
     options["part_lengths"] = case.parts
     got, found = differentiate(run, mine, dout[here], **options, sum_weight_gradients=True)
     expect(same_bits(got, out[here]), "outputs")

@@ -17,8 +17,8 @@ from oracle.numerics import TypedArray
 from tests.tools import gradient_cases as gradients
 from tests.tools.covering import combinations, cover
 from tests.tools.synchronisation import no_synchronisation
-from triton_impl import backward, functional, prepared
-from triton_impl import run as run_module
+from triton_impl import backward, functional
+from triton_impl import call as calls
 from triton_impl.functional import causal_conv1d
 
 CASES = gradients.CASES
@@ -130,9 +130,9 @@ def blocks(monkeypatch, **changes):
     choose = backward.backward_config
     with monkeypatch.context() as patch:
         patch.setattr(backward, "backward_config", lambda *a: choose(*a)._replace(**changes))
-        prepared.forget()
+        calls.forget()
         yield
-    prepared.forget()
+    calls.forget()
 
 
 def test_block_sizes_do_not_change_dx(monkeypatch):
@@ -320,7 +320,7 @@ def test_dout_is_copied_only_where_it_lies_across_x(rows, layout, monkeypatch):
     a = {name: None if t is None else t.detach() for name, t in arguments.items()}
     a["x"], dout = of_x(a["x"]), of_dout(dout)
     given = []
-    monkeypatch.setattr(run_module, "_launch", lambda call, x, *tensors: given.append(tensors))
+    monkeypatch.setattr(functional, "launch_on", lambda device, call, *tensors: given.append(tensors))
     with Copies(dout.numel()) as copies:  # (which would not see what a registered operator does)
         functional._backward(dout, dfinal, *a.values(), "silu", None, "flat", "triton", True, True)
     walk, _ = given

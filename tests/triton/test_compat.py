@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import triton_impl.compat
-from oracle.contract import Unsupported
+from oracle.contract import Unsupported, UpdateCall
 from tests.tools.synchronisation import no_synchronisation
-from triton_impl import run
+from triton_impl.call import run
 from triton_impl.compat import causal_conv1d as dao
 from triton_impl.compat import cpp_functions, fla, sglang, vllm
 from triton_impl.compat.layout import folds_into_channels
@@ -373,8 +373,9 @@ def test_the_update_kernel_may_write_over_x(layout, device):
     }[layout]()
     pool, slots = random(7, WIDTH - 1, DIM, device=device), torch.tensor([3, 6, -1, 0, 5], device=device)
     pools = pool.clone(), pool.clone()
-    want = run.step(x, weight, bias, pools[0], slots, None, None, None, "silu", -1, "triton")
-    out = run.step(x, weight, bias, pools[1], slots, None, None, None, "silu", -1, "triton", out=x)
+    calls = [UpdateCall(x, weight, bias, pool, slots, activation="silu", backend="triton") for pool in pools]
+    want = run(UpdateCall, tuple(calls[0]))
+    out = run(UpdateCall, tuple(calls[1]), out=x)
     assert out is x
     assert torch.equal(out, want)
     assert torch.equal(*pools)

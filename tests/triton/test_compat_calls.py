@@ -7,7 +7,6 @@ import torch
 
 from tests.tools.engine_calls import CALLS, arguments
 from tests.tools.synchronisation import no_synchronisation
-from triton_impl import run
 
 torch.set_num_threads(1)  # the tensors are tiny
 EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=[f"{c.engine}: {c.kind}" for c in CALLS])
@@ -56,7 +55,7 @@ def test_entries_behind_the_batch_do_not_count(call):
 @EVERY_CALL
 def test_the_kernels_give_what_plain_torch_gives(call, monkeypatch):
     wanted = outcome(call)
-    monkeypatch.setattr(run, "_resolve", lambda backend, x: "triton")
+    monkeypatch.setattr(call, "resolve", lambda backend, device: "triton")
     same(outcome(call), wanted, exact=False)
 
 

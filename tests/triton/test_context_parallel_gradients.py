@@ -10,12 +10,12 @@ import torch.distributed as dist
 import triton_impl
 from oracle.contract import Unsupported
 from tests.triton.test_context_parallel import run_ranks
-from triton_impl.context_parallel_functional import causal_conv1d
+from triton_impl.context_parallel import causal_conv1d
 
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_gradients_torch.py"
 
 # use_deterministic_algorithms would import the compiler in every rank
-FIRST = "import torch, torch._inductor\nfrom triton_impl import context_parallel_functional as c\n"
+FIRST = "import torch, torch._inductor\nfrom triton_impl import context_parallel as c\n"
 # Triton's interpreter is slow: the cases with something of their own for the kernels.
 FOR_KERNELS = "packed,short parts bf16,uneven"
 
@@ -54,12 +54,12 @@ MUTANTS = {
     ),
     "the backward pass forgets the tokens before the part": (
         2, "linear", "gradients and reference",
-        "backward = c._backward\n"
+        "backward = c._backward_part\n"
         "def blind(*a):\n"
         "    right, c._windows = c._windows, lambda halo, offsets, begin: right(halo * 0, offsets, begin)\n"
         "    try:\n        return backward(*a)\n"
         "    finally:\n        c._windows = right\n"
-        "c._backward = blind",
+        "c._backward_part = blind",
     ),
     "a row that begins at the cut sees the row before": (
         2, "short rows", "outputs differ",

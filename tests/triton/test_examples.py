@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import triton_impl.compat
-from triton_impl.module import CausalConv1d
+from triton_impl.modules import CausalConv1d
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products warn in deterministic mode
 torch.set_num_threads(1)  # the tensors are tiny

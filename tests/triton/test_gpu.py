@@ -10,7 +10,8 @@ import torch
 import triton_impl
 from oracle.contract import FnCall
 from tests.tools.synchronisation import no_synchronisation
-from triton_impl import config, prefill, prepared, update
+from triton_impl import call as calls
+from triton_impl import config, prefill, update
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -230,9 +231,9 @@ def test_nothing_is_compiled_when_only_lengths_change():
         run_fn(arguments)
         run_fn(arguments, schedule="flat")
         if before is None:
-            before, calls = variants(), len(prepared._calls)
+            before, count = variants(), calls.remembered()
     assert variants() == before
-    assert len(prepared._calls) == calls, "a prepared call does not depend on the lengths"
+    assert calls.remembered() == count, "a prepared call does not depend on the lengths"
 
 
 def test_a_tensor_on_the_second_device_is_computed_there():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import triton_impl
-from triton_impl import launch, prepared
+from triton_impl import call as calls
+from triton_impl import launch, prefill, update, verify
 
 DIM = 648  # the last block of channels is not full
 
@@ -25,11 +26,11 @@ def run(operation, limit, monkeypatch):
     starts = torch.tensor([0, 2, 2, 7, 12], dtype=torch.int32)
     slots = torch.tensor([4, 1, 8, 0])
     monkeypatch.setattr(launch, "MAX_GRID_YZ", limit)
-    for module in (triton_impl.prefill, triton_impl.update, triton_impl.verify):
+    for module in (prefill, update, verify):
         monkeypatch.setattr(module, "program_grid", grid)
-    prepared.forget()
+    calls.forget()
     result = operation(x, weight, pool, starts, slots)
-    prepared.forget()
+    calls.forget()
     monkeypatch.undo()
     return result, any(folded)
 

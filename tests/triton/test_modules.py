@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import triton_impl
-from triton_impl.module import CausalConv1d
-from triton_impl.state_pool import ConvStatePool, PoolExhausted
+from triton_impl.modules import CausalConv1d, ConvStatePool, PoolExhausted
 
 torch.set_num_threads(1)  # the tensors are tiny
 torch.backends.cudnn.allow_tf32 = False  # nn.Conv1d is to compute in float32

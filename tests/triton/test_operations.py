@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import triton
 
 import triton_impl
 from oracle import numerics, reference, tolerance
 from oracle.contract import FnCall, Unsupported, UpdateCall
-from triton_impl import config, prefill, prepared, run, update, verify
+from triton_impl import call as calls
+from triton_impl import config, prefill, update, verify
 
 LENGTHS = (1, 9, 2, 17, 0, 4)
 SLOTS = (3, 0, -1, 5, 2, 20)
@@ -338,9 +340,8 @@ def test_devices_and_backends():
 
 
 def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(run.triton.knobs.runtime, "interpret", False)
-    prepared._calls.clear()
-    prepared._last.clear()
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    calls.forget()
     with pytest.raises(Unsupported, match="backend: 'triton' runs on CUDA"):
         run_fn(batch())
     assert_right(batch(), run_fn(batch(), backend="auto"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from triton_impl import prepared
+from triton_impl import call
 
-OPTIONS = ("silu", -1)
+OPTIONS = ("silu", -1, 17, False, (3, 5))
 
 
 def tensors():
@@ -14,29 +14,29 @@ def tensors():
 
 @pytest.fixture(params=["guard", "key"])
 def found(request, monkeypatch):
-    """A function: the launch found for these arguments; the launch of `tensors()` is prepared."""
+    """A function: what is found for these arguments; the call of `tensors()` is prepared."""
     if request.param == "key":
-        monkeypatch.setattr(prepared, "TensorGuards", None)
+        monkeypatch.setattr(call, "TensorGuards", None)
     else:
-        assert prepared.TensorGuards is not None
-    prepared.forget()
-    key, none = prepared.recall("op", tensors(), OPTIONS)
-    assert none is None
-    prepared.remember(key, "launch")
+        assert call.TensorGuards is not None
+    call.forget()
+    assert call.recall("op", (*tensors(), *OPTIONS)) is None
+    call.remember("op", (*tensors(), *OPTIONS), "launch")
 
     def find(arguments, options=OPTIONS, name="op"):
-        return prepared.recall(name, arguments, options)[1]
+        return call.recall(name, (*arguments, *options))
 
     assert find(tensors()) == "launch"  # by the key
     yield find
-    prepared.forget()
+    call.forget()
 
 
-def test_other_data_is_the_same_call(found):
+def test_other_data_is_the_same_call(found, monkeypatch):
     for _ in range(3):
         assert found(tensors()) == "launch"
-    if prepared.TensorGuards is not None:
-        assert prepared.recall("op", tensors(), OPTIONS) == (None, "launch"), "recognised without a key"
+    if call.TensorGuards is not None:
+        monkeypatch.setattr(call, "_calls", {})
+        assert found(tensors()) == "launch", "recognised without a key"
 
 
 CHANGES = {
@@ -61,9 +61,28 @@ def test_a_change_is_another_call(found, change):
     assert found(tensors()) == "launch"
 
 
-def test_other_options_are_another_call(found):
-    assert found(tensors(), (None, -1)) is None
-    assert found(tensors(), ("silu", -1, torch.ones(2))) is None
+@pytest.mark.parametrize(
+    "options",
+    [
+        (None, -1, 17, False, (3, 5)),
+        ("silu", -1, 18, False, (3, 5)),
+        ("silu", -1.0, 17, False, (3, 5)),
+        ("silu", -1, 17.0, False, (3, 5)),
+        ("silu", -1, 17, 0, (3, 5)),
+        ("silu", -1, 17, False, (3.0, 5)),
+        ("silu", -1, 17, False, [3, 5]),
+        ("silu", torch.tensor(-1), 17, False, (3, 5)),
+        ("silu", -1, torch.ones(2), False, (3, 5)),
+    ],
+)
+def test_other_options_are_another_call(found, options):
+    """Also such as are equal, but of another type: a check has not seen them."""
+    for _ in range(2):
+        assert found(tensors(), options) is None
+        assert found(tensors()) == "launch"
+
+
+def test_another_operation_is_another_call(found):
     assert found(tensors(), name="other") is None
 
 
@@ -84,20 +103,28 @@ def test_modes_of_torch_keep_the_call(found):
 def test_one_tensor_for_two_arguments(found):
     x, weight, bias, *_ = tensors()
     twice = (x, weight, bias, None, x, x)
-    key, _ = prepared.recall("op", twice, OPTIONS)
-    prepared.remember(key, "twice")
+    call.remember("op", (*twice, *OPTIONS), "twice")
     for _ in range(3):
         assert found(twice) == "twice"
         assert found(tensors()) == "launch"
 
 
+def test_a_lazy_negative_is_another_call(found):
+    if call.TensorGuards is not None:
+        arguments = tensors()
+        assert found(arguments) == "launch"
+        assert call.Pattern("launch", (*arguments, *OPTIONS)).recognise(
+            (torch._neg_view(arguments[0]), *arguments[1:], *OPTIONS)
+        ) is None  # fmt: skip
+
+
 def test_as_many_calls_as_there_is_room_for(found, monkeypatch):
-    monkeypatch.setattr(prepared, "_KEPT", 2)
+    monkeypatch.setattr(call, "KEPT", 2)
     for tokens in (6, 7, 9):
         arguments = (torch.randn(tokens, 8), *tensors()[1:])
-        prepared.remember(prepared.recall("op", arguments, OPTIONS)[0], tokens)
+        call.remember("op", (*arguments, *OPTIONS), tokens)
         assert found(arguments) == tokens
-    assert len(prepared._calls) == 2, "two, then all were dropped, and two"
+    assert call.remembered() == 2, "two, then all were dropped, and two"
     assert found(tensors()) is None
 
 
@@ -109,6 +136,6 @@ def test_a_guard_that_overlooks_something_is_not_used(monkeypatch):
         def check(self, *tensors):
             return True
 
-    assert prepared._guard_works()
-    monkeypatch.setattr(prepared, "TensorGuards", Blind)
-    assert not prepared._guard_works()
+    assert call.guard_works()
+    monkeypatch.setattr(call, "TensorGuards", Blind)
+    assert not call.guard_works()

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import triton_impl
+from oracle.contract import UpdateCall
 from tests.tools.covering import on_backends
 from tests.tools.synchronisation import no_synchronisation
-from triton_impl import serving
+from triton_impl.call import run
 
 torch.set_num_threads(1)  # the tensors are tiny
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "eager"])
@@ -386,10 +387,8 @@ def test_the_result_may_replace_x(seqlen, layout, backend):
     x, weight, bias, pool = step(4, 6, seqlen)
     options = STEP_LAYOUTS[layout]
     want, want_pool, _ = define_update(x, weight, bias, pool, STEP_SLOTS, **options)
-    out = serving.step(
-        x, weight, bias, pool, STEP_SLOTS, None, None, options.get("cache_seqlens"), *[None] * 6, None, None, -1, backend,
-        layout, True, None, None, out=x,
-    )  # fmt: skip
+    call = UpdateCall(x, weight, bias, pool, STEP_SLOTS, backend=backend, **options)
+    out = run(UpdateCall, tuple(call), out=x)
     assert out is x
     same_bits(x, want)
     same_bits(pool, want_pool)

@@ -8,11 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_impl
 from oracle.contract import Unsupported
-from triton_impl import api, ops
+from triton_impl import api, tracing
 from triton_impl.compat import causal_conv1d as dao
 from triton_impl.compat import fla, sglang, vllm
 
 torch.set_num_threads(1)  # the tensors are tiny
+ops = torch.ops.twinconv
 DIM, WIDTH, SLOTS = 6, 4, 13
 DEVICES = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
@@ -53,7 +54,6 @@ def transposed(pool):
 FN_VARIANTS = {
     "full": lambda x, w, b, p, q, s, h: (x, w, b, p, q, s, h, "silu", -1, None, "auto"),
     "host bound": lambda x, w, b, p, q, s, h: (x, w, b, p, q, s, h, None, 0, 4, "per_sequence"),
-    "no pool": lambda x, w, b, p, q, s, h: (x, w, None, None, q, None, None, "swish", -1, None, "flat"),
     "views": lambda x, w, b, p, q, s, h: (
         x[:, ::2], w[::2], b[::2], transposed(p)[:, :, ::2], q, s, h, None, -1, None, "flat",
     ),
@@ -67,10 +67,29 @@ UPDATE_VARIANTS = {
 }
 
 
+STATELESS = {
+    "plain": lambda x, w, b, p, q, s, h: (x, w, None, q, "swish", None, "flat", "auto", None, None, None),
+    "extended": lambda x, w, b, p, q, s, h: (
+        torch.cat([x, x], 1), w, b, q, "silu", 4, "auto", "auto", x.half(), 3, [2, 4],
+    ),
+}  # fmt: skip
+
+
+@DEVICES
+@pytest.mark.parametrize("variant", STATELESS)
+def test_opcheck_without_a_pool(variant, device):
+    """It mutates nothing: compilers do not take an optional tensor that is mutated."""
+    assert not ops.causal_conv1d_fn_stateless.default._schema.is_mutable
+    arguments_ = STATELESS[variant](*arguments(device))
+    results = torch.library.opcheck(ops.causal_conv1d_fn_stateless.default, arguments_)
+    assert set(results.values()) == {"SUCCESS"}
+
+
 @DEVICES
 @pytest.mark.parametrize(
     ("operator", "variant"),
-    [(ops.causal_conv1d_fn, v) for v in FN_VARIANTS.values()] + [(ops.causal_conv1d_update, v) for v in UPDATE_VARIANTS.values()],
+    [(ops.causal_conv1d_fn.default, v) for v in FN_VARIANTS.values()]
+    + [(ops.causal_conv1d_update.default, v) for v in UPDATE_VARIANTS.values()],
     ids=[f"fn-{v}" for v in FN_VARIANTS] + [f"update-{v}" for v in UPDATE_VARIANTS],
 )  # fmt: skip
 def test_opcheck(operator, variant, device):
@@ -81,8 +100,9 @@ def test_opcheck(operator, variant, device):
 
 def test_opcheck_sees_an_undeclared_mutation():
     library = torch.library.Library("twinconv_mutant", "DEF")
-    library.define(str(ops.causal_conv1d_update._schema).split("::")[1].replace("(a!)", ""))
-    library.impl("causal_conv1d_update", triton_impl.run.step, "CompositeExplicitAutograd")
+    library.define(str(ops.causal_conv1d_update.default._schema).split("::")[1].replace("(a!)", ""))
+    through = ops.causal_conv1d_update.default
+    library.impl("causal_conv1d_update", lambda *args: through(*args), "CompositeExplicitAutograd")
     x, weight, bias, pool, _, slots, _ = arguments()
     with pytest.raises(Exception, match="mutated"):
         torch.library.opcheck(
@@ -96,7 +116,7 @@ def test_opcheck_sees_an_undeclared_mutation():
 def test_operator_and_plain_call_give_the_same_bits(variant):
     args = FN_VARIANTS[variant](*arguments(dtype=torch.bfloat16))
     x, weight, bias, pool, starts, slots, has, activation, pad, bound, schedule = args
-    pools = [None if pool is None else pool.clone() for _ in range(2)]
+    pools = [pool.clone() for _ in range(2)]
     via = ops.causal_conv1d_fn(x, weight, bias, pools[0], *args[4:], "auto")
     out, same = triton_impl.causal_conv1d_fn(
         x, weight, bias, pools[1], starts, slots, has, activation=activation, pad_slot_id=pad, max_seqlen=bound,
@@ -238,8 +258,7 @@ def test_a_plain_call_does_not_pay_for_the_operator(monkeypatch):
     def refuse(*args):
         raise AssertionError("went through the dispatcher")
 
-    monkeypatch.setattr(ops, "causal_conv1d_fn", refuse)
-    monkeypatch.setattr(ops, "causal_conv1d_update", refuse)
+    monkeypatch.setattr(tracing, "through_operator", refuse)
     x, weight, bias, pool, starts, slots, has = arguments()
     triton_impl.causal_conv1d_fn(x, weight, bias, pool, starts, slots, has)
     triton_impl.causal_conv1d_update(x[:4], torch.nn.Parameter(weight), bias, pool, slots)

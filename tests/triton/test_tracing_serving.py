@@ -5,10 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_impl
-from oracle.contract import ConvWindowOutput, Unsupported
-from triton_impl import ops, serving
+from oracle.contract import ConvWindowOutput, FnCall, Unsupported, UpdateCall
 
 torch.set_num_threads(1)  # the tensors are tiny
+ops = torch.ops.twinconv
 DIM, WIDTH, SLOTS, BATCH = 6, 4, 16, 4
 DEVICES = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
@@ -52,33 +52,27 @@ def tensors(device="cpu", columns=WIDTH - 1, seqlen=3):
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
+def operator_arguments(record, t, fixed, names, options, without=("validate",)):
+    """Positional arguments of an operator: the record's fields in its order."""
+    given = fixed | {name: t[name] for name in names.split()} | options
+    defaults = record._field_defaults
+    fields = [field for field in record._fields if field not in without]
+    return tuple(given[field] if field in given else defaults[field] for field in fields)
+
+
 def fn_arguments(t, names="", **options):
     """Positional arguments of the operator `causal_conv1d_fn_serving`."""
-    given = {name: t[name] for name in names.split()} | options
-    order = "cache_seqlens write_indices snapshot_indices num_computed_tokens track_indices track_lengths residual"
-    return (
-        t["x"], t["weight"], t["bias"], t["conv_states"], t["query_start_loc"], t["cache_indices"],
-        t["has_initial_state"], *(given.get(name) for name in order.split()), "silu", -1, None, "auto", "auto",
-        *(given.get(name, default) for name, default in dict(
-            state_layout="front", empty_rows="skip", snapshot_block_size=None, channel_offset=None, split_sizes=None
-        ).items()),
-    )  # fmt: skip
+    needed = ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state")
+    fixed = {name: t[name] for name in needed} | {"activation": "silu"}
+    return operator_arguments(FnCall, t, fixed, names, options)
 
 
-def update_arguments(t, names="", **options):
-    """Positional arguments of the operator `causal_conv1d_update_serving`."""
-    given = {name: t[name] for name in names.split()} | options
-    order = (
-        "query_start_loc num_accepted_tokens cache_seqlens write_indices track_indices window_out window_indices "
-        "residual tree_parents max_seqlen"
-    )
-    return (
-        t["token"], t["weight"], t["bias"], t["conv_states"], t["cache_indices"],
-        *(given.get(name) for name in order.split()), "silu", -1, "auto",
-        *(given.get(name, default) for name, default in dict(
-            state_layout="front", commit=True, channel_offset=None, split_sizes=None
-        ).items()),
-    )  # fmt: skip
+def update_arguments(t, names="", windows=False, **options):
+    """Positional arguments of the operator `causal_conv1d_update_serving`, or with windows of `..._windows`."""
+    fixed = {name: t[name] for name in ("weight", "bias", "conv_states", "cache_indices")}
+    fixed |= {"x": t["token"], "activation": "silu"}
+    without = ("validate",) if windows else ("validate", "window_out", "window_indices")
+    return operator_arguments(UpdateCall, t, fixed, names, options, without)
 
 
 FN = {
@@ -90,8 +84,7 @@ FN = {
     "part": lambda t: fn_arguments(t | {"x": torch.cat([t["x"], t["x"]], 1)}, channel_offset=3),
 }
 UPDATE = {
-    "windows": lambda t: update_arguments(t, "window_out window_indices", commit=False),
-    "tree": lambda t: update_arguments(t, "window_out tree_parents", commit=False),
+    "tree": lambda t: update_arguments(t, "tree_parents", commit=False),
     "ring": lambda t: update_arguments(t, "cache_seqlens write_indices", state_layout="ring"),
     "track": lambda t: update_arguments(t, "track_indices", residual=t["token"].flip(0)),
     "split": lambda t: update_arguments(t, split_sizes=[3, 3]),
@@ -99,14 +92,20 @@ UPDATE = {
         t | {"token": torch.cat([t["token"], t["token"]], 2)}, channel_offset=6, split_sizes=[1, 5]
     ),
 }
+WINDOWS = {
+    "windows": lambda t: update_arguments(t, "window_out window_indices", windows=True, commit=False),
+    "tree": lambda t: update_arguments(t, "window_out tree_parents", windows=True, commit=False),
+}
 
 
 @DEVICES
 @pytest.mark.parametrize(
     ("operator", "variant"),
-    [(ops.causal_conv1d_fn_serving, v) for v in FN.values()] + [(ops.causal_conv1d_update_serving, v) for v in UPDATE.values()],
-    ids=[f"fn-{v}" for v in FN] + [f"update-{v}" for v in UPDATE],
-)  # fmt: skip
+    [(ops.causal_conv1d_fn_serving.default, v) for v in FN.values()]
+    + [(ops.causal_conv1d_update_serving.default, v) for v in UPDATE.values()]
+    + [(ops.causal_conv1d_update_windows.default, v) for v in WINDOWS.values()],
+    ids=[f"fn-{v}" for v in FN] + [f"update-{v}" for v in UPDATE] + [f"windows-{v}" for v in WINDOWS],
+)
 def test_opcheck(operator, variant, device):
     """PyTorch's own check: schema (what is mutated), fake kernel, functionalisation with dynamic shapes."""
     results = torch.library.opcheck(operator, variant(tensors(device, columns=5)))
@@ -118,21 +117,23 @@ def test_opcheck_of_the_commit(device):
     t = tensors(device)
     names = ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices")
     t["window_out"].normal_()
-    results = torch.library.opcheck(ops.commit_windows, (*(t[name] for name in names), -1, "auto"))
+    results = torch.library.opcheck(ops.commit_windows.default, (*(t[name] for name in names), -1, "auto"))
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize(("mutation", "arguments"), [("(a!)", UPDATE["ring"]), ("(b!)", UPDATE["windows"])])
-def test_opcheck_sees_an_undeclared_mutation(mutation, arguments):
-    name = f"causal_conv1d_update_serving_{mutation[1]}"
+@pytest.mark.parametrize("mutation", ["(a!)", "(b!)"])
+def test_opcheck_sees_an_undeclared_mutation(mutation):
+    name = f"causal_conv1d_update_windows_{mutation[1]}"
+    through = ops.causal_conv1d_update_windows.default
     library = torch.library.Library("twinconv_mutant", "FRAGMENT")
-    schema = str(ops.causal_conv1d_update_serving._schema).split("::")[1].replace(mutation, "")
-    library.define(schema.replace("causal_conv1d_update_serving", name))
-    library.impl(name, ops._with_tuple(serving.step), "CompositeExplicitAutograd")
+    schema = str(through._schema).split("::")[1].replace(mutation, "")
+    library.define(schema.replace("causal_conv1d_update_windows", name))
+    library.impl(name, lambda *args: through(*args), "CompositeExplicitAutograd")
+    given = update_arguments(tensors(columns=5), "window_out window_indices", windows=True)
     with pytest.raises(Exception, match="mutated"):
         torch.library.opcheck(
-            getattr(torch.ops.twinconv_mutant, name).default, arguments(tensors(columns=5)), test_utils="test_schema"
-        )  # fmt: skip
+            getattr(torch.ops.twinconv_mutant, name).default, given, test_utils="test_schema"
+        )
 
 
 def verify(x, weight, pool, slots, windows, parents, steps):
@@ -235,42 +236,6 @@ def test_fake_tensors_pass_the_checks():
                 call()
 
 
-EXTRA = {
-    "causal_conv1d_fn": dict(
-        state_layout="back", cache_seqlens=1, write_indices=1, empty_rows="apply", snapshot_indices=1,
-        snapshot_block_size=1, num_computed_tokens=1, track_indices=1, track_lengths=1, residual=1, channel_offset=0,
-        split_sizes=(1,),
-    ),
-    "causal_conv1d_update": dict(
-        state_layout="back", cache_seqlens=1, write_indices=1, track_indices=1, window_out=1, window_indices=1,
-        commit=False, tree_parents=1, residual=1, channel_offset=0, split_sizes=(1,),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("operation", EXTRA)
-def test_a_plain_call_does_not_pay_for_the_rest(operation, monkeypatch):
-    """The other path is entered with any one of the arguments, and with none of them is not."""
-
-    class Entered(Exception):
-        pass
-
-    def enter(*args, **options):
-        raise Entered
-
-    monkeypatch.setattr(serving, "fn", enter)
-    monkeypatch.setattr(serving, "step", enter)
-    t = tensors()
-    t |= {"x": t["x"] if operation == "causal_conv1d_fn" else t["token"]}
-    names = ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices", "has_initial_state")
-    given = [t[name] for name in names[: 7 if operation == "causal_conv1d_fn" else 4]]
-    function = getattr(triton_impl, operation)
-    function(*given)
-    for name, value in EXTRA[operation].items():
-        with pytest.raises(Entered):
-            function(*given, **{name: value})
-
-
 @pytest.mark.parametrize("which", ["token", "weight", "bias", "residual"])
 def test_a_backward_pass_is_refused(which):
     t = tensors() | {"residual": torch.randn(BATCH, 3, DIM)}
@@ -285,8 +250,7 @@ def test_a_backward_pass_is_refused(which):
 
 def test_the_module_passes_serving_arguments_on():
     """A pool of wide slots, drafts in packed rows, a snapshot, and the refusal of what a dense prefill cannot take."""
-    from triton_impl.module import CausalConv1d
-    from triton_impl.state_pool import ConvStatePool
+    from triton_impl.modules import CausalConv1d, ConvStatePool
 
     conv = CausalConv1d(DIM, WIDTH)
     pool = ConvStatePool(4, DIM, WIDTH, state_len=WIDTH + 2, layers=2)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from oracle.contract import ACTIVATIONS, Unsupported
-from triton_impl.api import asks_for_gradient
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.layout import (
     expect,
@@ -28,8 +27,9 @@ from triton_impl.compat.layout import (
     token_major,
     update_at_back,
 )
-from triton_impl.dense import dense_rows
 from triton_impl.functional import causal_conv1d
+from triton_impl.modules.dense import dense_rows
+from triton_impl.tracing import asks_for_gradient
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
 __version__ = "1.7.0"  # of the interface

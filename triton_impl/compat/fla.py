@@ -14,12 +14,12 @@ import logging
 import torch
 
 from oracle.contract import Unsupported
-from triton_impl.api import asks_for_gradient
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.compat.causal_conv1d import causal_conv1d_fn as channel_first
 from triton_impl.compat.layout import expect, expect_weight, longest, update_at_back
-from triton_impl.dense import dense_rows
 from triton_impl.functional import causal_conv1d as differentiable
+from triton_impl.modules.dense import dense_rows
+from triton_impl.tracing import asks_for_gradient
 
 __all__ = [
     "causal_conv1d",

@@ -6,7 +6,8 @@ import operator
 import torch
 
 from oracle.contract import INDEX_DTYPES, MASK_DTYPES, OFFSET_DTYPES, WIDTH_MAX, WIDTH_MIN, dtype_name
-from triton_impl.api import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_update_
+from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
+from triton_impl.call import update_in_place
 
 _checks = {"data": False}
 
@@ -189,16 +190,13 @@ def update_at_back(
         rings.
       in_place: whether the result replaces x, and x is returned.
     """
-    layout = {}
+    layout = dict(activation=activation, pad_slot_id=pad_slot_id, validate=validates())
     slots = leading("conv_state_indices", slots, x.shape[0])
     if cache_seqlens is not None:
-        layout = dict(state_layout="ring", cache_seqlens=leading("cache_seqlens", cache_seqlens, x.shape[0]))
+        layout |= dict(state_layout="ring", cache_seqlens=leading("cache_seqlens", cache_seqlens, x.shape[0]))
     elif states.shape[2] > weight.shape[1] - 1:  # else front and back are the same
-        layout = dict(state_layout="back")
+        layout |= dict(state_layout="back")
     states = states.transpose(1, 2)
     if in_place:
-        return causal_conv1d_update_(
-            x, weight, bias, states, slots, activation, pad_slot_id, validates(), **layout
-        )
-    options = dict(activation=activation, pad_slot_id=pad_slot_id, validate=validates())
-    return causal_conv1d_update(x, weight, bias, states, slots, **options, **layout).out
+        return update_in_place(x, weight, bias, states, slots, **layout)
+    return causal_conv1d_update(x, weight, bias, states, slots, **layout).out

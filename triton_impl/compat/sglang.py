@@ -32,7 +32,7 @@ from triton_impl.compat.layout import (
     update_at_back,
     validates,
 )
-from triton_impl.dense import dense_rows
+from triton_impl.modules.dense import dense_rows
 
 __all__ = [
     "PAD_SLOT_ID",

@@ -18,7 +18,7 @@ import torch
 from oracle.contract import Unsupported
 from triton_impl.api import causal_conv1d_fn as packed_fn
 from triton_impl.api import causal_conv1d_update as packed_update
-from triton_impl.api import causal_conv1d_update_
+from triton_impl.call import update_in_place
 from triton_impl.compat.layout import (
     activation_name,
     expect,
@@ -272,7 +272,9 @@ def _step(x, conv_state, weight, bias, activation, rows, max_query_len, null_blo
     arguments = token_major(x), weight, bias, token_major(conv_state), slots
     activation, validate = activation_name(activation), validates()
     if out is None and not write:
-        causal_conv1d_update_(*arguments, activation, null_block_id, validate, **more)
+        update_in_place(
+            *arguments, activation=activation, pad_slot_id=null_block_id, validate=validate, **more
+        )
         return x
     result = packed_update(
         *arguments, activation=activation, pad_slot_id=null_block_id, validate=validate, **more

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN
-from triton_impl.api import asks_for_gradient, causal_conv1d_fn, causal_conv1d_update
-from triton_impl.dense import dense_rows
+from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 from triton_impl.functional import causal_conv1d
+from triton_impl.modules.dense import dense_rows
+from triton_impl.tracing import asks_for_gradient
 
 
 class CausalConv1d(nn.Module):

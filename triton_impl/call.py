@@ -1,0 +1,539 @@
+"""One call of an operation: recognised, or checked, planned and remembered; then run.
+
+The arguments come as one tuple in the order of the operation's record (`oracle.contract`), which is the signature's. The
+call before is compared first, by PyTorch's own guard of compiled code, which looks at the type, dispatch keys, dtype,
+device, sizes and strides of every tensor in a fraction of a microsecond: the layers of a model call alike. Other calls
+are looked up by a key of the same facts. Only where both miss is a record made, and everything below takes that.
+"""
+
+import functools
+import importlib
+from operator import itemgetter
+
+import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+
+try:
+    from torch._C._dynamo.guards import TensorGuards, _empty_strided_cuda
+except (
+    ImportError
+):  # they have no public name; without them every call is looked up, and memory comes from torch.empty
+    TensorGuards = _empty_strided_cuda = None
+
+from oracle.contract import (
+    CommitCall,
+    FnCall,
+    Memory,
+    Unsupported,
+    UpdateCall,
+    check_backend,
+    check_memory,
+    given_arrays,
+    normalised,
+)
+from triton_impl import plain, tracing
+from triton_impl.config import kernel_of, prefill_config, row_config, update_config, verify_config, walks
+
+BACKENDS = ("triton", "eager")
+KEPT = 4096  # calls that are remembered; then all are forgotten
+_calls = {}  # prepared calls by key
+_patterns = {}  # by key, the call's Pattern, or None if the guard does not take it
+_last = {}  # by record, the pattern of the call before, if it has one
+
+
+def run(record, args, out=None):
+    """Runs a call of an operation.
+
+    Args:
+      record: the operation's record.
+      args: its arguments, a tuple in the order of the record.
+      out: where the result goes; None: new memory. It may be x itself, if it is laid out as torch.empty_like(x) would
+        be: each element is read before it is written. Without `channel_offset`, `split_sizes` and `tree_parents`.
+
+    Returns:
+      `out`; with `split_sizes` one flat tensor that holds the parts one after the other (`parts` are its views); None
+      for a commit.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as the public operations say.
+    """
+    if is_dynamo_compiling():
+        return _traced(record, args)
+    if (last := _last.get(record)) is not None and forward_ad._current_level < 0:
+        if (prepared := last.recognise(args)) is not None:
+            return prepared(args, out)
+    return _unrecognised(record, args, out)
+
+
+def run_real(record, args, out=None):
+    """`run` for real tensors whose gradients are not asked for: an operator's implementation."""
+    prepared = recall(record, args)
+    if prepared is None:
+        prepared, kept = prepare(record(*args))
+        if kept:
+            remember(record, args, prepared)
+    return prepared(args, out)
+
+
+def recall(kind, args):
+    """What was prepared for such a call, or None.
+
+    Args:
+      kind: a record, or the name of something else that is prepared.
+      args: tensors and other arguments; the second one is the weight.
+    """
+    if (last := _last.get(kind)) is not None and (prepared := last.recognise(args)) is not None:
+        return prepared
+    if (prepared := _calls.get(key := _key(kind, args))) is not None and TensorGuards is not None:
+        pattern = _patterns.get(key)
+        if pattern is None or pattern.recognise(args) is None:  # inference mode, say, is new
+            pattern = _patterns[key] = Pattern(prepared, args)
+        if pattern.recognise(args) is not None:  # not where two of its tensors are one
+            _last[kind] = pattern
+    return prepared
+
+
+def remember(kind, args, prepared):
+    """Keeps what was prepared for the calls that `recall` finds alike."""
+    if (key := _key(kind, args)) is None:
+        return
+    if len(_calls) >= KEPT:
+        forget()
+    _calls[key] = prepared
+
+
+def update_in_place(*arguments, **options):
+    """`causal_conv1d_update` whose result replaces x, which is returned: what in-place peers are made of."""
+    call = UpdateCall(*arguments, **options)
+    x = call.x
+    dense = x.is_contiguous() or (x.dim() == 3 and x.mT.is_contiguous())
+    found = run(UpdateCall, tuple(call), x if dense and not is_dynamo_compiling() else None)
+    return x if found is x else x.copy_(found)
+
+
+def remembered():
+    """How many calls are remembered."""
+    return len(_calls)
+
+
+def forget():
+    """Drops every remembered call."""
+    for kept in (_calls, _patterns, _last):
+        kept.clear()
+
+
+def check(call):
+    """Everything that can be checked of a record without reading data; returns the sizes of the call."""
+    sizes = call.check()
+    if "backend" in call._fields:
+        check_backend(call.backend, BACKENDS)
+    arrays = given_arrays(call)
+    first = next(iter(arrays))
+    for name, array in arrays.items():
+        if not isinstance(array, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(array).__name__}")
+        if array.device != arrays[first].device:
+            raise ValueError(
+                f"{name}: expected a tensor on {first}'s device {arrays[first].device}, got {array.device}"
+            )
+    return sizes
+
+
+def resolve(backend, device):
+    """The backend that runs a call on a device: "triton", "eager", or "meta" where there is nothing to run.
+
+    Raises:
+      Unsupported: the one asked for cannot.
+    """
+    if device.type == "meta":
+        return "meta"
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "eager"
+    if backend == "triton":
+        kernels("launch")
+        if device.type != "cuda" and not interprets():
+            raise Unsupported(
+                f"backend: 'triton' runs on CUDA or ROCm tensors, or on CPU tensors with TRITON_INTERPRET=1; got {device}"
+            )
+    return backend
+
+
+def interprets():
+    """Whether Triton's interpreter runs kernels on CPU tensors."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def parts(out, shape, split_sizes):
+    """Views of the parts of a flat `out`: contiguous, each in `shape` but for its channels."""
+    views, first = [], 0
+    tokens = out.numel() // sum(split_sizes)
+    for size in split_sizes:
+        views.append(out[tokens * first : tokens * (first + size)].view(*shape[:-1], size))
+        first += size
+    return tuple(views)
+
+
+def unit_stride(offsets):
+    """The offsets as the kernels read them; a copy if they are a strided view."""
+    return offsets if offsets is None or offsets.stride(0) == 1 else offsets.contiguous()
+
+
+def launch_on(device, function, *args):
+    """Calls a function that launches on `device`, which need not be the current one."""
+    if device.type == "cuda" and several_devices() and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return function(*args)
+    return function(*args)
+
+
+@functools.cache
+def several_devices():
+    """Whether launches have to look where the current device is."""
+    return torch.cuda.device_count() > 1
+
+
+# Calls that PyTorch has to see.
+
+
+def _unrecognised(record, args, out):
+    if is_dynamo_compiling():  # of a frame behind a graph break
+        return _traced(record, args)
+    tracing.refuse_transforms(record._fields, args)
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if tracing.asks_for_gradient(*tensors):
+        record(*args).check()  # before anything is tied
+        return tied(record, args, tracing.through_operator if tracing.is_seen(tensors) else run_real)
+    if tracing.is_seen(tensors):
+        return tracing.through_operator(record, args)
+    return run_real(record, args, out)
+
+
+def _traced(record, args):
+    if tracing.asks_for_gradient(*[arg for arg in args if isinstance(arg, torch.Tensor)]):
+        return tied(record, args, tracing.through_operator)
+    return tracing.through_operator(record, args)
+
+
+def tied(record, args, function):
+    """A call whose gradient is asked for: what it returns or writes refuses a backward pass, rather than to lose it."""
+    inputs = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+    for name in record.WRITTEN:
+        if (written := args[record._fields.index(name)]) is None:
+            continue
+        root = written._base if written._is_view() else written
+        if root.requires_grad and root.is_leaf:
+            raise Unsupported(
+                f"{name}: expected a tensor that asks for no gradient itself, since it is updated in place, got a leaf that does"
+            )
+        tracing.NoGradient.apply(written, True, *inputs)
+    with torch.no_grad():
+        result = function(record, args)
+    return result if result is None else tracing.NoGradient.apply(result, False, *inputs)
+
+
+# Calls that were prepared before.
+
+
+class Pattern:
+    """What recognises a call that was prepared: a guard of its tensors, and its other arguments.
+
+    Args:
+      prepared: what is recognised.
+      args: the arguments of such a call.
+    """
+
+    def __init__(self, prepared, args):
+        tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        self.prepared, self.low = prepared, _low(args)
+        self.tensors = getter(tensors)
+        self.others = getter([i for i in range(len(args)) if i not in tensors])
+        self.facts = self.others(args)
+        # 1 == 1.0 == True, so the types of numbers are compared as well
+        self.types = [(i, type(arg)) for i, arg in enumerate(args) if isinstance(arg, int | float)]
+        self.inner = [(i, _types(arg)) for i, arg in enumerate(args) if isinstance(arg, tuple)]
+        self.like = guard(self.tensors(args))
+
+    def recognise(self, args):
+        """The prepared call, or None if anything but data is other than it was."""
+        try:
+            if (
+                not self.like(*self.tensors(args))
+                or self.others(args) != self.facts
+                or _low(args) != self.low
+            ):
+                return None
+            for i, kind in self.types:
+                if type(args[i]) is not kind:
+                    return None
+            for i, kinds in self.inner:
+                if _types(args[i]) != kinds:
+                    return None
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # an argument is odd: a check says how
+            return None
+        return self.prepared
+
+
+def _low(args):
+    """The weight is the second argument; `arithmetic.word_bits` reads its address."""
+    return args[1].data_ptr() & 15
+
+
+def _types(values):
+    return [*map(type, values)]
+
+
+def _key(kind, args):
+    """All that a check or a launch depends on, but for the tensors' data; None if an argument is odd."""
+    try:
+        key = [kind, _low(args)]
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                key += (arg.shape, arg.is_contiguous() or arg.stride(), arg.dtype, arg.device)
+            elif isinstance(arg, tuple | list):
+                key += (type(arg), tuple(arg), *map(type, arg))
+            else:
+                key += (type(arg), arg)
+        hash(key := tuple(key))
+        return key
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def getter(places):
+    """A function from a sequence to the tuple of its items at these places."""
+    return itemgetter(*places) if len(places) > 1 else lambda items: tuple(items[i] for i in places)
+
+
+def guard(tensors):
+    """A function of as many tensors: whether each is like these in all but its data, and no two are one."""
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    ).check
+
+
+def guard_works():
+    """Whether a guard tells apart what a key does: it is no public interface, so this is tried once."""
+    others = [
+        torch.empty(2, 4),
+        torch.empty(3, 2).mT,
+        torch.empty(2, 3, dtype=torch.float64),
+        torch.empty(2, 3, device="meta"),
+        torch.empty(6),
+        torch.nn.Parameter(torch.empty(2, 3)),
+        torch._neg_view(torch.empty(2, 3)),
+        None,
+    ]
+    try:
+        like = guard([torch.empty(2, 3)])
+        return bool(like(torch.empty(2, 3))) and not any(map(like, others))
+    except (AttributeError, RuntimeError, SystemError, TypeError, ValueError):
+        return False
+
+
+if TensorGuards is not None and not guard_works():
+    TensorGuards = None
+
+
+# From a record to launches.
+
+
+def prepare(call):
+    """Checks a call and decides everything but its data.
+
+    Returns:
+      (a function of the arguments and `out` that runs it, whether it may be remembered).
+    """
+    sizes = check(call)
+    if call.validate:
+        call.check_values(sizes, lambda name, array: array.tolist())
+    backend = resolve(call.backend, given_arrays(call)[call.ARRAYS[0]].device)
+    if backend != "meta":
+        check_memory(call, _memory_of)
+    if backend == "triton":
+        return _planned(normalised(call), sizes), not call.validate
+    return functools.partial(_eager if backend == "eager" else _meta, type(call)), False
+
+
+def _memory_of(tensor):
+    return Memory(
+        tensor.device, tensor.data_ptr(), tensor.element_size(), tuple(tensor.shape), tensor.stride()
+    )
+
+
+def _eager(record, args, out=None):
+    found = _PLAIN[record](normalised(record(*args)))
+    return found if out is None else out.copy_(found)
+
+
+_PLAIN = {FnCall: plain.prefill, UpdateCall: plain.update, CommitCall: plain.commit}
+
+
+def _meta(record, args, out=None):
+    return empty_out(record(*args)) if out is None else out
+
+
+def empty_out(call):
+    """New memory for the result of a checked call; None for a commit."""
+    if isinstance(call, CommitCall):
+        return None
+    x = plain.input_channels(call)
+    return torch.empty_like(x) if call.split_sizes is None else x.new_empty(x.numel())
+
+
+class Prepared:
+    """A checked call with everything but its tensors decided: makes the result, then launches.
+
+    Args:
+      call: the record, whose tensors may be read for all but their data.
+      outputs, states: Launches, or None, and the fields whose tensors they take; `outputs` takes the result as well.
+      memory: a tensor without data that is laid out as the result will be; None: there is none.
+    """
+
+    def __init__(self, call, outputs, states=(None, ()), memory=None):
+        (self.outputs, names), (self.states, state_names) = outputs, states
+        self.arrays, self.state_arrays = _fields(call, names), _fields(call, state_names)
+        device = given_arrays(call)[call.ARRAYS[0]].device
+        written = [name for name in call.WRITTEN if getattr(call, name) is not None]
+        self.written = _fields(call, written) if written else None
+        self.device = device if device.type == "cuda" and several_devices() else None
+        self.has_result = memory is not None
+        self.new_out = self.quick_out = None
+        if memory is not None:
+            like = tuple(memory.shape), memory.stride()
+            self.new_out = functools.partial(torch.empty_strided, *like, dtype=memory.dtype, device=device)
+            # The allocation of compiled graphs, past PyTorch's dispatcher, which works on the current device.
+            if device.type == "cuda" and not several_devices() and _empty_strided_cuda is not None:
+                self.quick_out = functools.partial(_empty_strided_cuda, *like, memory.dtype)
+
+    def __call__(self, args, out=None):
+        if self.device is not None and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self._launch(args, out)
+        return self._launch(args, out)
+
+    def _launch(self, args, out):
+        in_place = out is not None
+        if not in_place and self.has_result:
+            # memory that is to be filled is the dispatcher's
+            quick = self.quick_out is not None and not torch._C._get_deterministic_algorithms()
+            out = self.quick_out() if quick else self.new_out()
+        if self.outputs is not None:
+            if out is None:
+                self.outputs(*self.arrays(args))
+            else:
+                self.outputs(*self.arrays(args), out)
+        if self.states is not None:
+            self.states(*self.state_arrays(args))
+        # Autograd tells by its counter that a tensor it keeps was written; kernels do not turn it.
+        if self.written is not None:
+            torch._C._increment_version(self.written(args))
+        if in_place:
+            torch._C._increment_version((out,))
+        return out
+
+
+def _fields(call, names):
+    """A function from arguments in the order of the record to those of these names."""
+    return getter([call._fields.index(name) for name in names])
+
+
+def _planned(call, sizes):
+    """The prepared launches of a normalised call."""
+    if isinstance(call, CommitCall):
+        return _plan_commit(call, sizes)
+    if call.channel_offset is None and (call.query_start_loc is None or call.query_start_loc.stride(0) == 1):
+        return _PLANS[type(call)](call, sizes)
+    return _Views(_PLANS[type(call)](_views(call), sizes), type(call))
+
+
+class _Views:
+    """A prepared call that takes a part of x's channels, or copies offsets that lie strided."""
+
+    def __init__(self, prepared, record):
+        self.prepared, self.record = prepared, record
+
+    def __call__(self, args, out=None):
+        return self.prepared(_views(self.record(*args)), out)
+
+
+def _views(call):
+    return call._replace(
+        x=plain.input_channels(call), channel_offset=None, query_start_loc=unit_stride(call.query_start_loc)
+    )
+
+
+@functools.cache
+def kernels(name):
+    """The module of a kernel, imported when one is first needed: the plain path does without Triton."""
+    try:
+        return importlib.import_module(f"triton_impl.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise Unsupported(
+            "backend: 'triton' needs the package triton, which is not installed (pip install 'twinconv[triton]' on Linux)"
+        ) from error
+
+
+def _plan_prefill(call, sizes):
+    """The outputs' kernel, which also leaves the state where that is the plain rule, and the states' kernel."""
+    others = call.write_indices, call.snapshot_indices, call.track_indices
+    own_state = call.state_layout == "front" and call.empty_rows == "skip" and all(o is None for o in others)
+    outputs = states = (None, ())
+    if call.x.numel():
+        kernel = kernels("prefill")
+        config = prefill_config(
+            sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*call.x.stride()), call.max_seqlen,
+            call.schedule, kernels("launch").warp_size(),
+        )  # fmt: skip
+        stores = own_state and call.conv_states is not None
+        outputs = kernel.prepare(call, sizes, config, stores=stores), kernel.ARRAYS
+    if call.conv_states is not None and not own_state and sizes.batch:
+        kernel = kernels("states")
+        config = row_config(sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size())
+        states = kernel.prepare(call, sizes, config), kernel.ARRAYS
+    return Prepared(call, outputs, states, _memory(call))
+
+
+def _plan_update(call, sizes):
+    if not call.x.numel():
+        return Prepared(call, (None, ()), memory=_memory(call))
+    kind, itemsize = kernel_of(call), call.x.element_size()
+    kernel = kernels({"token": "update", "rows": "verify", "tree": "trees"}[kind])
+    if kind == "token":
+        config = update_config(sizes.batch, sizes.dim, itemsize, kernels("launch").warp_size())
+    else:
+        config = verify_config(sizes.dim, itemsize, kernels("launch").warp_size())
+    return Prepared(call, (kernel.prepare(call, sizes, config), kernel.ARRAYS), memory=_memory(call))
+
+
+def _plan_commit(call, sizes):
+    if not (sizes.batch and sizes.history):
+        return Prepared(call, (None, ()))
+    kernel = kernels("commit")
+    config = row_config(sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size())
+    return Prepared(call, (kernel.prepare(call, sizes, config), kernel.ARRAYS))
+
+
+_PLANS = {FnCall: _plan_prefill, UpdateCall: _plan_update}
+
+
+def _memory(call):
+    """A tensor on meta laid out as the result will be."""
+    if call.split_sizes is not None:
+        return torch.empty(call.x.numel(), dtype=call.x.dtype, device="meta")
+    return torch.empty_like(call.x, device="meta")
+
+
+def _fake(record, args):
+    call = record(*args)
+    check(call)
+    return empty_out(call)
+
+
+tracing.define_operators(run_real, _fake)

@@ -1,0 +1,277 @@
+"""The operations as PyTorch operators, `torch.ops.twinconv.*`, and what of PyTorch has to see a call.
+
+An operator is what torch.compile, export, fake tensors, dispatch modes and torch.jit.trace record of a call. Schema and
+implementation are made from a record's fields. What a call writes is declared mutable, so functionalisation keeps its
+order and updates the caller's tensor; an operator mutates either nothing or tensors that are always there, since
+compilers do not take optional ones. Nothing but `out` is returned, flat where it is split: an operator's results may
+not share memory. Registered below Python's custom_op layer, which costs several times as much a call.
+"""
+
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import register_flop_formula
+
+from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, Unsupported, UpdateCall
+
+library = torch.library.Library("twinconv", "DEF")
+OPERATORS: dict[Any, tuple["Operator", ...]] = {}  # of a record, the narrowest first
+
+for _result in (ConvOutput, ConvWindowOutput):  # so that torch.export can save programs that return them
+    pytree._register_namedtuple(_result, serialized_type_name=f"twinconv.{_result.__name__}")
+
+
+class Operator(NamedTuple):
+    """One operator of an operation.
+
+    Attributes:
+      function: the operator; it takes the record's fields at `places`.
+      places: positions of its arguments in the record.
+      written: positions of what it writes, which must be given.
+      absent, defaults: positions of what it does not take: must be None; must equal the default beside.
+    """
+
+    function: Any
+    places: tuple[int, ...]
+    written: tuple[int, ...]
+    absent: tuple[int, ...]
+    defaults: tuple[tuple[int, Any], ...]
+
+
+def define(record, name, fields, direct, fake):
+    """Defines the operator `name` of an operation.
+
+    Args:
+      record: the operation's record, whose other fields keep their defaults.
+      fields: names of its arguments, in the record's order.
+      direct: runs a call on real tensors, given all arguments in the record's order.
+      fake: the same for fake tensors: checks, and an empty result.
+    """
+    places = tuple(map(record._fields.index, fields))
+    others = [i for i in range(len(record._fields)) if i not in places and record._fields[i] != "validate"]
+    library.define(f"{name}({', '.join(arguments(record, fields))}) -> {_returns(record)}")
+    complete = _completion(record, fields)
+    library.impl(name, lambda *values: direct(complete(values)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"twinconv::{name}", lambda *values: fake(complete(values)), lib=library)
+    default = {i: record._field_defaults.get(record._fields[i]) for i in others}
+    absent = [i for i in others if default[i] is None]
+    OPERATORS[record] = (
+        *OPERATORS.get(record, ()),
+        Operator(
+            getattr(torch.ops.twinconv, name).default,
+            places,
+            tuple(record._fields.index(field) for field in fields if field in record.WRITTEN),
+            tuple(absent),
+            tuple((i, default[i]) for i in others if i not in absent),
+        ),
+    )
+
+
+def arguments(record, fields):
+    """The fields of a record as arguments in an operator's schema."""
+    letters = iter("abc")
+    types = {"integer": "int", "size": "SymInt", "sizes": "SymInt[]"}
+    for field in fields:
+        kind = record.KINDS[field]
+        if kind == "written array":
+            yield f"Tensor({next(letters)}!) {field}"
+        else:
+            type_ = "Tensor" if kind.endswith("array") else types.get(kind, kind)
+            yield f"{type_}{'?' if field in record.OPTIONAL else ''} {field}"
+
+
+def _returns(record):
+    return "()" if record is CommitCall else "Tensor"
+
+
+def _completion(record, fields):
+    """A function from an operator's arguments to all of the record's, in its order."""
+    rest = [name for name in record._fields if name not in fields]
+    given = [*fields, *rest]
+    pick = itemgetter(*(given.index(name) for name in record._fields))
+    constants = tuple(record._field_defaults.get(name) for name in rest)
+    if "split_sizes" not in fields:
+        return lambda values: pick((*values, *constants))
+    sizes = fields.index("split_sizes")  # an operator gets a list
+
+    def complete(values):
+        if values[sizes] is not None:
+            values = (*values[:sizes], tuple(values[sizes]), *values[sizes + 1 :])
+        return pick((*values, *constants))
+
+    return complete
+
+
+def through_operator(record, args):
+    """Runs a call, its arguments in the record's order, as one operator.
+
+    Raises:
+      ValueError, TypeError: arguments that no operator takes together, as the record says.
+      Unsupported: `validate`.
+    """
+    if "validate" in record._fields and args[record._fields.index("validate")]:
+        raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
+    pad = record._fields.index("pad_slot_id")
+    if isinstance(args[pad], int) and not -(1 << 63) <= args[pad] < 1 << 63:  # it names no slot
+        args = (*args[:pad], -1, *args[pad + 1 :])
+    for operator in OPERATORS[record]:
+        if _takes(operator, args):
+            return operator.function(*[args[i] for i in operator.places])
+    record(*args).check()  # which says what is wrong, or that what lacks its pool would be ignored
+    return OPERATORS[record][0].function(*[args[i] for i in OPERATORS[record][0].places])
+
+
+def _takes(operator, args):
+    for i in operator.written:
+        if args[i] is None:
+            return False
+    for i in operator.absent:
+        if args[i] is not None:
+            return False
+    return all(args[i] == default for i, default in operator.defaults)
+
+
+def _bits(*names):
+    """These dispatch keys, where this PyTorch has them, as bits."""
+    keys = [getattr(torch._C.DispatchKey, name, None) for name in names]
+    bits = 0
+    for key in keys:
+        bits |= 0 if key is None else torch._C.DispatchKeySet(key).raw_repr()
+    return bits
+
+
+_BACKENDS = ("CPU", "CUDA", "Meta", "XPU", "MPS", "HPU", "XLA", "MTIA", "IPU", "PrivateUse1")
+_PLAIN = _bits(
+    "ADInplaceOrView", "BackendSelect", *_BACKENDS, *(f"Autograd{b}" for b in _BACKENDS), *(f"Autocast{b}" for b in _BACKENDS)
+)  # fmt: skip
+
+
+def is_seen(tensors):
+    """Whether anything in PyTorch's dispatcher is to see a call with these tensors.
+
+    A mode or a tracer is active, or a tensor is more than memory with an address: a fake or otherwise overriding one, a lazy
+    negative, a lazy zero. Where only plain kernels and autograd are concerned, the answer is no.
+    """
+    active = torch._C._dispatch_tls_local_include_set().raw_repr()
+    active &= ~torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    for tensor in tensors:
+        active |= torch._C._dispatch_keys(tensor).raw_repr()
+    return active & ~_PLAIN & ~_FUNCTORCH != 0
+
+
+_FUNCTORCH = _bits("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode")
+
+
+def refuse_odd(names, values):
+    """Raises Unsupported for an argument that is a proxy, or a tensor that is not one dense block.
+
+    Args:
+      names, values: arguments and their names; those that are no tensors are passed over.
+    """
+    for name, value in zip(names, values, strict=True):
+        if type(value).__module__ == "torch.fx.proxy":
+            raise Unsupported(
+                f"{name}: expected a tensor, got a proxy of torch.fx.symbolic_trace (torch.export and make_fx trace calls)"
+            )
+        if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
+            raise Unsupported(
+                f"{name}: expected a dense tensor, got a {'nested' if value.is_nested else value.layout} one (rows of "
+                "different lengths are packed in x [tokens, dim], with query_start_loc)"
+            )
+
+
+def refuse_transforms(names, values):
+    """`refuse_odd`, and Unsupported for a tensor that torch.func or forward mode transforms."""
+    refuse_odd(names, values)
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise Unsupported(
+                f"{name}: expected a tensor outside of torch.func's transformations, got one inside (the differentiable "
+                "form, triton_impl.causal_conv1d, takes torch.func.grad)"
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+            raise Unsupported(
+                f"{name}: expected a tensor without a tangent, since there is no forward-mode gradient, got one with"
+            )
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes a tensor on and ties it to inputs that ask for a gradient, so that a backward pass cannot miss them."""
+
+    @staticmethod
+    def forward(ctx, tensor, written, *inputs):
+        if written:
+            ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise Unsupported(
+            "backward: expected a call under torch.no_grad() or torch.inference_mode(), got one whose gradient is "
+            "asked for (the differentiable form is triton_impl.causal_conv1d)"
+        )
+
+
+def refuse_second_gradient(ctx, *grads):
+    """The backward pass of a backward pass."""
+    raise Unsupported(
+        "backward: expected a first gradient, got one of a gradient, which these operations lack"
+    )
+
+
+def asks_for_gradient(*tensors):
+    """Whether a call with these tensors, or None, is to be differentiated."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and getattr(tensor, "requires_grad", False):
+                return True
+    return False
+
+
+def _convolution_flops(x_shape, weight_shape, *args, out_shape=None, **options):
+    """A multiplication and an addition for every tap of every element of the output."""
+    tokens = 1
+    for size in x_shape[:-1]:
+        tokens *= size
+    return 2 * tokens * weight_shape[0] * weight_shape[1]
+
+
+def count_flops(name, formula=_convolution_flops):
+    """Registers the formula of an operator with PyTorch's FlopCounterMode."""
+    register_flop_formula(getattr(torch.ops.twinconv, name))(formula)
+
+
+def define_operators(direct, fake):
+    """Defines the operators of prefills, updates and commits; see `define`.
+
+    Args:
+      direct, fake: functions of a record and all arguments in its order.
+    """
+    pooled = {
+        "conv_states", "cache_indices", "has_initial_state", "pad_slot_id", "state_layout", "cache_seqlens",
+        "write_indices", "empty_rows", "snapshot_indices", "snapshot_block_size", "num_computed_tokens", "track_indices",
+        "track_lengths",
+    }  # fmt: skip
+    windows = {"window_out", "window_indices"}
+    variants = {
+        "causal_conv1d_fn_stateless": (FnCall, [f for f in FnCall._fields if f not in pooled]),
+        "causal_conv1d_fn": (FnCall, FnCall._fields[: FnCall._fields.index("validate")]),
+        "causal_conv1d_fn_serving": (FnCall, FnCall._fields),
+        "causal_conv1d_update": (UpdateCall, UpdateCall._fields[: UpdateCall._fields.index("validate")]),
+        "causal_conv1d_update_serving": (UpdateCall, [f for f in UpdateCall._fields if f not in windows]),
+        "causal_conv1d_update_windows": (UpdateCall, UpdateCall._fields),
+        "commit_windows": (CommitCall, CommitCall._fields),
+    }
+    for name, (record, fields) in variants.items():
+        fields = tuple(field for field in fields if field != "validate")
+        define(
+            record, name, fields, lambda args, record=record: direct(record, args),
+            lambda args, record=record: fake(record, args),
+        )  # fmt: skip
+        if record is not CommitCall:
+            count_flops(name)
