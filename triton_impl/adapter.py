@@ -7,11 +7,11 @@ python -m oracle run --impl triton_impl.adapter:eager
 
 import numpy as np
 import torch
-import triton
 
 import triton_impl
 from oracle.conformance.adapter import GRADIENTS
 from oracle.numerics import TypedArray
+from triton_impl.call import interprets
 
 
 class TorchAdapter:
@@ -75,7 +75,7 @@ class TorchAdapter:
 def adapter(device=None):
     """The kernels, on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu" and not triton.knobs.runtime.interpret:
+    if device == "cpu" and not interprets():
         raise ValueError("device: expected a GPU, or TRITON_INTERPRET=1 in the environment, got cpu")
     return TorchAdapter("triton", device)
 

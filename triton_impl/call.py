@@ -6,6 +6,7 @@ device, sizes and strides of every tensor in a fraction of a microsecond: the la
 are looked up by a key of the same facts. Only where both miss is a record made, and everything below takes that.
 """
 
+import contextlib
 import functools
 import importlib
 from operator import itemgetter
@@ -202,6 +203,13 @@ def _unrecognised(record, args, out):
     if is_dynamo_compiling():  # of a frame behind a graph break
         return _traced(record, args)
     tracing.refuse_transforms(record._fields, args)
+    for name in record.WRITTEN:
+        written = args[record._fields.index(name)]
+        if isinstance(written, torch.Tensor) and written.is_neg():
+            raise Unsupported(
+                f"{name}: expected a tensor that holds its values, since it is written, got a lazy negative (resolve_neg() "
+                "makes one)"
+            )
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if tracing.asks_for_gradient(*tensors):
         record(*args).check()  # before anything is tied
@@ -469,7 +477,11 @@ def _views(call):
 
 @functools.cache
 def kernels(name):
-    """The module of a kernel, imported when one is first needed: the plain path does without Triton."""
+    """The module of a kernel: the plain path does without Triton.
+
+    Raises:
+      Unsupported: Triton is not installed.
+    """
     try:
         return importlib.import_module(f"triton_impl.{name}")
     except ModuleNotFoundError as error:
@@ -537,3 +549,7 @@ def _fake(record, args):
 
 
 tracing.define_operators(run_real, _fake)
+
+with contextlib.suppress(Unsupported):  # without Triton, the plain path
+    for _name in ("prefill", "states", "update", "verify", "trees", "commit", "backward"):
+        kernels(_name)

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import nn
 
-from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN
+from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN, Unsupported
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 from triton_impl.functional import causal_conv1d
 from triton_impl.modules.dense import dense_rows
+from triton_impl.modules.pool import host_integer
 from triton_impl.tracing import asks_for_gradient
 
 
@@ -31,6 +32,7 @@ class CausalConv1d(nn.Module):
 
     def __init__(self, dim, width, bias=True, activation="silu", *, device=None, dtype=None):
         super().__init__()
+        dim, width = host_integer("dim", dim), host_integer("width", width)
         if not WIDTH_MIN <= width <= WIDTH_MAX:
             raise ValueError(f"width: expected {WIDTH_MIN} to {WIDTH_MAX}, got {width}")
         if dim < 1:
@@ -46,16 +48,19 @@ class CausalConv1d(nn.Module):
 
     @classmethod
     def from_conv1d(cls, conv, activation=None):
-        """A module that shares the parameters' values with a depthwise nn.Conv1d (not the parameters).
+        """A module with the values of a depthwise nn.Conv1d's parameters (not the parameters), frozen where those are.
+
+        Its padding is taken to be what makes it causal: callers of such a layer cut the outputs that see later tokens.
 
         Raises:
-          ValueError: `conv` is not depthwise with stride 1 and dilation 1.
+          ValueError: `conv` is not depthwise with stride 1 and dilation 1, or pads with something else than zeros.
         """
         wanted = {
             "groups": conv.in_channels,
             "out_channels": conv.in_channels,
             "stride": (1,),
             "dilation": (1,),
+            "padding_mode": "zeros",
         }
         for name, value in wanted.items():
             if getattr(conv, name) != value:
@@ -69,6 +74,8 @@ class CausalConv1d(nn.Module):
             dtype=conv.weight.dtype,
         )
         module.load_state_dict(conv.state_dict())
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(getattr(conv, name).requires_grad)
         return module
 
     def reset_parameters(self):
@@ -109,7 +116,13 @@ class CausalConv1d(nn.Module):
         Raises:
           ValueError, TypeError, Unsupported: as the operations do.
         """
-        if torch.is_autocast_enabled(x.device.type):
+        if isinstance(x, torch.fx.Proxy):
+            given = dict(
+                query_start_loc=query_start_loc, conv_states=conv_states, cache_indices=cache_indices,
+                has_initial_state=has_initial_state, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, decode=decode,
+            )  # fmt: skip
+            return self._as_leaf(x, given, serving)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         options = dict(activation=self.activation, pad_slot_id=pad_slot_id)
         if decode:
@@ -174,6 +187,23 @@ class CausalConv1d(nn.Module):
             x, query_start_loc, pool.layer(layer), _indices(pool, slots), pad_slot_id=pool.pad_slot_id, decode=True,
             **serving,
         )  # fmt: skip
+
+    def _as_leaf(self, x, options, serving):
+        """In torch.fx.symbolic_trace of a model: a call of this layer."""
+        try:
+            path = x.tracer.path_of_module(self)
+        except NameError:
+            raise Unsupported(
+                "x: expected a tensor, got a proxy of torch.fx.symbolic_trace of the layer itself (a model around it takes it "
+                "as a leaf; torch.export traces calls)"
+            ) from None
+        return x.tracer.create_proxy("call_module", path, (x,), options | serving)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script asks of a module."""
+        raise Unsupported(
+            "torch.jit.script: expected torch.compile, torch.export or torch.jit.trace of this layer"
+        )
 
     def extra_repr(self):
         """Shows the sizes and options."""

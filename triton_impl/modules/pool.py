@@ -7,6 +7,20 @@ from collections.abc import Iterable
 import torch
 
 
+def host_integer(name, value):
+    """`value` as an int.
+
+    Raises:
+      TypeError: it is no integer.
+    """
+    try:
+        if isinstance(value, bool | torch.Tensor):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
 class PoolExhausted(RuntimeError):
     """There are fewer free slots than were asked for."""
 
@@ -35,17 +49,23 @@ class ConvStatePool:
         pad_slot_id=-1,
         state_len=None,
     ):
-        sizes = {"num_slots": num_slots, "dim": dim, "width": width, "layers": layers}
-        for name, size in sizes.items():
-            if operator.index(size) < (0 if name == "num_slots" else 1):
+        for name, size in {"num_slots": num_slots, "dim": dim, "width": width, "layers": layers}.items():
+            if host_integer(name, size) < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size}")
-        state_len = width - 1 if state_len is None else operator.index(state_len)
+        state_len = width - 1 if state_len is None else host_integer("state_len", state_len)
         if state_len < width - 1:
             raise ValueError(f"state_len: expected at least width-1 = {width - 1}, got {state_len}")
         self.states = torch.zeros(layers, num_slots, state_len, dim, dtype=dtype, device=device)
-        self.pad_slot_id = operator.index(pad_slot_id)
+        self.pad_slot_id = host_integer("pad_slot_id", pad_slot_id)
         self._free = [slot for slot in range(num_slots) if slot != self.pad_slot_id]
         self._owned = set()
+
+    def __repr__(self):
+        layers, num_slots, state_len, dim = self.states.shape
+        return (
+            f"ConvStatePool(num_slots={num_slots}, dim={dim}, layers={layers}, state_len={state_len}, "
+            f"dtype={self.states.dtype}, device={self.states.device}, free={self.num_free})"
+        )
 
     @property
     def num_slots(self) -> int:
@@ -59,6 +79,9 @@ class ConvStatePool:
 
     def layer(self, index=0) -> torch.Tensor:
         """The `conv_states` argument of one layer: a view [num_slots, state_len, dim]."""
+        layers = self.states.shape[0]
+        if not -layers <= host_integer("layer", index) < layers:
+            raise ValueError(f"layer: expected one of {layers} layers, from 0, got {index}")
         return self.states[index]
 
     def allocate(self, count=1) -> list[int]:
