@@ -190,13 +190,12 @@ class CausalConv1d(nn.Module):
 
     def _as_leaf(self, x, options, serving):
         """In torch.fx.symbolic_trace of a model: a call of this layer."""
-        try:
-            path = x.tracer.path_of_module(self)
-        except NameError:
+        path = x.tracer.path_of_module(self)
+        if not path:
             raise Unsupported(
                 "x: expected a tensor, got a proxy of torch.fx.symbolic_trace of the layer itself (a model around it takes it "
                 "as a leaf; torch.export traces calls)"
-            ) from None
+            )
         return x.tracer.create_proxy("call_module", path, (x,), options | serving)
 
     def __prepare_scriptable__(self):
