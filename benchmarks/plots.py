@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -21,7 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks import report
-from benchmarks.record import Run, join, read
+from benchmarks.providers import PROVIDERS
+from benchmarks.record import Result, Run, join, read
 from benchmarks.workloads import WORKLOADS
 
 COLORS = {"triton": "#0072b2", "pallas": "#d55e00", "torch_limit": "#555555", "jax_limit": "#999999"}
@@ -46,9 +49,22 @@ def cold(run: Run, workload: str, provider: str) -> float | None:
     return result.timings["cold"].median if result and "cold" in result.timings else None
 
 
-def ratio_to_limit(run: Run, workload: str, provider: str) -> float | None:
-    result = run.find(workload, provider)
-    return report.ratio(run, result, "cold") if result else None
+class Basis(NamedTuple):
+    """What times are divided by: the limit, or a copy of x in files of commits that had no other."""
+
+    ratio: Callable[[Run, Result, str], float | None]
+    words: str
+    limit: bool
+
+    def of(self, run: Run, workload: str, provider: str) -> float | None:
+        result = run.find(workload, provider)
+        return self.ratio(run, result, "cold") if result else None
+
+
+def basis(run: Run) -> Basis:
+    if any(PROVIDERS[r.provider].role == "limit" for r in run.results):
+        return Basis(report.ratio, "as many bytes", True)
+    return Basis(report.ratio_to_copy, "x to out", False)
 
 
 def in_words(name: str) -> str:
@@ -67,18 +83,19 @@ def in_words(name: str) -> str:
 
 
 def draw_ratio(run: Run, axes: Axes) -> bool:
+    base = basis(run)
     names = [
         name for name in group(run, "main")
         if WORKLOADS[name].target is not None and WORKLOADS[name].target.unit == "ratio"
     ]  # fmt: skip
-    names = [n for n in names if any(ratio_to_limit(run, n, twin) for twin in report.TWINS)]
+    names = [n for n in names if any(base.of(run, n, twin) for twin in report.TWINS)]
     if not names:
         return False
     seen = set()
     for place, name in enumerate(names):
         target = WORKLOADS[name].target
         for shift, twin in ((-0.2, "triton"), (0.2, "pallas")):
-            value = ratio_to_limit(run, name, twin)
+            value = base.of(run, name, twin)
             if value is not None:
                 label = LABELS[twin] if twin not in seen else None
                 seen.add(twin)
@@ -86,12 +103,12 @@ def draw_ratio(run: Run, axes: Axes) -> bool:
                 axes.text(
                     place + shift, 0.05, f"{value:.2f}", ha="center", va="bottom", fontsize=7, color="white"
                 )
-        first = place == 0
-        axes.hlines(target.required, place - 0.45, place + 0.45, colors="black", linestyles="dashed", linewidth=1,
-                    label="required" if first else None)  # fmt: skip
+        if base.limit:  # what is required speaks of the limit
+            axes.hlines(target.required, place - 0.45, place + 0.45, colors="black", linestyles="dashed", linewidth=1,
+                        label="required" if place == 0 else None)  # fmt: skip
         beyond = []
         for peer, (marker, label) in PEERS.items():
-            value = ratio_to_limit(run, name, peer)
+            value = base.of(run, name, peer)
             if value is None:
                 continue
             if value > MOST_RATIO:
@@ -104,10 +121,11 @@ def draw_ratio(run: Run, axes: Axes) -> bool:
     axes.axhline(1.0, color=COLORS["torch_limit"], linewidth=1)
     axes.set_xticks(range(len(names)), [in_words(n) for n in names], fontsize=7)
     axes.set_ylim(0, MOST_RATIO + 0.05)
-    axes.set_ylabel("time / time of copying as many bytes")
+    axes.set_ylabel(f"time / time of copying {base.words}")
     peers = any(label in seen for _, label in PEERS.values())
     axes.set_title(
-        "Prefill, cold: time over the limit" + (" (marks: peers of the same run)" if peers else ""),
+        f"Prefill, cold: time over a copy of {base.words}"
+        + (" (marks: peers of the same run)" if peers else ""),
         fontsize=10,
     )
     axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
@@ -156,6 +174,7 @@ def draw_tokens(run: Run, axes: Axes) -> bool:
 
 
 def draw_skew(run: Run, axes: Axes) -> bool:
+    base = basis(run)
     names = sorted(group(run, "skew"), key=lambda n: max(WORKLOADS[n].lengths))
     drawn = False
     for twin in report.TWINS:
@@ -164,7 +183,7 @@ def draw_skew(run: Run, axes: Axes) -> bool:
             ("_flat", "--", "flat"),
             ("", "-", "auto"),
         ):
-            points = [(max(WORKLOADS[n].lengths), ratio_to_limit(run, n, twin + suffix)) for n in names]
+            points = [(max(WORKLOADS[n].lengths), base.of(run, n, twin + suffix)) for n in names]
             points = [(longest, value) for longest, value in points if value is not None]
             if points:
                 drawn = True
@@ -180,7 +199,7 @@ def draw_skew(run: Run, axes: Axes) -> bool:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("longest row, tokens (256 rows, 16640 tokens in all, dim 2048)")
-    axes.set_ylabel("time / time of copying as many bytes")
+    axes.set_ylabel(f"time / time of copying {base.words}")
     axes.set_title("Prefill: cost of skew, by schedule", fontsize=10)
     axes.grid(True, which="major", linewidth=0.3)
     axes.legend(fontsize=7)

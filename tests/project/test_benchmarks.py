@@ -892,6 +892,25 @@ def test_the_reports_help_and_its_errors(tmp_path, capsys):
     assert "nothing.jsonl" in capsys.readouterr().err
 
 
+def test_pictures_of_files_without_a_limit_say_what_they_divide_by(tmp_path):
+    old = make_run()
+    old.results = [r for r in old.results if PROVIDERS[r.provider].role != "limit"]
+    text = (plots.draw(old, tmp_path)[0]).read_text()
+    assert "time of copying x to out" in text
+    assert "required" not in text
+
+
+@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md"])
+def test_a_row_of_a_table_says_its_clock(path):
+    """Of tables of times of the twins side by side, where rows are of more than one clock."""
+    lines = (ROOT / path).read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| decode ") or line.startswith("| 8 x 2048")]
+    assert len(rows) >= 4
+    for row in rows:
+        clock = row.split("|")[2].strip()
+        assert clock == ("graph" if row.startswith("| decode") else "cold"), row
+
+
 # Two checkouts in turns.
 
 
