@@ -904,7 +904,7 @@ def test_pictures_of_files_without_a_limit_say_what_they_divide_by(tmp_path):
 def test_a_row_of_a_table_says_its_clock(path):
     """Of tables of times of the twins side by side, where rows are of more than one clock."""
     lines = (ROOT / path).read_text().splitlines()
-    rows = [line for line in lines if line.startswith("| decode ") or line.startswith("| 8 x 2048")]
+    rows = [line for line in lines if line.startswith(("| decode", "| 8 x 2048"))]
     assert len(rows) >= 4
     for row in rows:
         clock = row.split("|")[2].strip()
