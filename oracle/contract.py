@@ -124,19 +124,10 @@ __all__ = [
     "UpdateSizes",
     "WrittenArray",
     "check_backend",
-    "check_causal_conv1d",
-    "check_causal_conv1d_fn",
-    "check_causal_conv1d_update",
-    "check_commit_values",
-    "check_commit_windows",
-    "check_fn_values",
     "check_memory",
-    "check_tree_parents_from_links",
-    "check_update_values",
     "dtype_name",
     "given_arrays",
     "normalised",
-    "refuse_serving",
 ]
 
 CONTRACT_VERSION = 1
@@ -749,67 +740,6 @@ def _on_host(call: _Record, on_host: OnHost) -> _Record:
     return call._replace(**{name: on_host(name, a) for name, a in arrays.items() if a is not None})
 
 
-def refuse_serving(why: str, *, state_layout: Any, empty_rows: Any, **arguments: Any) -> None:
-    """Raises Unsupported for the first serving argument of `causal_conv1d_fn` that is not its default."""
-    layout = None if state_layout == "front" else state_layout
-    given = {"state_layout": layout, "empty_rows": None if empty_rows == "skip" else empty_rows, **arguments}
-    for name, value in given.items():
-        if value is not None:
-            raise Unsupported(f"{name}: expected its default, since {why}")
-
-
 def check_backend(backend, names: Sequence[str]) -> None:
     """Raises ValueError unless `backend` is "auto" or one of an implementation's `names`."""
     check_choice("backend", backend, ("auto", *names))
-
-
-# The checks under their names of before there were records; they go when nobody calls them.
-
-
-def check_causal_conv1d_fn(*args, **options) -> FnSizes:
-    return FnCall(*args, **options).check()
-
-
-def check_causal_conv1d_update(*args, **options) -> UpdateSizes:
-    return UpdateCall(*args, **options).check()
-
-
-def check_commit_windows(*args, **options) -> CommitSizes:
-    return CommitCall(*args, **options).check()
-
-
-def check_tree_parents_from_links(*args, **options) -> LinksSizes:
-    return LinksCall(*args, **options).check()
-
-
-def check_causal_conv1d(*args, **options) -> RowSizes:
-    return RowsCall(*args, **options).check()
-
-
-def check_fn_values(
-    query_start_loc, cache_indices, tokens, num_slots, pad_slot_id, max_seqlen, **rest
-) -> None:
-    pool = None if num_slots is None else ()
-    call = FnCall(None, None, None, pool, query_start_loc, cache_indices, max_seqlen=max_seqlen, **rest)
-    sizes = FnSizes(tokens, 0, 0, len(query_start_loc) - 1, num_slots or 0, 0)
-    contract_values.check_fn(call._replace(pad_slot_id=pad_slot_id), sizes)
-
-
-def check_update_values(
-    cache_indices, sizes, pad_slot_id, query_start_loc=None, num_accepted_tokens=None, max_seqlen=None,
-    *, num_buffers=None, **rest,
-) -> None:  # fmt: skip
-    call = UpdateCall(
-        None, None, None, (), cache_indices, query_start_loc, num_accepted_tokens, max_seqlen,
-        pad_slot_id=pad_slot_id, window_out=None if num_buffers is None else _Buffers((num_buffers,)), **rest,
-    )  # fmt: skip
-    contract_values.check_update(call, sizes)
-
-
-def check_commit_values(accepted_steps, cache_indices, window_indices, sizes, pad_slot_id) -> None:
-    call = CommitCall((), (), accepted_steps, cache_indices, window_indices, pad_slot_id)
-    contract_values.check_commit(call, sizes)
-
-
-class _Buffers(NamedTuple):
-    shape: tuple

@@ -231,10 +231,6 @@ OPERATIONS = {
         ),
     ),
     "backend": (lambda module, **given: module.check_backend(**given), dict(names=("triton", "eager"))),
-    "serving": (
-        lambda module, **given: module.refuse_serving(**given),
-        dict(why="it is split", state_layout="front", empty_rows="skip", write_indices=None),
-    ),
     # as text: NumPy's integers equal Python's
     "normalised": (lambda module, **given: repr(module.normalised(module.FnCall(**FN | given))[7:]), {}),
     "given": (lambda module, **given: module.given_arrays(module.FnCall(**FN | given)), {}),

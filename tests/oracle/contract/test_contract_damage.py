@@ -33,8 +33,6 @@ FILES = {
     test_contract_records: "",
 }
 
-OLD_NAMES = "check_fn_values", "check_update_values", "check_commit_values"  # wrappers, about to go
-
 # Damage that changes nothing a caller can see, each with its reason.
 HARMLESS = {
     "if False: if type(a) is type(b) is int:": "a shortcut for the common case",
@@ -78,9 +76,7 @@ def damages(node):
 
 
 def is_check(node):
-    if isinstance(node, ast.FunctionDef):
-        return node.name not in OLD_NAMES
-    return isinstance(node, ast.ClassDef) and node.decorator_list
+    return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.ClassDef) and node.decorator_list)
 
 
 def mutants(source):

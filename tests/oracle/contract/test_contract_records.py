@@ -115,7 +115,6 @@ STATIC = "tests.Tracer (make the argument static)"
 ACCEPTED = [
     ("backend", dict(backend="auto"), None),
     ("backend", dict(backend="eager"), None),
-    ("serving", {}, None),
     ("normalised", {}, repr(FN_OPTIONS)),
     (
         "normalised",
@@ -145,10 +144,6 @@ REJECTED = [
     ("backend", dict(backend="cuda"), ValueError, BACKENDS + "'cuda'"),
     ("backend", dict(backend=None), ValueError, BACKENDS + "None"),
     ("backend", dict(backend=np.zeros(3)), ValueError, BACKENDS + "numpy.ndarray"),
-    *(
-        ("serving", {name: value}, Unsupported, f"{name}: expected its default, since it is split")
-        for name, value in (("state_layout", "back"), ("empty_rows", "apply"), ("write_indices", 0))
-    ),
     ("fn", dict(pad_slot_id=S0), TypeError, f"pad_slot_id: {HOST}, got s0+0"),
     ("fn", dict(max_seqlen=Tracer()), TypeError, f"max_seqlen: {HOST}, got {STATIC}"),
     ("fn", dict(pad_slot_id=np.array(-1)), TypeError, f"pad_slot_id: {HOST}, got numpy.ndarray"),
