@@ -78,7 +78,7 @@ def causal_conv1d_fn(
       tensors [tokens, size], which share one allocation.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`; tensors on different devices;
+      ValueError, TypeError: as `oracle.contract.FnCall`; tensors on different devices;
         with `validate`, bad offsets, slots or max_seqlen.
       Unsupported: the backend asked for cannot run on these tensors; a backward pass; `validate` in a traced call.
     """
@@ -194,7 +194,7 @@ def commit_windows(
       conv_states.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_commit_windows`; tensors on different devices; with
+      ValueError, TypeError: as `oracle.contract.CommitCall`; tensors on different devices; with
         `validate`, bad steps, slots or buffers.
       Unsupported: the backend asked for cannot run on these tensors; `validate` in a traced call.
     """
@@ -217,7 +217,7 @@ def tree_parents_from_links(next_token, next_sibling):
       that nothing names.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_tree_parents_from_links`; tensors on different devices.
+      ValueError, TypeError: as `oracle.contract.LinksCall`; tensors on different devices.
     """
     call = LinksCall(next_token, next_sibling)
     check(call)

@@ -69,7 +69,7 @@ def causal_conv1d(
       dtype of `initial_states`, or of x without them.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d`; tensors on different devices.
+      ValueError, TypeError: as `oracle.contract.RowsCall`; tensors on different devices.
       Unsupported: the backend asked for cannot run on these tensors; a gradient of a gradient.
     """
     call = RowsCall(

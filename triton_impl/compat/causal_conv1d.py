@@ -64,7 +64,7 @@ def causal_conv1d_fn(
       out [batch, dim, seqlen] in x's dtype, or (out, final_states [batch, dim, width-1] in x's dtype).
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_fn`.
+      ValueError, TypeError: as `oracle.contract.FnCall`.
       Unsupported: `seq_idx` with final states, of which a row of several runs has no single one.
     """
     batch, dim, _ = expect("x", x, ("batch", "dim", "seqlen"))
@@ -126,7 +126,7 @@ def causal_conv1d_update(
       out, with x's shape and dtype.
 
     Raises:
-      ValueError, TypeError: as `oracle.contract.check_causal_conv1d_update`.
+      ValueError, TypeError: as `oracle.contract.UpdateCall`.
       Unsupported: a backward pass.
     """
     dim = token_axes(x)
