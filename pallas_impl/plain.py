@@ -247,28 +247,33 @@ def of_channels(x, dim, options):
     return lax.slice_in_dim(x, options.channel, options.channel + dim, axis=1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def multiply_add(tap, value, total, short):
+# Their derivatives select `computed` [tokens, 1], so that no gradient multiplies what lies in padding.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def multiply_add(tap, value, total, computed, short):
     """total + tap * value in float32, `value` float32; `short`: its values have 12 significant bits at most."""
     return arithmetic.multiply_add(split(tap), (value,) if short else split(value), total)
 
 
 @multiply_add.defjvp
 def _multiply_add_tangent(short, primals, tangents):
-    (tap, value, total), (dtap, dvalue, dtotal) = primals, tangents
-    tangent = dtotal + dtap.astype(jnp.float32) * value + tap.astype(jnp.float32) * dvalue
-    return multiply_add(tap, value, total, short), tangent
+    (tap, value, total, computed), (dtap, dvalue, dtotal, _) = primals, tangents
+    met = jnp.where(computed, value, 0.0)
+    tangent = dtotal + dtap.astype(jnp.float32) * met + tap.astype(jnp.float32) * dvalue
+    return multiply_add(tap, value, total, computed, short), tangent
 
 
 @jax.custom_jvp
-def activate(z):
+def activate(z, computed):
     """`arithmetic.activate`, with a derivative that no large argument makes a NaN."""
     return arithmetic.activate(z)
 
 
 @activate.defjvp
 def _activate_tangent(primals, tangents):
-    return activate(*primals), silu_slope(*primals) * tangents[0]
+    z, computed = primals
+    return activate(z, computed), jnp.where(computed, silu_slope(z), 0.0) * tangents[0]
 
 
 def convolve(arrays, live, windows, options):
@@ -276,7 +281,7 @@ def convolve(arrays, live, windows, options):
     x, weight, bias, starts = arrays.x, arrays.weight, arrays.bias, arrays.query_start_loc
     tokens, history = x.shape[0], windows.shape[1]
     row, owner, position = locate(starts, tokens)
-    computed = (row < starts.shape[0] - 1) & live[owner]
+    computed = ((row < starts.shape[0] - 1) & live[owner])[:, None]
     if arrays.tree_parents is None:
         entries = [position + j for j in range(history + 1)]
     else:
@@ -284,8 +289,7 @@ def convolve(arrays, live, windows, options):
         entries = [chain[:, j] for j in range(history + 1)]
     short = x.dtype == windows.dtype != jnp.float32
     windows = windows.astype(jnp.float32)
-    # Selected, so that a derivative does not multiply what lies in padding.
-    wide = jnp.where(computed[:, None], x, jnp.zeros_like(x)).astype(jnp.float32)
+    wide = x.astype(jnp.float32)
     total = jnp.zeros((1, 1), jnp.float32) if bias is None else bias.astype(jnp.float32)[None]
     for j, entry in enumerate(entries):
         back = history - j
@@ -296,13 +300,13 @@ def convolve(arrays, live, windows, options):
         if back:
             old = windows[owner, jnp.clip(entry, 0, history - 1)]
             value = jnp.where((entry < history)[:, None], old, value)
-        total = multiply_add(weight[None, :, j], value, total, short)
+        total = multiply_add(weight[None, :, j], value, total, computed, short)
     if options.silu:
-        total = activate(total)
+        total = activate(total, computed)
     if arrays.residual is not None:
         residual = jnp.pad(arrays.residual, ((0, tokens - arrays.residual.shape[0]), (0, 0)))
         total = add_residual(total, residual.astype(jnp.float32), interpret=True)
-    return jnp.where(computed[:, None], total, 0.0).astype(x.dtype)
+    return jnp.where(computed, total, 0.0).astype(x.dtype)
 
 
 def locate(starts, tokens):
