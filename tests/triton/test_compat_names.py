@@ -100,6 +100,20 @@ def test_results_may_be_changed_in_place(final, channel_last, ids):
     assert (state is not None) is final
 
 
+def test_results_of_the_engines_may_be_changed_in_place_where_gradients_are_on():
+    """A serving loop without torch.no_grad(), with weights that are parameters; a backward pass stays refused."""
+    weight = random(DIM, WIDTH).requires_grad_()
+    starts, pool = torch.tensor([0, 3]), random(1, DIM, WIDTH - 1)
+    for out in (
+        sglang.causal_conv1d_fn_triton(random(DIM, 3), weight, None, pool, starts, [3]),
+        sglang.causal_conv1d_update_triton(random(1, DIM), pool, weight),
+        vllm.causal_conv1d_fn(random(DIM, 3), weight, None, pool, starts),
+    ):
+        out *= 2
+        with pytest.raises(Unsupported, match="backward"):
+            out.sum().backward()
+
+
 @pytest.mark.parametrize("cache_seqlens", [None, torch.tensor([3, 11, 0])])
 @pytest.mark.parametrize("seqlen", [None, 1, 2, 9])
 def test_the_references_of_causal_conv1d(seqlen, cache_seqlens):
