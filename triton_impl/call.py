@@ -39,8 +39,8 @@ from triton_impl.config import kernel_of, prefill_config, row_config, update_con
 BACKENDS = ("triton", "eager")
 KEPT = 4096  # calls that are remembered; then all are forgotten
 _calls = {}  # prepared calls by key
-_patterns = {}  # by key, the call's Pattern, or None if the guard does not take it
-_last = {}  # by record, the pattern of the call before, if it has one
+_patterns = {}  # by key, the call's recogniser
+_last = {}  # by record, the recogniser of the call before, if it has one
 
 
 def run(record, args, out=None):
@@ -62,7 +62,7 @@ def run(record, args, out=None):
     if is_dynamo_compiling():
         return _traced(record, args)
     if (last := _last.get(record)) is not None and forward_ad._current_level < 0:
-        if (prepared := last.recognise(args)) is not None:
+        if (prepared := last(args)) is not None:
             return prepared(args, out)
     return _unrecognised(record, args, out)
 
@@ -84,13 +84,13 @@ def recall(kind, args):
       kind: a record, or the name of something else that is prepared.
       args: tensors and other arguments; the second one is the weight.
     """
-    if (last := _last.get(kind)) is not None and (prepared := last.recognise(args)) is not None:
+    if (last := _last.get(kind)) is not None and (prepared := last(args)) is not None:
         return prepared
     if (prepared := _calls.get(key := _key(kind, args))) is not None and TensorGuards is not None:
         pattern = _patterns.get(key)
-        if pattern is None or pattern.recognise(args) is None:  # inference mode, say, is new
-            pattern = _patterns[key] = Pattern(prepared, args)
-        if pattern.recognise(args) is not None:  # not where two of its tensors are one
+        if pattern is None or pattern(args) is None:  # inference mode, say, is new
+            pattern = _patterns[key] = recogniser(prepared, args)
+        if pattern(args) is not None:  # not where two of its tensors are one
             _last[kind] = pattern
     return prepared
 
@@ -203,16 +203,15 @@ def _unrecognised(record, args, out):
     if is_dynamo_compiling():  # of a frame behind a graph break
         return _traced(record, args)
     tracing.refuse_transforms(record._fields, args)
-    for name in record.WRITTEN:
-        written = args[record._fields.index(name)]
-        if isinstance(written, torch.Tensor) and written.is_neg():
+    for name in written_fields(call := record(*args)):
+        if isinstance(written := getattr(call, name), torch.Tensor) and written.is_neg():
             raise Unsupported(
                 f"{name}: expected a tensor that holds its values, since it is written, got a lazy negative (resolve_neg() "
                 "makes one)"
             )
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if tracing.asks_for_gradient(*tensors):
-        record(*args).check()  # before anything is tied
+        call.check()  # before anything is tied
         return tied(record, args, tracing.through_operator if tracing.is_seen(tensors) else run_real)
     if tracing.is_seen(tensors):
         return tracing.through_operator(record, args)
@@ -228,9 +227,9 @@ def _traced(record, args):
 def tied(record, args, function):
     """A call whose gradient is asked for: what it returns or writes refuses a backward pass, rather than to lose it."""
     inputs = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
-    for name in record.WRITTEN:
-        if (written := args[record._fields.index(name)]) is None:
-            continue
+    call = record(*args)
+    for name in written_fields(call):
+        written = getattr(call, name)
         root = written._base if written._is_view() else written
         if root.requires_grad and root.is_leaf:
             raise Unsupported(
@@ -242,46 +241,39 @@ def tied(record, args, function):
     return result if result is None else tracing.NoGradient.apply(result, False, *inputs)
 
 
+def written_fields(call):
+    """The names of what a call writes."""
+    names = [name for name in call.WRITTEN if getattr(call, name) is not None]
+    return [name for name in names if name != "conv_states" or getattr(call, "commit", True)]
+
+
 # Calls that were prepared before.
 
 
-class Pattern:
-    """What recognises a call that was prepared: a guard of its tensors, and its other arguments.
+def recogniser(prepared, args):
+    """A function of a call's arguments: `prepared`, or None if anything but data is other than in `args`."""
+    places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    tensors, others = getter(places), getter([i for i in range(len(args)) if i not in places])
+    like, facts, low = guard(tensors(args)), others(args), _low(args)
+    # 1 == 1.0 == True, so the types of numbers are compared as well
+    types = tuple((i, type(arg)) for i, arg in enumerate(args) if isinstance(arg, int | float))
+    inner = tuple((i, _types(arg)) for i, arg in enumerate(args) if isinstance(arg, tuple))
 
-    Args:
-      prepared: what is recognised.
-      args: the arguments of such a call.
-    """
-
-    def __init__(self, prepared, args):
-        tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-        self.prepared, self.low = prepared, _low(args)
-        self.tensors = getter(tensors)
-        self.others = getter([i for i in range(len(args)) if i not in tensors])
-        self.facts = self.others(args)
-        # 1 == 1.0 == True, so the types of numbers are compared as well
-        self.types = [(i, type(arg)) for i, arg in enumerate(args) if isinstance(arg, int | float)]
-        self.inner = [(i, _types(arg)) for i, arg in enumerate(args) if isinstance(arg, tuple)]
-        self.like = guard(self.tensors(args))
-
-    def recognise(self, args):
-        """The prepared call, or None if anything but data is other than it was."""
+    def recognise(args):
         try:
-            if (
-                not self.like(*self.tensors(args))
-                or self.others(args) != self.facts
-                or _low(args) != self.low
-            ):
+            if not like(*tensors(args)) or others(args) != facts or args[1].data_ptr() & 15 != low:
                 return None
-            for i, kind in self.types:
+            for i, kind in types:
                 if type(args[i]) is not kind:
                     return None
-            for i, kinds in self.inner:
+            for i, kinds in inner:
                 if _types(args[i]) != kinds:
                     return None
         except (AttributeError, RuntimeError, TypeError, ValueError):  # an argument is odd: a check says how
             return None
-        return self.prepared
+        return prepared
+
+    return recognise
 
 
 def _low(args):
@@ -312,7 +304,10 @@ def _key(kind, args):
 
 def getter(places):
     """A function from a sequence to the tuple of its items at these places."""
-    return itemgetter(*places) if len(places) > 1 else lambda items: tuple(items[i] for i in places)
+    if len(places) == 1:
+        (place,) = places
+        return lambda items: (items[place],)
+    return itemgetter(*places) if places else lambda items: ()
 
 
 def guard(tensors):
@@ -363,7 +358,10 @@ def prepare(call):
     if backend != "meta":
         check_memory(call, _memory_of)
     if backend == "triton":
-        return _planned(normalised(call), sizes), not call.validate
+        prepared, device = _planned(normalised(call), sizes), call[0].device
+        if device.type == "cuda" and several_devices():
+            prepared = _OnDevice(prepared, device)
+        return prepared, not call.validate
     return functools.partial(_eager if backend == "eager" else _meta, type(call)), False
 
 
@@ -406,9 +404,8 @@ class Prepared:
         (self.outputs, names), (self.states, state_names) = outputs, states
         self.arrays, self.state_arrays = _fields(call, names), _fields(call, state_names)
         device = given_arrays(call)[call.ARRAYS[0]].device
-        written = [name for name in call.WRITTEN if getattr(call, name) is not None]
+        written = written_fields(call)
         self.written = _fields(call, written) if written else None
-        self.device = device if device.type == "cuda" and several_devices() else None
         self.has_result = memory is not None
         self.new_out = self.quick_out = None
         if memory is not None:
@@ -419,12 +416,6 @@ class Prepared:
                 self.quick_out = functools.partial(_empty_strided_cuda, *like, memory.dtype)
 
     def __call__(self, args, out=None):
-        if self.device is not None and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                return self._launch(args, out)
-        return self._launch(args, out)
-
-    def _launch(self, args, out):
         in_place = out is not None
         if not in_place and self.has_result:
             # memory that is to be filled is the dispatcher's
@@ -443,6 +434,16 @@ class Prepared:
         if in_place:
             torch._C._increment_version((out,))
         return out
+
+
+class _OnDevice:
+    """A prepared call on one of several devices, which need not be the current one."""
+
+    def __init__(self, prepared, device):
+        self.prepared, self.device = prepared, device
+
+    def __call__(self, args, out=None):
+        return launch_on(self.device, self.prepared, args, out)
 
 
 def _fields(call, names):

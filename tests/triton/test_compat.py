@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton_impl.compat
 from oracle.contract import Unsupported, UpdateCall
 from tests.tools.synchronisation import no_synchronisation
+from triton_impl import call as call_module
 from triton_impl.call import run
 from triton_impl.compat import causal_conv1d as dao
 from triton_impl.compat import cpp_functions, fla, sglang, vllm
@@ -418,7 +419,7 @@ ON_KERNELS = {
 @pytest.mark.parametrize("name", ON_KERNELS)
 def test_on_the_kernels(name, monkeypatch):
     """The same checks through the Triton kernels, in Triton's interpreter: views have strides that kernels must take."""
-    monkeypatch.setattr(run, "_resolve", lambda backend, x: "triton")
+    monkeypatch.setattr(call_module, "resolve", lambda backend, device: "triton")
     ON_KERNELS[name]()
 
 

@@ -113,7 +113,7 @@ def test_a_lazy_negative_is_another_call(found):
     if call.TensorGuards is not None:
         arguments = tensors()
         assert found(arguments) == "launch"
-        assert call.Pattern("launch", (*arguments, *OPTIONS)).recognise(
+        assert call.recogniser("launch", (*arguments, *OPTIONS))(
             (torch._neg_view(arguments[0]), *arguments[1:], *OPTIONS)
         ) is None  # fmt: skip
 
