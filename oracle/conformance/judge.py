@@ -212,6 +212,8 @@ def _take(verdict: Verdict, name: str, value: Any, shape: tuple[int, ...], dtype
             value = rounded(
                 np.asarray(value, np.float64).reshape(shape if not np.size(value) else np.shape(value)), dtype
             )
+        if not hasattr(value, "shape"):
+            raise TypeError("it has no shape")
         value = typed(value)
         got_shape, got = tuple(value.shape), value.dtype
     except Exception as error:

@@ -1,7 +1,7 @@
 """The mutants that fail most nearly as an implementation does: a guess at what is wrong with it.
 
-`mutants.json` holds the failing cases of every mutant. It is data, so that a run need not repeat them; a test says
-when it is stale, and `python -m oracle.conformance.nearest` writes it again.
+`mutants.json` holds, of cases that tell mutants apart, those that fail each mutant. It is data, so that a run need not
+repeat them; a test says when it is stale, and `python -m oracle.conformance.nearest` writes it again.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
-
-from oracle.conformance import inputs
 from oracle.conformance.cases import Case
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.judge import Promises
-from oracle.conformance.mutants import MUTANTS
+from oracle.conformance.mutants import MUTANTS, first_failure
 from oracle.conformance.report import GOOD, Report
 from oracle.conformance.worker import run_case
 
 FILE = "mutants.json"
-LARGEST = 60_000  # elements of the arguments of a case of the table
 
 
 class Guess(NamedTuple):
@@ -41,11 +37,16 @@ class Guess(NamedTuple):
 @functools.cache
 def table() -> Mapping[str, Mapping[str, str]]:
     """Of every mutant, case -> status of the cases that fail it."""
-    data = json.loads(resources.files("oracle.conformance").joinpath(FILE).read_text())
+    cases = _data()["cases"]
     return {
-        name: {data["cases"][i]: status for status, text in failing.items() for i in numbers_of(text)}
-        for name, failing in data["mutants"].items()
+        name: {cases[i]: status for status, text in failing.items() for i in numbers_of(text)}
+        for name, failing in _data()["mutants"].items()
     }
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    return json.loads(resources.files("oracle.conformance").joinpath(FILE).read_text())
 
 
 def guesses(found: Mapping[str, str], ran: Iterable[str]) -> list[Guess]:
@@ -55,7 +56,8 @@ def guesses(found: Mapping[str, str], ran: Iterable[str]) -> list[Guess]:
       found: case -> status of the cases that failed.
       ran: the cases that were judged, failed or not.
     """
-    cases, mine, rows = set(ran), set(found.items()), []
+    cases = set(ran).intersection(_data()["cases"])
+    mine, rows = {item for item in found.items() if item[0] in cases}, []
     for name, failing in table().items():
         theirs = {item for item in failing.items() if item[0] in cases}
         if shared := len(mine & theirs):
@@ -69,12 +71,14 @@ def words(report: Report, most: int = 3) -> list[str]:
     found = {case["id"]: case["status"] for case in report.failures}
     rows = guesses(found, ran)
     if not rows:
-        return ["NEAREST no known mistake fails any of these cases in this way"]
-    lines = []
+        return ["NEAREST no known mistake fails these cases in this way"]
+    lines, known = [], len(set(found).intersection(_data()["cases"]))
     for guess in rows[:most]:
         mutant = MUTANTS[guess.name]
         lines.append(f"NEAREST {guess.name} ({mutant.flag}): {' '.join(mutant.__doc__.split())}")
-        lines.append(f"    {guess.nearness:.0%} alike: it has {guess.shared} of these {len(found)} failures")
+        lines.append(
+            f"    {guess.nearness:.0%} alike: it has {guess.shared} of the {known} failures among the cases that are known of it"
+        )
     if (ties := sum(guess.nearness == rows[0].nearness for guess in rows)) > most:
         lines.append(f"    {ties} known mistakes are as near; more cases tell them apart")
     return lines
@@ -91,35 +95,28 @@ def failing(name: str, cases: Iterable[Case]) -> dict[str, str]:
     return found
 
 
-@functools.cache
-def measured() -> list[Case]:
-    """The cases of the table: all but those whose arguments are so large that they take most of the time."""
-    return [case for case in catalogue() if case.tier != "large" and size(case) <= LARGEST]
+def chosen() -> list[Case]:
+    """The cases of the table: small ones that tell mutants apart, for a new mutant the first one that fails it."""
+    names = dict.fromkeys(_data()["cases"])
+    for name, mutant in MUTANTS.items():
+        if name not in _data()["mutants"] and (found := first_failure(mutant)):
+            names[found[0]] = None
+    return [case for case in catalogue() if case.id in names]
 
 
-def size(case: Case) -> int:
-    """Elements of a case's arguments."""
-    return sum(int(np.prod(a.shape)) for a in inputs.build(case).arrays.values() if a is not None)
-
-
-def measure(name: str) -> dict[str, str]:
-    """`failing` of the cases of the table."""
-    return failing(name, measured())
-
-
-def write(found: Mapping[str, Mapping[str, str]], path: Path) -> None:
+def write(found: Mapping[str, Mapping[str, str]], cases: Iterable[Case], path: Path) -> None:
     """Writes the table, mutant -> case -> status, with cases by their numbers."""
-    cases = [case.id for case in measured()]
-    places = {case: number for number, case in enumerate(cases)}
+    names = [case.id for case in cases]
+    places = {case: number for number, case in enumerate(names)}
     rows = []
     for name, failed in found.items():
         row = {
             s: text_of(sorted(places[case] for case, got in failed.items() if got == s))
             for s in sorted(set(failed.values()))
         }
-        rows.append(f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}")
+        rows.append(f"{json.dumps(name)}: {json.dumps(row)}")
     text = ",\n".join(rows)
-    path.write_text(f'{{"cases": {json.dumps(cases)},\n"mutants": {{\n{text}\n}}}}\n')
+    path.write_text(f'{{"cases": {json.dumps(names)},\n"mutants": {{\n{text}\n}}}}\n')
 
 
 def numbers_of(text: str) -> list[int]:
@@ -143,9 +140,10 @@ def main() -> None:
     """Measures every mutant, on all processors, and writes the table."""
     from concurrent.futures import ProcessPoolExecutor
 
+    cases = chosen()
     with ProcessPoolExecutor() as pool:
-        found = dict(zip(MUTANTS, pool.map(measure, MUTANTS), strict=True))
-    write(found, Path(__file__).with_name(FILE))
+        found = dict(zip(MUTANTS, pool.map(functools.partial(failing, cases=cases), MUTANTS), strict=True))
+    write(found, cases, Path(__file__).with_name(FILE))
 
 
 if __name__ == "__main__":
