@@ -20,7 +20,7 @@ from oracle.conformance.cases import Case
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.judge import Promises
 from oracle.conformance.mutants import MUTANTS, first_failure
-from oracle.conformance.report import GOOD, Report
+from oracle.conformance.report import Report
 from oracle.conformance.worker import run_case
 
 FILE = "mutants.json"
@@ -70,6 +70,10 @@ def words(report: Report, most: int = 3) -> list[str]:
     ran = [case["id"] for case in report.cases if case["status"] != "unsupported"]
     found = {case["id"]: case["status"] for case in report.failures}
     rows = guesses(found, ran)
+    if set(found).isdisjoint(_data()["cases"]):
+        return [
+            "NEAREST no guess: none of these failures is of a case that known mistakes were tried on; run the core tier"
+        ]
     if not rows:
         return ["NEAREST no known mistake fails these cases in this way"]
     lines, known = [], len(set(found).intersection(_data()["cases"]))
@@ -90,8 +94,10 @@ def failing(name: str, cases: Iterable[Case]) -> dict[str, str]:
     with mock.patch.object(time, "sleep", side_effect=TimeoutError("it does not return")):
         for case in cases:
             verdict = run_case(adapter, case, Promises())
-            if verdict.status not in GOOD:
-                found[case.id] = "timed_out" if "it does not return" in verdict.detail else verdict.status
+            if verdict.status != "passed":
+                late = "it does not return" in verdict.detail
+                claimed = "wrong_error" if verdict.status == "unsupported" else verdict.status  # as in a run
+                found[case.id] = "timed_out" if late else claimed
     return found
 
 
