@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from oracle.contract import ConvOutput, FnCall, RowsCall, normalised
+from oracle.contract import ConvOutput, FnCall, RowsCall, Unsupported, normalised
 from pallas_impl import api, plain
 from pallas_impl.arithmetic import WARPGROUP
 from pallas_impl.backward import differentiate
 from pallas_impl.call import interpreter, resolve
 from pallas_impl.config import cdiv
 from pallas_impl.launch import run
+from pallas_impl.tracing import vary_alike
 
 TOGETHER = 8  # devices whose last tokens travel with the new windows in one sum
 
@@ -164,7 +165,7 @@ def causal_conv1d(
     schedule="auto",
     backend="auto",
 ):
-    """`causal_conv1d` inside `jax.shard_map(..., check_vma=False)`, x split by tokens over the mesh axis `axis_name`.
+    """`causal_conv1d` inside `jax.shard_map`, x split by tokens over the mesh axis `axis_name`.
 
     Every argument but x is the whole of it, the same on every device of the axis. Rows begin with zeros: there are no
     initial and final states here. Reverse-mode derivatives as those of `pallas_impl.causal_conv1d`.
@@ -201,7 +202,13 @@ def causal_conv1d(
     options = _Options(
         axis_name, bool(sum_weight_gradients), activation, max_seqlen, schedule, resolve(backend, x)
     )
-    return _convolve(options, x, weight, bias, query_start_loc)
+    given = vary_alike(x, weight, bias, query_start_loc)
+    if sum_weight_gradients and jax.typeof(given[1]).manual_axis_type != jax.typeof(weight).manual_axis_type:
+        raise Unsupported(
+            "sum_weight_gradients: expected False in a jax.shard_map that checks over which axes arrays vary, since it "
+            "sums the gradient of a weight that is the same on every device, got True"
+        )
+    return _convolve(options, *given)
 
 
 class _Options(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from oracle.contract import ConvOutput, RowsCall, normalised
 from pallas_impl import api, backward, plain
 from pallas_impl.call import resolve
-from pallas_impl.tracing import refuse_transforms
+from pallas_impl.tracing import refuse_transforms, vary_alike
 
 
 def causal_conv1d(
@@ -66,7 +66,7 @@ def _run(options, batch, x, weight, bias, initial_states, query_start_loc):
     rows = x.reshape(-1, x.shape[-1])
     if query_start_loc is None:
         query_start_loc = plain.equal_rows(batch, rows.shape[0])
-    out, states = _convolve(options, rows, weight, bias, initial_states, query_start_loc)
+    out, states = _convolve(options, *vary_alike(rows, weight, bias, initial_states, query_start_loc))
     return out.reshape(x.shape), states
 
 

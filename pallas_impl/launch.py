@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import Unsupported
+from pallas_impl.tracing import beside_shard_map
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     # Every thread rereads only what it wrote itself, in one layout.
@@ -60,20 +61,26 @@ def run(body, name, programs, operands, results, scratch, *, written=(), interpr
             "backend: 'mosaic_gpu' needs fewer than 2**31 programs covering fewer than 2**31 tokens, "
             f"these sizes take {programs} programs covering {tokens} tokens"
         )
-    given = {name: operand for name, operand in operands.items() if operand is not None}
-    given |= {name: jax.new_ref(given[name], memory_space=plgpu.GMEM) for name in written if name in given}
+    names = [name for name, operand in operands.items() if operand is not None]
 
     def kernel(*refs):
-        named = dict(zip((*given, *results), refs, strict=True))
+        named = dict(zip((*names, *results), refs, strict=True))
         named["outs"] = tuple(ref for name, ref in named.items() if name[:3] == "out" and name[3:].isdigit())
         pl.run_scoped(lambda **scratch: body(Refs(**named, **scratch)), **scratch)
 
-    found = pl.kernel(
-        kernel,
-        out_type=tuple(results.values()),
-        mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",)),
-        compiler_params=COMPILER_PARAMS,
-        interpret=interpret,
-        name="causal_conv1d_" + name,
-    )(*given.values())
-    return *found, *(jax.freeze(given[name]) if name in given else None for name in written)
+    def call(arrays):
+        given = dict(zip(names, arrays, strict=True))
+        given = given | {
+            name: jax.new_ref(given[name], memory_space=plgpu.GMEM) for name in written if name in given
+        }
+        found = pl.kernel(
+            kernel,
+            out_type=tuple(results.values()),
+            mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",)),
+            compiler_params=COMPILER_PARAMS,
+            interpret=interpret,
+            name="causal_conv1d_" + name,
+        )(*given.values())
+        return *found, *(jax.freeze(given[name]) if name in given else None for name in written)
+
+    return beside_shard_map(call, [operands[name] for name in names])

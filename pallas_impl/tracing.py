@@ -2,6 +2,7 @@
 
 import jax
 from jax import export
+from jax._src import config
 
 from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
 
@@ -13,6 +14,38 @@ export.register_namedtuple_serialization(ConvWindowOutput, serialized_name="twin
 def refuse_transforms(*arrays):
     """The arrays (or None) as they are; under `jax.vmap` or a derivative the trace stops with `Unsupported`."""
     return _no_derivative(arrays)
+
+
+def vary_alike(*arrays):
+    """The arrays, also in records and None, each over every axis of a `jax.shard_map` over which one of them varies.
+
+    The gradient of an array that was the same on all devices is then summed over them, as in plain jax.numpy.
+    """
+    axes = _varying(arrays)
+    return jax.tree.map(lambda array: _vary(array, axes), arrays)
+
+
+def beside_shard_map(run, arrays):
+    """`run(arrays)`, where inside `jax.shard_map` no type says over which axes an array varies; results vary as arrays do.
+
+    For kernels: Pallas writes to no array that varies (JAX 0.10 to 0.12), and takes no result that does not say it.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return run(arrays)
+    axes = _varying(arrays)
+    with config._check_vma(False):  # no public name; an operation in it forgets, two reshapes cost nothing
+        plain = jax.tree.map(lambda a: a.reshape(1, *a.shape).reshape(a.shape) if _varying(a) else a, arrays)
+        results = jax.jit(run)(plain)
+    return jax.tree.map(lambda result: _vary(result, axes), results)
+
+
+def _varying(arrays):
+    return set().union(*(jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(arrays)))
+
+
+def _vary(array, axes):
+    missing = tuple(sorted(axes - _varying(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 @jax.custom_batching.custom_vmap

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 import pallas_impl
 from oracle.contract import Unsupported
@@ -326,6 +327,74 @@ def test_kernels_lower_for_cuda(axes):
     assert text.count("custom_call @mosaic_gpu") == (3 if "token_axis" in axes else 1)
     assert written_into_kernels(lowered) == []
     assert re.search(r"tf.aliasing_output|jax.buffer_donor", text)
+
+
+SHARD_MAPS = [
+    ("xla", 2),
+    ("mosaic_gpu_interpret", 1),
+]  # the interpreter's callbacks on several devices wait for each other
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["outside jit", "inside jit"])
+@pytest.mark.parametrize(("backend", "devices"), SHARD_MAPS)
+def test_training_inside_shard_map_as_it_comes(backend, devices, wrap):
+    """Rows split, weight and bias the same everywhere: values and gradients, taken outside and inside."""
+    rng = np.random.default_rng(0)
+    x, weight, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 8), (8, 3), (8,)))
+    part = lambda *leaves: pallas_impl.causal_conv1d(*leaves, activation="silu", backend=backend).out  # noqa: E731
+    specs = P("d"), P(), P()
+    split = jax.shard_map(part, mesh=make_mesh((devices,), ("d",)), in_specs=specs, out_specs=P("d"))
+    loss = lambda f, *leaves: (f(*leaves) ** 2).sum()  # noqa: E731
+    wanted = jax.grad(functools.partial(loss, part), (0, 1, 2))(x, weight, bias)
+    inside = jax.shard_map(
+        jax.grad(functools.partial(loss, part), (0, 1, 2)),
+        mesh=make_mesh((devices,), ("d",)), in_specs=specs, out_specs=specs,
+    )  # fmt: skip
+    np.testing.assert_allclose(wrap(split)(x, weight, bias), part(x, weight, bias), rtol=1e-5, atol=1e-5)
+    for found in (wrap(jax.grad(functools.partial(loss, split), (0, 1, 2))), wrap(inside)):
+        for got, want in zip(found(x, weight, bias), wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["outside jit", "inside jit"])
+@pytest.mark.parametrize(("backend", "devices"), SHARD_MAPS)
+@pytest.mark.parametrize("varying", [(), ("x", "pool"), ("pool",)], ids=str)
+def test_pools_inside_shard_map_as_it_comes(backend, devices, wrap, varying):
+    """Results vary over the axes over which any argument does, and over no other."""
+    rng = np.random.default_rng(1)
+    x, weight, pool = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((2 * devices if "x" in varying else 2, 8), (8, 3), (3 * devices, 2, 8))
+    )
+    spec = {name: P("d") if name in varying else P() for name in ("x", "pool")}
+    out = P("d") if varying else P()
+
+    def part(x, weight, pool):
+        step = pallas_impl.causal_conv1d_update(x, weight, None, pool, backend=backend)
+        starts = jnp.array([0, 1, 2], jnp.int32)
+        last = pallas_impl.causal_conv1d_fn(step.out, weight, None, step.conv_states, starts, backend=backend)
+        return pallas_impl.commit_windows(
+            last.conv_states, jnp.ones((2, 1, 2, 8), x.dtype), jnp.array([0, -1]), backend=backend
+        ), last.out
+
+    split = jax.shard_map(
+        part,
+        mesh=make_mesh((devices,), ("d",)),
+        in_specs=(spec["x"], P(), spec["pool"]),
+        out_specs=(out, out),
+    )
+    got = wrap(split)(x, weight, pool)
+    count = devices if varying else 1
+    pieces = [
+        part(
+            x[2 * i : 2 * i + 2] if "x" in varying else x,
+            weight,
+            pool[3 * i : 3 * i + 3] if varying else pool,
+        )
+        for i in range(count)
+    ]
+    for found, want in zip(got, zip(*pieces, strict=True), strict=True):
+        assert same_bits(found, jnp.concatenate(want))
 
 
 def test_bad_arguments():
