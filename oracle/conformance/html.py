@@ -97,7 +97,7 @@ def page(reports: Iterable[Report]) -> str:
             parts.append(
                 f"<tr class=kind><th colspan={len(reports) + 1} scope=colgroup><small>{kind}</small>"
             )
-        cells = [_cell(flag.id, number, report) for number, report in enumerate(reports)]
+        cells = [cell(flag.id, number, report) for number, report in enumerate(reports)]
         state = "bad" if any("cell bad" in cell or "cell part" in cell for cell in cells) else "good"
         searched = _e(f"{flag.id} {flag.kind} {flag.wrong} {flag.rule} {' '.join(flag.references)}".lower())
         parts.append(
@@ -153,7 +153,7 @@ def _versions(report: Report) -> str:
     return _e(", ".join(f"{name} {version}" for name, version in found.items()))
 
 
-def _cell(flag: str, number: int, report: Report) -> str:
+def cell(flag: str, number: int, report: Report) -> str:
     cases = [case for case in report.cases if flag in case["flags"]]
     ran = [case for case in cases if case["status"] != "unsupported"]
     if not cases:

@@ -28,18 +28,18 @@ def load(name: str) -> dict[str, Any]:
 def errors(value: Any, name: str, definition: str) -> Iterator[str]:
     """What is wrong with a value by a definition of a schema: "field: expected .., got .."; nothing if all is right."""
     root = load(name)
-    yield from _errors(value, root["$defs"][definition], root, "")
+    yield from errors_at(value, root["$defs"][definition], root, "")
 
 
-def _errors(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str) -> Iterator[str]:
+def errors_at(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str) -> Iterator[str]:
     if unknown := set(schema) - KEYWORDS:
         raise NotImplementedError(f"schema: keywords {sorted(unknown)} are not known to this validator")
     if "$ref" in schema:
-        yield from _errors(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root, at)
+        yield from errors_at(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root, at)
         return
     where, got = at or "value", json.dumps(value, default=str)[:80]
     if "anyOf" in schema:
-        if not any(not list(_errors(value, option, root, at)) for option in schema["anyOf"]):
+        if not any(not list(errors_at(value, option, root, at)) for option in schema["anyOf"]):
             yield f"{where}: expected one of {len(schema['anyOf'])} forms, got {got}"
         return
     if "type" in schema:
@@ -71,11 +71,11 @@ def _errors(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str) -
         for field, part in value.items():
             inner = f"{at}.{field}" if at else field
             if field in known:
-                yield from _errors(part, known[field], root, inner)
+                yield from errors_at(part, known[field], root, inner)
             elif extra is False:
                 yield f"{inner}: unknown field"
             elif isinstance(extra, dict):
-                yield from _errors(part, extra, root, inner)
+                yield from errors_at(part, extra, root, inner)
     if isinstance(value, list) and "items" in schema:
         for number, part in enumerate(value):
-            yield from _errors(part, schema["items"], root, f"{at}[{number}]")
+            yield from errors_at(part, schema["items"], root, f"{at}[{number}]")

@@ -121,10 +121,10 @@ def allowed(op: str, arguments: dict[str, Any]) -> tuple[TypedArray, TypedArray]
         low, high = expected - bound, expected + bound
     finite = np.isfinite(expected)
     low, high = np.where(finite, low, expected), np.where(finite, high, expected)
-    return _inward(low, dtype, up=True), _inward(high, dtype, up=False)
+    return inward(low, dtype, up=True), inward(high, dtype, up=False)
 
 
-def _inward(values: np.ndarray, dtype: str, *, up: bool) -> TypedArray:
+def inward(values: np.ndarray, dtype: str, *, up: bool) -> TypedArray:
     """Values rounded to the format towards the inside of an interval."""
     bits = round_bits(values, dtype)
     got = to_float64(bits, dtype)

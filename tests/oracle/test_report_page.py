@@ -77,14 +77,14 @@ def test_the_page(reports):
 
 
 def test_cells_count_what_ran(reports):
-    cell = html._cell("activation-hardwired", 1, reports[1])
+    cell = html.cell("activation-hardwired", 1, reports[1])
     cases = [c for c in reports[1].cases if "activation-hardwired" in c["flags"]]
     passed = sum(c["status"] == "passed" for c in cases)
     assert f"part {passed}/{len(cases)}" in cell
     assert "class='cell part'" in cell
-    assert "class='cell bad'" in html._cell("swish-alias-dropped", 1, reports[1])
-    assert "class='cell good'" in html._cell("activation-hardwired", 0, reports[0])
-    assert "not run" in html._cell("int32-slot-offset", 0, reports[0])
+    assert "class='cell bad'" in html.cell("swish-alias-dropped", 1, reports[1])
+    assert "class='cell good'" in html.cell("activation-hardwired", 0, reports[0])
+    assert "not run" in html.cell("int32-slot-offset", 0, reports[0])
 
 
 def test_text_from_reports_is_escaped(reports):

@@ -74,8 +74,8 @@ def test_intervals_hold_every_right_value_and_no_other(dtype):
     rng = np.random.default_rng(3)
     edges = np.concatenate([rng.standard_normal(4000), [0.0, -0.0, 1e-40, -1e-40]])
     for up in (True, False):
-        inward = vectors._inward(edges, dtype, up=up).values()
-        outward = vectors._inward(edges, dtype, up=not up).values()
+        inward = vectors.inward(edges, dtype, up=up).values()
+        outward = vectors.inward(edges, dtype, up=not up).values()
         assert ((inward >= edges) if up else (inward <= edges)).all()
         exact = inward == edges
         gap = np.abs(inward - outward)
@@ -198,5 +198,5 @@ def test_arrays_round_trip_as_json():
 
 def test_the_validator_refuses_what_it_does_not_know():
     with pytest.raises(NotImplementedError, match="oneOf"):
-        list(schema._errors(1, {"oneOf": []}, {}, ""))
-    assert list(schema._errors(True, {"type": "integer"}, {}, "n")) == ["n: expected integer, got true"]
+        list(schema.errors_at(1, {"oneOf": []}, {}, ""))
+    assert list(schema.errors_at(True, {"type": "integer"}, {}, "n")) == ["n: expected integer, got true"]

@@ -70,17 +70,16 @@ def update(
     num_slots: Any = "fit",
     state_len: int | None = None,
     lengths: tuple[int, ...] | None = None,
-    tail: int = 0,
     counts: tuple[int, ...] | None = None,
     options: dict[str, Any] | None = None,
-    args: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Case:
     """A decode step. Defaults: four rows of one token (x has two axes), bfloat16, bias, no activation.
 
     With `lengths` the rows are packed, with `counts` slots roll, by default as wide as counts and lengths need.
-    `args` are serving arguments as axes.
+    `args` are serving arguments as axes, `tail` the tokens behind packed rows.
     """
+    args, tail = rest.pop("args", None), rest.pop("tail", 0)
     options = dict(options or {})
     if lengths is not None:
         batch = len(lengths)
