@@ -103,6 +103,20 @@ def check(case, rank, ranks, device, backend):
             expect(same_bits(total, found[name].cpu()), f"sums of the parts of {name}")
 
 
+def check_unequal(rank, device, backend):
+    """Parts of different lengths have to be named: on a CPU every rank says so, a GPU asserts it."""
+    if device != "cpu":
+        return
+    x = torch.ones(4 + rank, 8, requires_grad=True)
+    try:
+        context_parallel.causal_conv1d(x, torch.ones(8, 3), None, torch.tensor([0, 9]), backend=backend)
+    except ValueError as error:
+        if "part_lengths" in str(error):
+            return
+        raise
+    raise SystemExit(f"rank {rank}: parts of different lengths went unseen")
+
+
 def main(rank, ranks, rendezvous, device, backend, names=""):
     rank, ranks = int(rank), int(ranks)
     if device == "cuda":
@@ -125,6 +139,7 @@ def main(rank, ranks, rendezvous, device, backend, names=""):
             continue
         check(case, rank, ranks, device, backend)
         done += 1
+    check_unequal(rank, device, backend)
     dist.barrier()
     dist.destroy_process_group()
     print(f"agreed: {done}")

@@ -104,6 +104,20 @@ def check(number, case, rank, ranks, device, backend):
             raise SystemExit(f"rank {rank} case {number} {case} {activation}: states differ")
 
 
+def check_unequal(rank, device, backend):
+    """Parts of different lengths have to be named: on a CPU every rank says so, a GPU asserts it."""
+    if device != "cpu":
+        return
+    x, weight = torch.ones(4 + rank, 8), torch.ones(8, 3)
+    try:
+        context_parallel.causal_conv1d_fn(x, weight, None, None, torch.tensor([0, 9]), backend=backend)
+    except ValueError as error:
+        if "part_lengths" in str(error):
+            return
+        raise
+    raise SystemExit(f"rank {rank}: parts of different lengths went unseen")
+
+
 def main(rank, ranks, rendezvous, device, backend):
     rank, ranks = int(rank), int(ranks)
     if device == "cuda":
@@ -121,6 +135,7 @@ def main(rank, ranks, rendezvous, device, backend):
     for number, case in enumerate(cases(ranks)):
         check(number, case, rank, ranks, device, backend)
         done += 1
+    check_unequal(rank, device, backend)
     dist.barrier()
     dist.destroy_process_group()
     print(f"agreed: {done}")
