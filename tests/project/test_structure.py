@@ -22,7 +22,14 @@ ONE_TWIN_ONLY = {
 SAME_PUBLIC_NAMES = ("__init__.py", "api.py", "functional.py")
 LIMIT, KERNEL_LIMIT = 12, 30
 # The public operations and their records repeat the contract's signature: that is what they are for.
-SIGNATURES = {"api.py", "functional.py", "contract.py", "reference.py", "reference_grad.py"}
+SIGNATURES = {
+    "api.py",
+    "functional.py",
+    "context_parallel.py",
+    "contract.py",
+    "reference.py",
+    "reference_grad.py",
+}
 FMT_SKIP_LIMIT = 60  # in both twins together
 
 
