@@ -8,7 +8,7 @@ from pallas_impl.modules.layer import call_layer, check_bias, check_layer, draw_
 
 
 class CausalConv1d(equinox.Module):
-    """Causal depthwise conv1d with optional SiLU, for inference.
+    """Causal depthwise conv1d with optional SiLU, for training and inference.
 
     The pool of conv states is no part of the module: it goes in and comes out as a value, so that the caller can
     donate it, shard it, and share one between requests.
@@ -79,9 +79,8 @@ class CausalConv1d(equinox.Module):
         cache_indices=None,
         has_initial_state=None,
         *,
-        pad_slot_id=-1,
-        max_seqlen=None,
         decode=False,
+        **options,
     ):
         """One convolution.
 
@@ -89,9 +88,12 @@ class CausalConv1d(equinox.Module):
           x: [tokens, dim] with `query_start_loc`, [batch, seqlen, dim] without; with `decode` [batch, dim] or
             [batch, seqlen, dim].
           query_start_loc: [batch+1], or None for a dense x.
-          conv_states: [num_slots, state_len, dim], or None.
-          cache_indices, has_initial_state, pad_slot_id, max_seqlen: as in `pallas_impl.causal_conv1d_fn`.
+          conv_states: [num_slots, state_len, dim], or None, then with gradients on every backend.
+          cache_indices: as in `pallas_impl.causal_conv1d_fn`.
+          has_initial_state: [batch] bool; None: every row continues from its slot, where there is a pool.
           decode: run `causal_conv1d_update`: every row continues from its slot.
+          **options: further arguments of the operation that runs, `pallas_impl.causal_conv1d_fn` or with `decode`
+            `causal_conv1d_update`.
 
         Returns:
           ConvOutput(out, conv_states): `out` has x's shape; the new pool, or None.
@@ -101,6 +103,5 @@ class CausalConv1d(equinox.Module):
         """
         return call_layer(
             self.weight, self.bias, x, query_start_loc, conv_states, cache_indices, has_initial_state,
-            activation=self.activation, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, decode=decode,
-            backend=self.backend,
+            activation=self.activation, decode=decode, backend=self.backend, options=options,
         )  # fmt: skip

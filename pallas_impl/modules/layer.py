@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN, ConvOutput
 from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
+from pallas_impl.functional import causal_conv1d
 
 LAYOUTS = ("dim_width", "torch", "flax")
 
@@ -82,38 +83,34 @@ def draw_parameters(key, dim, width, use_bias, dtype):
 
 
 def call_layer(
-    weight,
-    bias,
-    x,
-    query_start_loc,
-    conv_states,
-    cache_indices,
-    has_initial_state,
-    *,
-    activation,
-    pad_slot_id,
-    max_seqlen,
-    decode,
-    backend,
-):
-    """The `__call__` of both layers."""
-    options = dict(activation=activation, pad_slot_id=pad_slot_id, backend=backend)
+    weight, bias, x, query_start_loc, conv_states, cache_indices, has_initial_state, *, activation, decode, backend, options
+):  # fmt: skip
+    """The `__call__` of both layers; `options`: further arguments of the operation that runs."""
+    options = options | dict(activation=activation, backend=backend)
     if decode:
-        for name, value in (("query_start_loc", query_start_loc), ("has_initial_state", has_initial_state)):
-            if value is not None:
-                raise ValueError(f"{name}: expected None with decode, got {type(value).__name__}")
-        return causal_conv1d_update(x, weight, bias, conv_states, cache_indices, **options)
-    shape = x.shape
-    if query_start_loc is None:
-        if len(shape) != 3:
+        if has_initial_state is not None:
             raise ValueError(
-                f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(shape)}"
+                f"has_initial_state: expected None with decode, got {type(has_initial_state).__name__}"
             )
+        return causal_conv1d_update(
+            x, weight, bias, conv_states, cache_indices, query_start_loc=query_start_loc, **options
+        )
+    shape = x.shape
+    if query_start_loc is None and len(shape) != 3:
+        raise ValueError(f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(shape)}")
+    further = {name for name, value in options.items() if value is not None}
+    if conv_states is None and further <= {"activation", "backend", "max_seqlen", "schedule"}:
+        out = causal_conv1d(x, weight, bias, query_start_loc=query_start_loc, **options).out
+        return ConvOutput(out, None)
+    if query_start_loc is None:
         batch, seqlen, dim = shape
         query_start_loc = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen
-        x, max_seqlen = x.reshape(batch * seqlen, dim), seqlen
+        x, options["max_seqlen"] = x.reshape(batch * seqlen, dim), seqlen
+    if conv_states is not None and has_initial_state is None:  # a cache that is given is read
+        has_initial_state = jnp.ones((query_start_loc.shape[0] - 1,), bool)
     out, conv_states = causal_conv1d_fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        max_seqlen=max_seqlen, **options,
-    )  # fmt: skip
-    return ConvOutput(out.reshape(shape), conv_states)
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, **options
+    )
+    if isinstance(out, tuple):
+        return ConvOutput(tuple(part.reshape(*shape[:-1], part.shape[-1]) for part in out), conv_states)
+    return ConvOutput(out.reshape(*shape[:-1], out.shape[-1]), conv_states)

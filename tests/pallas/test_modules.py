@@ -127,6 +127,44 @@ def test_dense_batches(library):
     assert same([out], [wanted.out.reshape(2, 10, 24)])
 
 
+def test_a_cache_that_is_given_is_read(library):
+    module = create(library, 24, 4, use_bias=False)
+    x = batch()["x"].reshape(2, 10, 24).astype(jnp.float32)
+    first, pool = module(x[:, :6], conv_states=module.empty_states(2))
+    second, _ = module(x[:, 6:], conv_states=pool)
+    assert same([jnp.concatenate([first, second], axis=1)], [module(x).out])
+
+
+@pytest.mark.parametrize("backend", ["xla", "mosaic_gpu_interpret"])
+def test_gradients(library, backend):
+    """Of the parameters and of x, through the differentiable form."""
+    module = create(library, 8, 3, backend=backend)
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 5, 8)), jnp.float32)
+    weight, bias = module.weight[...], module.bias[...]
+    plain = lambda x, weight, bias: pallas_impl.causal_conv1d(x, weight, bias, activation="silu").out  # noqa: E731
+    wanted = jax.grad(lambda *leaves: (plain(*leaves) ** 2).sum(), (0, 1, 2))(x, weight, bias)
+    loss = lambda x, module: (module(x).out ** 2).sum()  # noqa: E731
+    dx = jax.grad(loss)(x, module)
+    if library.__name__.endswith("nnx"):
+        found = library.nnx.grad(loss, argnums=1)(x, module)
+    else:
+        found = library.equinox.filter_grad(lambda module: loss(x, module))(module)
+    for got, want in zip((dx, found.weight[...], found.bias[...]), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_takes_packed_rows_and_serving_arguments(library):
+    module = create(library, 24, 4)
+    weight, bias = module.weight[...], module.bias[...]
+    given = dict(conv_states=batch()["conv_states"], cache_indices=jnp.asarray([4, 0], jnp.int32))
+    given |= dict(
+        query_start_loc=jnp.asarray([0, 2, 5], jnp.int32), write_indices=jnp.asarray([1, 2], jnp.int32)
+    )
+    x = batch()["x"][:5]
+    wanted = pallas_impl.causal_conv1d_update(x, weight, bias, activation="silu", **given)
+    assert same(module(x, decode=True, **given), wanted)
+
+
 def test_fresh_parameters(library):
     module = create(library, 500, 4, param_dtype=jnp.bfloat16)
     for parameter, shape in ((module.weight, (500, 4)), (module.bias, (500,))):
@@ -149,8 +187,10 @@ def test_errors(library):
     module = create(library, 24, 4)
     with pytest.raises(ValueError, match=r"x: expected shape \[batch, seqlen, dim\] without query_start_loc"):
         module(jnp.zeros((3, 24)))
-    with pytest.raises(ValueError, match="query_start_loc: expected None with decode"):
+    with pytest.raises(ValueError, match="has_initial_state: expected None with decode"):
         module(**batch(), decode=True)
+    with pytest.raises(TypeError, match="chunk_size"):
+        module(**batch(), chunk_size=64)
     with pytest.raises(ValueError, match="bias: expected an array, as use_bias says, got NoneType"):
         module.load(WEIGHT)
     with pytest.raises(ValueError, match=r"bias: expected shape \[dim=24\], got \[1\]"):
