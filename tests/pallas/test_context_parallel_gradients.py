@@ -247,6 +247,26 @@ def test_rows_written_over(shape, count):
             np.testing.assert_array_equal(got, wanted)
 
 
+def test_inside_shard_map_as_it_comes():
+    """JAX itself sums the gradients of weight; asking for a second sum is refused."""
+    case = CASES["packed"]
+    arguments, dout = arrays(case)
+    starts = arguments["query_start_loc"]
+
+    def split(**options):
+        run = lambda x, weight: causal_conv1d(x, weight, None, starts, axis_name="t", **options)  # noqa: E731
+        return jax.jit(jax.shard_map(run, mesh=make_mesh(4), in_specs=(P("t"), P()), out_specs=P("t")))
+
+    plain = lambda x, weight: pallas_impl.causal_conv1d(x, weight, query_start_loc=starts).out  # noqa: E731
+    found, wanted = (
+        jax.vjp(function, arguments["x"], arguments["weight"])[1](dout) for function in (split(), plain)
+    )
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(pallas_impl.Unsupported, match="sum_weight_gradients: expected False"):
+        split(sum_weight_gradients=True)(arguments["x"], arguments["weight"])
+
+
 def test_bad_arguments():
     x, weight, starts = jnp.ones((6, 2)), jnp.ones((2, 4)), jnp.array([0, 6])
     run = functools.partial(causal_conv1d, axis_name="t")
