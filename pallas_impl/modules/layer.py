@@ -83,8 +83,19 @@ def draw_parameters(key, dim, width, use_bias, dtype):
 
 
 def call_layer(
-    weight, bias, x, query_start_loc, conv_states, cache_indices, has_initial_state, *, activation, decode, backend, options
-):  # fmt: skip
+    weight,
+    bias,
+    x,
+    query_start_loc,
+    conv_states,
+    cache_indices,
+    has_initial_state,
+    *,
+    activation,
+    decode,
+    backend,
+    options,
+):
     """The `__call__` of both layers; `options`: further arguments of the operation that runs."""
     options = options | dict(activation=activation, backend=backend)
     if decode:
