@@ -7,6 +7,7 @@ import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, strides_of
 from triton_impl.records import Channels, Items, constants, slot_of, strides_record, windows_of
+from triton_impl.rows import counted
 from triton_impl.slots import find_slot, store_window
 
 ARRAYS = ("conv_states", "window_out", "accepted_steps", "cache_indices", "window_indices")
@@ -29,7 +30,7 @@ def _commit_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) // dim_blocks).to(tl.int64)
     ch = (tl.program_id(0) % dim_blocks) * o.block_d + tl.arange(0, o.block_d)
-    step = tl.load(accepted_steps + row * strides.accepted_steps).to(tl.int64)
+    step = counted(tl.load(accepted_steps + row * strides.accepted_steps))
     slots, indices = (
         Items(cache_indices, strides.cache_indices),
         Items(window_indices, strides.window_indices),

@@ -112,6 +112,14 @@ def int64(values):
     return torch.where(wide < 0, _LARGEST, wide) if values.dtype == torch.uint64 else wide
 
 
+def remainder(counts, n):
+    """Of counts of any integer dtype, exact for all of uint64 too; below 0 counts as 0."""
+    wide = counts.long()
+    if counts.dtype == torch.uint64:
+        return torch.where(wide < 0, wide % n + 2**64 % n, wide) % n
+    return wide.clamp(min=0) % n
+
+
 def bounds(query_start_loc, tokens):
     """First token and end of each row, clamped to [0, tokens]; the first row is taken to start at 0."""
     offsets = query_start_loc.long().clamp(0, tokens)
@@ -166,7 +174,7 @@ class _Rows:
         elif self.layout == "back":
             first += self.state_len - history
         elif self.layout == "ring":
-            self.consumed = int64(call.cache_seqlens).clamp(min=0) % max(self.state_len, 1)
+            self.consumed = remainder(call.cache_seqlens, max(self.state_len, 1))
             first = self.consumed + self.state_len - history
         column = first[:, None] + torch.arange(history, device=device)
         if self.layout == "ring" and history:

@@ -7,6 +7,15 @@ from triton_impl.records import at
 
 
 @triton.jit
+def counted(value):
+    """An integer of any dtype as int64, a count: what only uint64 can hold is as good as 2**62, not negative."""
+    wide = value.to(tl.int64)
+    if value.dtype == tl.uint64:
+        wide = tl.where(wide < 0, 1 << 62, wide)
+    return wide
+
+
+@triton.jit
 def channel_block_and_place(channel_blocks, folded: tl.constexpr):
     """Which program of a `launch.program_grid` this is; unless it is folded, two registers and no division."""
     if folded:

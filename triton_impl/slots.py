@@ -11,6 +11,7 @@ import triton.language as tl
 
 from triton_impl.arithmetic import recast
 from triton_impl.records import Channels, Tokens, at
+from triton_impl.rows import counted
 
 
 @triton.jit
@@ -33,14 +34,19 @@ def first_column(cache_seqlens, num_accepted_tokens, row, in_rows, state_len, o:
     first = tl.zeros([], tl.int64)
     if o.layout == "rolling":
         counts = num_accepted_tokens
-        count = tl.load(counts.ptr + row * counts.i, mask=in_rows, other=1).to(tl.int64)
+        count = counted(tl.load(counts.ptr + row * counts.i, mask=in_rows, other=1))
         first = tl.minimum(tl.maximum(count, 1), state_len - o.width + 2) - 1
     elif o.layout == "back":
         first += state_len - (o.width - 1)
     elif o.layout == "ring":
         # the remainder at once, so that no count can overflow
-        consumed = tl.load(cache_seqlens.ptr + row * cache_seqlens.i, mask=in_rows, other=0).to(tl.int64)
-        first = tl.maximum(consumed, 0) % tl.maximum(state_len, 1) + state_len - (o.width - 1)
+        consumed = tl.load(cache_seqlens.ptr + row * cache_seqlens.i, mask=in_rows, other=0)
+        length = tl.maximum(state_len, 1)
+        if consumed.dtype == tl.uint64:
+            turn = (consumed % length.to(tl.uint64)).to(tl.int64)
+        else:
+            turn = tl.maximum(consumed.to(tl.int64), 0) % length
+        first = turn + state_len - (o.width - 1)
     return first
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, strides_of
 from triton_impl.records import Channels, Items, Rows, behind, constants, slot_of, strides_record, tokens_of
-from triton_impl.rows import find_row, row_facts
+from triton_impl.rows import counted, find_row, row_facts
 from triton_impl.slots import find_slot, first_column, is_slot, leave_state, load_window, store_window
 
 ARRAYS = (
@@ -40,8 +40,7 @@ def _count(items, row, in_rows):
     """Row's entry, at least 0, where there are any; 0 without."""
     count = tl.zeros([], tl.int64)
     if items.ptr is not None:
-        count = tl.load(items.ptr + row * items.i, mask=in_rows, other=0).to(tl.int64)
-        count = tl.maximum(count, 0)
+        count = tl.maximum(counted(tl.load(items.ptr + row * items.i, mask=in_rows, other=0)), 0)
     return count
 
 

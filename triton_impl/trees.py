@@ -24,6 +24,7 @@ from triton_impl.arithmetic import (
 )
 from triton_impl.launch import Launch, known_pad, like_result, strides_of
 from triton_impl.records import Items, Tokens, at, constants, slot_of, strides_record, tokens_of, windows_of
+from triton_impl.rows import counted
 from triton_impl.slots import column, find_slot, first_column, part_of_out, split_blocks
 
 ARRAYS = (
@@ -55,7 +56,7 @@ def _ancestors(parents, stride, node, seqlen, o: tl.constexpr):
     for _ in tl.static_range(o.width):
         sources = sources + (source,)
         inside = (source >= 0) & (source < seqlen)
-        parent = tl.load(parents + source * stride, mask=inside, other=-1).to(tl.int64)
+        parent = counted(tl.load(parents + source * stride, mask=inside, other=-1))
         parent = tl.maximum(tl.minimum(parent, source - 1), -1)
         source = tl.where(source >= 0, parent, source - 1)
     return sources

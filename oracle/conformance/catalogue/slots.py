@@ -177,6 +177,9 @@ def unsigned() -> list[Case]:
            args={"snapshot_indices": ((9, 3), (9, 4)), "num_computed_tokens": (huge, 1)}),
         update("slots-uint64", flags, batch=3, slots=(3, 2 * huge - 1, 0), num_slots=4, dim=8,
                dtypes={"cache_indices": "uint64"}, group="update linear"),
+        update("ring-counter-uint64", flags, batch=3, dim=8, slots=(1, 3, 0), num_slots=4, state_len=5,
+               options={"state_layout": "ring"}, args={"cache_seqlens": (huge, 2 * huge - 1, 7)},
+               dtypes={"cache_seqlens": "uint64"}, group="layouts of a slot"),
         update("tree-parents-uint64", flags, batch=1, seqlen=4, dim=8, slots=(1,), num_slots=3, options={"commit": False},
                args={"tree_parents": ((2 * huge - 1, 0, huge, 1),)}, dtypes={"tree_parents": "uint64"}, group="draft trees"),
     ]  # fmt: skip
