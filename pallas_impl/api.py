@@ -1,38 +1,44 @@
 """The public operations of the JAX twin: signatures and what they mean. `call` runs them."""
 
-from oracle.contract import CommitCall, FnCall, LinksCall, UpdateCall
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from oracle.contract import CommitCall, ConvOutput, FnCall, LinksCall, UpdateCall
 from pallas_impl import trees
 from pallas_impl.call import run_commit, run_prefill, run_update
 
 
 def causal_conv1d_fn(
-    x,
-    weight,
-    bias,
-    conv_states,
-    query_start_loc,
-    cache_indices=None,
-    has_initial_state=None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike | None,
+    query_start_loc: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
     *,
-    activation=None,
-    pad_slot_id=-1,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    empty_rows="skip",
-    snapshot_indices=None,
-    snapshot_block_size=None,
-    num_computed_tokens=None,
-    track_indices=None,
-    track_lengths=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
-):
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: ArrayLike | None = None,
+    snapshot_block_size: SupportsIndex | None = None,
+    num_computed_tokens: ArrayLike | None = None,
+    track_indices: ArrayLike | None = None,
+    track_lengths: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    channel_offset: SupportsIndex | None = None,
+    split_sizes: Sequence[SupportsIndex] | None = None,
+) -> ConvOutput:
     """Causal depthwise convolution over packed rows, reading each row's window from its slot.
 
     Works under `jax.jit`; the keyword arguments are static. The pool is not copied where the caller donates
@@ -94,31 +100,31 @@ def causal_conv1d_fn(
 
 
 def causal_conv1d_update(
-    x,
-    weight,
-    bias,
-    conv_states,
-    cache_indices=None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    cache_indices: ArrayLike | None = None,
     *,
-    query_start_loc=None,
-    num_accepted_tokens=None,
-    max_seqlen=None,
-    activation=None,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    track_indices=None,
-    window_out=None,
-    window_indices=None,
-    commit=True,
-    tree_parents=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
-):
+    query_start_loc: ArrayLike | None = None,
+    num_accepted_tokens: ArrayLike | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    track_indices: ArrayLike | None = None,
+    window_out: ArrayLike | None = None,
+    window_indices: ArrayLike | None = None,
+    commit: bool = True,
+    tree_parents: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    channel_offset: SupportsIndex | None = None,
+    split_sizes: Sequence[SupportsIndex] | None = None,
+) -> Any:
     """One decode step: every live row continues from its slot.
 
     Without `num_accepted_tokens` all its tokens are committed to the slot. With it the slot rolls, for
@@ -171,16 +177,16 @@ def causal_conv1d_update(
 
 
 def commit_windows(
-    conv_states,
-    window_out,
-    accepted_steps,
-    cache_indices=None,
-    window_indices=None,
+    conv_states: ArrayLike,
+    window_out: ArrayLike,
+    accepted_steps: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    window_indices: ArrayLike | None = None,
     *,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-):
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Array:
     """Moves the window after each row's last accepted token from `window_out` to the row's slot.
 
     Args:
@@ -208,7 +214,7 @@ def commit_windows(
     return run_commit(call)
 
 
-def tree_parents_from_links(next_token, next_sibling):
+def tree_parents_from_links(next_token: ArrayLike, next_sibling: ArrayLike) -> Array:
     """The parents of a draft tree's nodes from its links, for `tree_parents` of `causal_conv1d_update`.
 
     Plain `jax.numpy` on every backend, in log2(n) steps.

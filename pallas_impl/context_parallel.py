@@ -12,11 +12,11 @@ those of one device.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from oracle.contract import ConvOutput, FnCall, RowsCall, Unsupported, normalised
@@ -32,22 +32,22 @@ TOGETHER = 8  # devices whose last tokens travel with the new windows in one sum
 
 
 def causal_conv1d_fn(
-    x,
-    weight,
-    bias,
-    conv_states,
-    query_start_loc,
-    cache_indices=None,
-    has_initial_state=None,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    conv_states: Array | None,
+    query_start_loc: Array,
+    cache_indices: Array | None = None,
+    has_initial_state: Array | None = None,
     *,
-    axis_name,
-    activation=None,
-    pad_slot_id=-1,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-    validate=False,
-):
+    axis_name: str,
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+) -> ConvOutput:
     """`causal_conv1d_fn` inside `jax.shard_map`, with the tokens of x split over the mesh axis `axis_name`.
 
     Every argument but x is the whole of it, the same on every device of the axis; so is the pool that comes
@@ -153,18 +153,18 @@ def causal_conv1d_fn(
 
 
 def causal_conv1d(
-    x,
-    weight,
-    bias,
-    query_start_loc,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    query_start_loc: Array,
     *,
-    axis_name,
-    sum_weight_gradients=False,
-    activation=None,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-):
+    axis_name: str,
+    sum_weight_gradients: bool = False,
+    activation: str | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+) -> Array:
     """`causal_conv1d` inside `jax.shard_map`, x split by tokens over the mesh axis `axis_name`.
 
     Every argument but x is the whole of it, the same on every device of the axis. Rows begin with zeros: there are no

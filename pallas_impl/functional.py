@@ -1,9 +1,11 @@
 """The differentiable form for training: a pure function with gradients through both results."""
 
 import functools
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from oracle.contract import ConvOutput, RowsCall, normalised
 from pallas_impl import api, backward, plain
@@ -12,17 +14,17 @@ from pallas_impl.tracing import refuse_transforms, vary_alike
 
 
 def causal_conv1d(
-    x,
-    weight,
-    bias=None,
-    initial_states=None,
-    query_start_loc=None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    initial_states: ArrayLike | None = None,
+    query_start_loc: ArrayLike | None = None,
     *,
-    activation=None,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-):
+    activation: str | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+) -> ConvOutput:
     """Causal depthwise convolution of packed or dense rows, for training.
 
     The value is that of `causal_conv1d_fn`, in which each row has a state of its own. Reverse-mode derivatives of first

@@ -22,29 +22,31 @@ Arrays placed as `shardings` says stay where they are; others are moved there fi
 
 import functools
 import inspect
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, UpdateCall
 from pallas_impl import api, context_parallel
 
 
 def causal_conv1d_fn(
-    x,
-    weight,
-    bias,
-    conv_states,
-    query_start_loc,
-    cache_indices=None,
-    has_initial_state=None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike | None,
+    query_start_loc: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
     *,
-    mesh,
-    channel_axis=None,
-    batch_axis=None,
-    token_axis=None,
-    **options,
-):
+    mesh: jax.sharding.Mesh | None,
+    channel_axis: str | None = None,
+    batch_axis: str | None = None,
+    token_axis: str | None = None,
+    **options: Any,
+) -> ConvOutput:
     """`causal_conv1d_fn` with its arguments split over `mesh`; works in and outside `jit`.
 
     Args:
@@ -84,17 +86,17 @@ def causal_conv1d_fn(
 
 
 def causal_conv1d_update(
-    x,
-    weight,
-    bias,
-    conv_states,
-    cache_indices=None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    cache_indices: ArrayLike | None = None,
     *,
-    mesh,
-    channel_axis=None,
-    batch_axis=None,
-    **options,
-):
+    mesh: jax.sharding.Mesh | None,
+    channel_axis: str | None = None,
+    batch_axis: str | None = None,
+    **options: Any,
+) -> Any:
     """`causal_conv1d_update` with its arguments split over `mesh`; works in and outside `jit`.
 
     Args:
@@ -124,7 +126,9 @@ def causal_conv1d_update(
     return _split(api.causal_conv1d_update, call, mesh, specs)
 
 
-def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
+def partition_specs(
+    channel_axis: str | None = None, batch_axis: str | None = None, token_axis: str | None = None
+) -> dict[str, PartitionSpec]:
     """The `PartitionSpec` of every argument, by name, and of "out"; x and out of two axes."""
     rows = (
         batch_axis if token_axis is None else token_axis if batch_axis is None else (batch_axis, token_axis)
@@ -153,7 +157,12 @@ def partition_specs(channel_axis=None, batch_axis=None, token_axis=None):
     )
 
 
-def shardings(mesh, channel_axis=None, batch_axis=None, token_axis=None):
+def shardings(
+    mesh: jax.sharding.Mesh,
+    channel_axis: str | None = None,
+    batch_axis: str | None = None,
+    token_axis: str | None = None,
+) -> dict[str, NamedSharding]:
     """The `NamedSharding` of every argument, by name, for `jax.device_put` and `in_shardings`."""
     specs = partition_specs(channel_axis, batch_axis, token_axis)
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}

@@ -1,38 +1,43 @@
 """The public operations of the Torch twin: plain calls go straight to the kernel, traced ones through an operator."""
 
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+from torch import Tensor
+
 from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, LinksCall, UpdateCall
 from triton_impl import plain
 from triton_impl.call import check, parts, run
 
 
 def causal_conv1d_fn(
-    x,
-    weight,
-    bias,
-    conv_states,
-    query_start_loc,
-    cache_indices=None,
-    has_initial_state=None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None,
+    query_start_loc: Tensor,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
     *,
-    activation=None,
-    pad_slot_id=-1,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    empty_rows="skip",
-    snapshot_indices=None,
-    snapshot_block_size=None,
-    num_computed_tokens=None,
-    track_indices=None,
-    track_lengths=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
-):
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: Tensor | None = None,
+    snapshot_block_size: SupportsIndex | None = None,
+    num_computed_tokens: Tensor | None = None,
+    track_indices: Tensor | None = None,
+    track_lengths: Tensor | None = None,
+    residual: Tensor | None = None,
+    channel_offset: SupportsIndex | None = None,
+    split_sizes: Sequence[SupportsIndex] | None = None,
+) -> ConvOutput:
     """Causal depthwise convolution over packed rows, reading and leaving each row's window in its slot.
 
     Nothing is read back from the device unless `validate` is set, so the call never synchronises and can
@@ -92,31 +97,31 @@ def causal_conv1d_fn(
 
 
 def causal_conv1d_update(
-    x,
-    weight,
-    bias,
-    conv_states,
-    cache_indices=None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor,
+    cache_indices: Tensor | None = None,
     *,
-    query_start_loc=None,
-    num_accepted_tokens=None,
-    max_seqlen=None,
-    activation=None,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-    state_layout="front",
-    cache_seqlens=None,
-    write_indices=None,
-    track_indices=None,
-    window_out=None,
-    window_indices=None,
-    commit=True,
-    tree_parents=None,
-    residual=None,
-    channel_offset=None,
-    split_sizes=None,
-):
+    query_start_loc: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    track_indices: Tensor | None = None,
+    window_out: Tensor | None = None,
+    window_indices: Tensor | None = None,
+    commit: bool = True,
+    tree_parents: Tensor | None = None,
+    residual: Tensor | None = None,
+    channel_offset: SupportsIndex | None = None,
+    split_sizes: Sequence[SupportsIndex] | None = None,
+) -> Any:
     """One decode step: every live row continues from its slot.
 
     All tokens are committed, or, with `num_accepted_tokens`, the slot rolls: it keeps every new token behind the
@@ -168,16 +173,16 @@ def causal_conv1d_update(
 
 
 def commit_windows(
-    conv_states,
-    window_out,
-    accepted_steps,
-    cache_indices=None,
-    window_indices=None,
+    conv_states: Tensor,
+    window_out: Tensor,
+    accepted_steps: Tensor,
+    cache_indices: Tensor | None = None,
+    window_indices: Tensor | None = None,
     *,
-    pad_slot_id=-1,
-    backend="auto",
-    validate=False,
-):
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor:
     """Moves the window after each row's last accepted token into its slot, in place.
 
     Args:
@@ -205,7 +210,7 @@ def commit_windows(
     return conv_states
 
 
-def tree_parents_from_links(next_token, next_sibling):
+def tree_parents_from_links(next_token: Tensor, next_sibling: Tensor) -> Tensor:
     """The parents of draft trees that are given by first children and next siblings; nothing synchronises.
 
     Args:

@@ -11,12 +11,16 @@ again. All are plain calls of the operation, so the bits are those of one device
 of its own, beside the kernel.
 """
 
+from __future__ import annotations
+
 import contextlib
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, SupportsIndex
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from oracle.contract import ConvOutput, FnCall, RowsCall, Unsupported, normalised
 from triton_impl import api
@@ -25,23 +29,23 @@ from triton_impl.tracing import asks_for_gradient, refuse_second_gradient
 
 
 def causal_conv1d_fn(
-    x,
-    weight,
-    bias,
-    conv_states,
-    query_start_loc,
-    cache_indices=None,
-    has_initial_state=None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None,
+    query_start_loc: Tensor,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
     *,
-    group=None,
-    part_lengths=None,
-    activation=None,
-    pad_slot_id=-1,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-    validate=False,
-):
+    group: dist.ProcessGroup | None = None,
+    part_lengths: Sequence[SupportsIndex] | None = None,
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+) -> ConvOutput:
     """`causal_conv1d_fn` with the tokens of x split over the ranks of a process group; every rank calls it.
 
     Every argument but x is the whole of it, the same on every rank; so is the pool, which every rank updates. The
@@ -85,19 +89,19 @@ def causal_conv1d_fn(
 
 
 def causal_conv1d(
-    x,
-    weight,
-    bias,
-    query_start_loc,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    query_start_loc: Tensor,
     *,
-    group=None,
-    part_lengths=None,
-    sum_weight_gradients=False,
-    activation=None,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-):
+    group: dist.ProcessGroup | None = None,
+    part_lengths: Sequence[SupportsIndex] | None = None,
+    sum_weight_gradients: bool = False,
+    activation: str | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
     """`causal_conv1d` with the tokens of x split over the ranks of a process group; it mutates nothing.
 
     Every rank calls it, and every rank runs the backward pass through its `out`, each with the same inputs that ask

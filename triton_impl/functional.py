@@ -5,7 +5,10 @@ torch.compile and fake tensors see through them. The forward pass keeps nothing 
 its inputs.
 """
 
+from typing import SupportsIndex
+
 import torch
+from torch import Tensor
 
 from oracle.contract import ConvOutput, FnCall, RowsCall, RowSizes, Unsupported, normalised
 from triton_impl import plain, tracing
@@ -30,17 +33,17 @@ tracing.library.define(
 
 
 def causal_conv1d(
-    x,
-    weight,
-    bias=None,
-    initial_states=None,
-    query_start_loc=None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
     *,
-    activation=None,
-    max_seqlen=None,
-    schedule="auto",
-    backend="auto",
-):
+    activation: str | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+) -> ConvOutput:
     """Causal depthwise convolution of packed or dense rows, for training: differentiable, and it mutates nothing.
 
     The value is that of `causal_conv1d_fn`, in which each row has a state of its own. Gradients arrive at x, weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,22 @@ LANES = (  # the first of each is a twin's kernel; lanes run side by side
     ("pallas_impl.adapter:adapter", "pallas_impl.adapter:xla"),
 )
 EQUAL_SHARE = 0.9999  # of the twins' 16-bit outputs
+EXTRAS = {
+    "torch": "triton",
+    "triton": "triton",
+    "jax": "pallas",
+    "jaxlib": "pallas",
+}  # module: extra that brings it
+LINE_SECONDS = 5  # where stderr is no terminal, between two lines of progress
 QUIET = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def demo(device: str | None = None) -> int:
-    """Runs the batches on four implementations and prints how they agree; returns the exit status."""
+    """Runs the batches on four implementations and prints how they agree.
+
+    Returns:
+      The exit status: 0 all agree, 1 they disagree, 2 those that ran agree, but not all could run.
+    """
     device = device or ("cuda" if _has_gpu() else "cpu")
     cases = [replace(catalogue.find(i), group=group) for group, ids in BATCHES.items() for i in ids]
     environment = {**QUIET, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
@@ -68,28 +80,45 @@ def demo(device: str | None = None) -> int:
         results = [r for pair in zip(triton, pallas, strict=True) for r in pair]
         reports = [r for r in results if isinstance(r, Report)]
         print("\n".join(table(reports)))
-        good = all(isinstance(r, Report) and not r.failures for r in results)
+        good = not any(report.failures for report in reports)
         for result in results:
             if isinstance(result, str):
-                print(f"NOT RUN {result}")
+                print(f"NOT RUN {result}{_remedy(result)}")
                 continue
             for case in result.failures:
                 print(
                     f"{case['status'].upper()} {result.header['name']} {case['id']}\n    {case['detail']}\n    {case['command']}"
                 )
-        equal, total = _compare(Path(folder) / "0.npz", Path(folder) / "1.npz", cases)
+        equal, total = compare(Path(folder) / "0.npz", Path(folder) / "1.npz", cases)
     if total:
         enough = equal >= EQUAL_SHARE * total
         good &= enough
         print(f"Triton and Pallas: {equal} of {total} 16-bit outputs equal in every bit ({100 * equal / total:.4f} %)"
               + ("" if enough else f", expected {100 * EQUAL_SHARE} %"))  # fmt: skip
+    missing = len(results) - len(reports)
+    if not good:
+        verdict = "THEY DISAGREE"
+    elif missing:
+        verdict = f"NOT RUN: {missing} of {len(results)} implementations" + (
+            ", the others agree" if reports else ""
+        )
+    elif not total:
+        good, verdict = False, "THEY DISAGREE: the twins have no 16-bit output in common"
     else:
-        good = False
-    print(f"{'All agree' if good else 'THEY DISAGREE'}, {time.perf_counter() - start:.0f} s")
-    return 0 if good else 1
+        verdict = "All agree"
+    print(f"{verdict}, {time.perf_counter() - start:.0f} s")
+    return 1 if not good else 2 if missing else 0
 
 
-def _compare(first: Path, second: Path, cases: list[Case]) -> tuple[int, int]:
+def _remedy(error: str) -> str:
+    """What brings the module that an implementation lacks, if that is what it says."""
+    found = re.search(r"No module named '(\w+)", error)
+    if found is None or found[1] not in EXTRAS:
+        return ""
+    return f"; the extra {EXTRAS[found[1]]} brings it: pip install '.[{EXTRAS[found[1]]}]' in the checkout"
+
+
+def compare(first: Path, second: Path, cases: list[Case]) -> tuple[int, int]:
     """Equal elements and all elements of the 16-bit outputs that two runs saved."""
     if not first.exists() or not second.exists():
         return 0, 0
@@ -116,10 +145,11 @@ def _has_gpu() -> bool:
 
 
 class _SharedProgress:
-    """One bar on stderr for runs that happen side by side; silent where stderr is no terminal."""
+    """One bar on stderr for runs that happen side by side; where that is no terminal, a line now and then."""
 
     def __init__(self, total: int):
         self.total, self.done, self.lock = total, 0, threading.Lock()
+        self.start = self.told = time.monotonic()
 
     def lane(self):
         def step(done: int, total: int, case_id: str) -> None:
@@ -129,6 +159,13 @@ class _SharedProgress:
                     filled = 30 * self.done // self.total
                     sys.stderr.write(f"\r[{'#' * filled:<30}] {self.done}/{self.total} {case_id[:40]:<40}")
                     sys.stderr.flush()
+                elif (now := time.monotonic()) - self.told >= LINE_SECONDS:
+                    self.told = now
+                    print(
+                        f"{self.done} of {self.total} done, {now - self.start:.0f} s: {case_id}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
         return step
 

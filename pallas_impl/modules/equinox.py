@@ -1,10 +1,21 @@
 """The convolution as an Equinox module."""
 
+from typing import Any, SupportsIndex
+
 import equinox
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
-from pallas_impl.modules.layer import call_layer, check_bias, check_layer, draw_parameters, load_weight
+from pallas_impl.modules.layer import (
+    call_layer,
+    check_bias,
+    check_layer,
+    draw_parameters,
+    host_integer,
+    load_weight,
+)
 
 
 class CausalConv1d(equinox.Module):
@@ -26,8 +37,16 @@ class CausalConv1d(equinox.Module):
     backend: str = equinox.field(static=True)
 
     def __init__(
-        self, dim, width, *, use_bias=True, activation="silu", dtype=jnp.float32, backend="auto", key
-    ):
+        self,
+        dim: SupportsIndex,
+        width: SupportsIndex,
+        *,
+        use_bias: bool = True,
+        activation: str | None = "silu",
+        dtype: DTypeLike = jnp.float32,
+        backend: str = "auto",
+        key: Array,
+    ) -> None:
         """Draws the parameters as torch.nn.Conv1d does.
 
         Args:
@@ -44,7 +63,15 @@ class CausalConv1d(equinox.Module):
         self.activation, self.backend = activation, backend
 
     @classmethod
-    def from_weights(cls, weight, bias=None, *, activation="silu", layout=None, backend="auto"):
+    def from_weights(
+        cls,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        activation: str | None = "silu",
+        layout: str | None = None,
+        backend: str = "auto",
+    ) -> "CausalConv1d":
         """A module with a checkpoint's parameters; see `pallas_impl.modules.load_weight` for shapes and `layout`."""
         weight = load_weight(weight, layout=layout)
         dim, width = weight.shape
@@ -53,7 +80,9 @@ class CausalConv1d(equinox.Module):
         )  # fmt: skip
         return module.load(weight, bias)
 
-    def load(self, weight, bias=None, *, layout=None):
+    def load(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, layout: str | None = None
+    ) -> "CausalConv1d":
         """A module like this one with a checkpoint's parameters, in their dtypes; see `pallas_impl.modules.load_weight`.
 
         Raises:
@@ -66,22 +95,22 @@ class CausalConv1d(equinox.Module):
         new = (load_weight(weight, dim=dim, width=width, layout=layout), check_bias(bias, dim))
         return equinox.tree_at(lambda m: (m.weight, m.bias), self, new, is_leaf=lambda leaf: leaf is None)
 
-    def empty_states(self, num_slots, dtype=jnp.float32):
+    def empty_states(self, num_slots: SupportsIndex, dtype: DTypeLike = jnp.float32) -> Array:
         """A pool of zeros, [num_slots, width-1, dim]."""
         dim, width = self.weight.shape
-        return jnp.zeros((num_slots, width - 1, dim), dtype)
+        return jnp.zeros((host_integer("num_slots", num_slots), width - 1, dim), dtype)
 
     def __call__(
         self,
-        x,
-        query_start_loc=None,
-        conv_states=None,
-        cache_indices=None,
-        has_initial_state=None,
+        x: Array,
+        query_start_loc: Array | None = None,
+        conv_states: Array | None = None,
+        cache_indices: Array | None = None,
+        has_initial_state: Array | None = None,
         *,
-        decode=False,
-        **options,
-    ):
+        decode: bool = False,
+        **options: Any,
+    ) -> Any:
         """One convolution.
 
         Args:

@@ -5,6 +5,8 @@ import operator
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN, ConvOutput
 from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
@@ -13,7 +15,9 @@ from pallas_impl.functional import causal_conv1d
 LAYOUTS = ("dim_width", "torch", "flax")
 
 
-def load_weight(weight, *, dim=None, width=None, layout=None):
+def load_weight(
+    weight: ArrayLike, *, dim: int | None = None, width: int | None = None, layout: str | None = None
+) -> Array:
     """A checkpoint's weight as [dim, width]; done once, when it is loaded.
 
     Args:
@@ -54,15 +58,30 @@ def load_weight(weight, *, dim=None, width=None, layout=None):
     ]()
 
 
+def host_integer(name, value):
+    """`value` as an int.
+
+    Raises:
+      TypeError: it is no integer.
+    """
+    try:
+        if isinstance(value, bool | jax.Array):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
 def check_layer(dim, width, activation):
-    """Returns dim and width as ints, or raises ValueError."""
-    if operator.index(dim) < 1:
+    """Returns dim and width as ints, or raises TypeError or ValueError."""
+    dim, width = host_integer("dim", dim), host_integer("width", width)
+    if dim < 1:
         raise ValueError(f"dim: expected at least 1, got {dim}")
-    if not WIDTH_MIN <= operator.index(width) <= WIDTH_MAX:
+    if not WIDTH_MIN <= width <= WIDTH_MAX:
         raise ValueError(f"width: expected {WIDTH_MIN} to {WIDTH_MAX}, got {width}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    return operator.index(dim), operator.index(width)
+    return dim, width
 
 
 def check_bias(bias, dim):

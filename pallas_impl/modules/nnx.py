@@ -1,9 +1,20 @@
 """The convolution as a Flax NNX module."""
 
+from typing import Any, SupportsIndex
+
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
-from pallas_impl.modules.layer import call_layer, check_bias, check_layer, draw_parameters, load_weight
+from pallas_impl.modules.layer import (
+    call_layer,
+    check_bias,
+    check_layer,
+    draw_parameters,
+    host_integer,
+    load_weight,
+)
 
 
 class CausalConv1d(nnx.Module):
@@ -18,8 +29,16 @@ class CausalConv1d(nnx.Module):
     """
 
     def __init__(
-        self, dim, width, *, use_bias=True, activation="silu", param_dtype=jnp.float32, backend="auto", rngs
-    ):
+        self,
+        dim: SupportsIndex,
+        width: SupportsIndex,
+        *,
+        use_bias: bool = True,
+        activation: str | None = "silu",
+        param_dtype: DTypeLike = jnp.float32,
+        backend: str = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
         """Draws the parameters as torch.nn.Conv1d does.
 
         Args:
@@ -38,7 +57,15 @@ class CausalConv1d(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
 
     @classmethod
-    def from_weights(cls, weight, bias=None, *, activation="silu", layout=None, backend="auto"):
+    def from_weights(
+        cls,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        activation: str | None = "silu",
+        layout: str | None = None,
+        backend: str = "auto",
+    ) -> "CausalConv1d":
         """A module with a checkpoint's parameters; see `pallas_impl.modules.load_weight` for shapes and `layout`."""
         weight = load_weight(weight, layout=layout)
         dim, width = weight.shape
@@ -49,7 +76,7 @@ class CausalConv1d(nnx.Module):
         module.load(weight, bias)
         return module
 
-    def load(self, weight, bias=None, *, layout=None):
+    def load(self, weight: ArrayLike, bias: ArrayLike | None = None, *, layout: str | None = None) -> None:
         """Takes a checkpoint's parameters, in their dtypes; see `pallas_impl.modules.load_weight`.
 
         Raises:
@@ -66,21 +93,21 @@ class CausalConv1d(nnx.Module):
         if bias is not None:
             self.bias = nnx.Param(bias)
 
-    def empty_states(self, num_slots, dtype=jnp.float32):
+    def empty_states(self, num_slots: SupportsIndex, dtype: DTypeLike = jnp.float32) -> Array:
         """A pool of zeros, [num_slots, width-1, dim]."""
-        return jnp.zeros((num_slots, self.width - 1, self.dim), dtype)
+        return jnp.zeros((host_integer("num_slots", num_slots), self.width - 1, self.dim), dtype)
 
     def __call__(
         self,
-        x,
-        query_start_loc=None,
-        conv_states=None,
-        cache_indices=None,
-        has_initial_state=None,
+        x: Array,
+        query_start_loc: Array | None = None,
+        conv_states: Array | None = None,
+        cache_indices: Array | None = None,
+        has_initial_state: Array | None = None,
         *,
-        decode=False,
-        **options,
-    ):
+        decode: bool = False,
+        **options: Any,
+    ) -> Any:
         """One convolution.
 
         Args:

@@ -16,7 +16,8 @@ def show(monkeypatch, capsys):
         monkeypatch.setattr(demo, "BATCHES", BATCHES)
         monkeypatch.setattr(demo, "LANES", ((first, MODEL), (second, MODEL)))
         status = demo.demo("cpu")
-        return status, capsys.readouterr().out
+        run.err = (said := capsys.readouterr()).err
+        return status, said.out
 
     return run
 
@@ -43,8 +44,51 @@ def test_disagreement(show, wrong, status):
 
 def test_a_twin_that_is_not_installed(show):
     code, text = show(MODEL, "no_such_package.adapter:adapter")
-    assert code == 1
+    assert code == 2
     assert "NOT RUN no_such_package.adapter:adapter: impl: could not be loaded: ModuleNotFoundError" in text
+    assert "DISAGREE" not in text
+    assert text.splitlines()[-1].startswith("NOT RUN: 1 of 4 implementations, the others agree, ")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("torch", "triton"), ("triton", "triton"), ("jax", "pallas"), ("jaxlib.xla", "pallas")],
+)
+def test_a_missing_framework_is_named_with_the_extra_that_brings_it(
+    module, extra, show, tmp_path, monkeypatch
+):
+    """An adapter whose import fails as it does where the framework is not installed."""
+    (tmp_path / "lacking.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{module}'\", name={module!r})"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, text = show(MODEL, "lacking:adapter")
+    assert code == 2
+    (line,) = [line for line in text.splitlines() if line.startswith("NOT RUN lacking")]
+    assert f"No module named '{module}'" in line
+    assert f"pip install '.[{extra}]'" in line
+
+
+def test_a_failure_beside_a_missing_twin_is_a_disagreement(show):
+    code, text = show("oracle.conformance.mutants.arithmetic:NeverSilu", "no_such_package.adapter:adapter")
+    assert code == 1
+    assert text.splitlines()[-1].startswith("THEY DISAGREE")
+
+
+def test_nothing_that_runs_is_no_agreement(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "BATCHES", BATCHES)
+    monkeypatch.setattr(demo, "LANES", (("no_such_package:a",), ("no_such_package:b",)))
+    assert demo.demo("cpu") == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("NOT RUN: 2 of 2 implementations, ")
+
+
+def test_progress_is_told_now_and_then_where_stderr_is_no_terminal(show, monkeypatch):
+    show(MODEL, MODEL)
+    assert " done, " not in show.err  # it takes less than LINE_SECONDS
+    monkeypatch.setattr(demo, "LINE_SECONDS", 0)
+    show(MODEL, MODEL)
+    lines = [line for line in show.err.splitlines() if " done, " in line]
+    assert lines[-1].startswith("12 of 12 done, ")
 
 
 def test_batches_are_in_the_catalogue_and_small_enough_for_interpreters():
@@ -59,5 +103,5 @@ def test_twins_are_compared_element_by_element(tmp_path):
     case = catalogue.find("fn/linear-f16")
     for name, bits in (("a", [1, 2, 3, 4]), ("b", [1, 2, 3, 5])):
         np.savez(tmp_path / f"{name}.npz", **{case.id.replace("/", "|"): np.array(bits, np.uint16)})
-    assert demo._compare(tmp_path / "a.npz", tmp_path / "b.npz", [case]) == (3, 4)
-    assert demo._compare(tmp_path / "a.npz", tmp_path / "missing.npz", [case]) == (0, 0)
+    assert demo.compare(tmp_path / "a.npz", tmp_path / "b.npz", [case]) == (3, 4)
+    assert demo.compare(tmp_path / "a.npz", tmp_path / "missing.npz", [case]) == (0, 0)

@@ -223,6 +223,51 @@ def test_allocation_and_its_errors():
         ConvStatePool(4, DIM, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("num_slots", 0, ValueError), ("num_slots", "4", TypeError), ("dim", 0, ValueError), ("dim", 8.0, TypeError),
+     ("width", 0, ValueError), ("width", True, TypeError), ("layers", 0, ValueError), ("state_len", 2, ValueError),
+     ("state_len", "3", TypeError), ("pad_slot_id", None, TypeError), ("layers", torch.tensor(1), TypeError)],
+)  # fmt: skip
+def test_sizes_of_a_pool(name, value, error):
+    with pytest.raises(error, match=f"^{name}: expected .*, got "):
+        ConvStatePool(**{"num_slots": 4, "dim": DIM, "width": WIDTH, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "error"),
+    [("layer", lambda pool: pool.layer(2), ValueError), ("layer", lambda pool: pool.layer("0"), TypeError),
+     ("layer", lambda pool: pool.layer(-3), ValueError), ("count", lambda pool: pool.allocate(1.0), TypeError),
+     ("count", lambda pool: pool.allocate("1"), TypeError), ("slots", lambda pool: pool.free(0), TypeError),
+     ("slots", lambda pool: pool.reset(["0"]), TypeError), ("sources", lambda pool: pool.copy(0, [1]), TypeError),
+     ("targets", lambda pool: pool.copy([0], 1), TypeError), ("slots", lambda pool: pool.gather("01"), TypeError),
+     ("batch", lambda pool: pool.indices([0], batch="2"), TypeError)],
+)  # fmt: skip
+def test_errors_of_a_pool_name_the_argument(name, call, error):
+    pool = ConvStatePool(4, DIM, WIDTH, layers=2)
+    pool.allocate(2)
+    with pytest.raises(error, match=f"^{name}: expected .*, got "):
+        call(pool)
+    assert pool.num_free == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"), [(("8", 4), TypeError), ((8, "4"), TypeError), ((8.0, 4), TypeError), ((0, 4), ValueError), ((8, 9), ValueError)]
+)  # fmt: skip
+def test_sizes_of_a_layer(arguments, error):
+    with pytest.raises(error, match=r"^(dim|width): expected .*, got "):
+        CausalConv1d(*arguments)
+
+
+def test_what_they_are_is_shown():
+    assert repr(CausalConv1d(8, 4, bias=False)) == "CausalConv1d(8, width=4, bias=False, activation='silu')"
+    pool = ConvStatePool(4, 8, 3, layers=2, dtype=torch.float16)
+    pool.allocate()
+    assert repr(pool) == (
+        "ConvStatePool(num_slots=4, dim=8, layers=2, state_len=2, dtype=torch.float16, device=cpu, free=3)"
+    )
+
+
 def test_windows_move_between_slots():
     pool = ConvStatePool(5, DIM, WIDTH, layers=2)
     slots = pool.allocate(4)

@@ -23,7 +23,7 @@ _RENAMED = {"num_accepted_tokens": "num_accept_tokens", "BT": "chunk_size"}
 _undo = {}
 
 
-def install(peer):
+def install(peer: str) -> None:
     """Makes programs that import `peer` get the adapter.
 
     "causal_conv1d": registers modules under that name, and its version, in front of an installed package or in
@@ -46,7 +46,7 @@ def install(peer):
         _undo[peer] = _register() if peer == "causal_conv1d" else _replace(peer)
 
 
-def uninstall(peer):
+def uninstall(peer: str) -> None:
     """Undoes `install`; does nothing if there is nothing to undo. Programs keep what they have bound themselves.
 
     Raises:

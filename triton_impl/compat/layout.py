@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+from collections.abc import Iterator
 
 import torch
 
@@ -13,7 +14,7 @@ _checks = {"data": False}
 
 
 @contextlib.contextmanager
-def validated():
+def validated() -> Iterator[None]:
     """Within it the serving adapters read their index data, which synchronises, and raise ValueError on bad values.
 
     The peers have no such check: their `validate_data` looks at shapes and strides and never waits for the GPU.

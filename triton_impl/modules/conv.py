@@ -1,15 +1,17 @@
 """The convolution as a module: parameters that load from nn.Conv1d and from checkpoints, and serving calls."""
 
 import math
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN, Unsupported
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 from triton_impl.functional import causal_conv1d
 from triton_impl.modules.dense import dense_rows
-from triton_impl.modules.pool import host_integer
+from triton_impl.modules.pool import ConvStatePool, host_integer
 from triton_impl.tracing import asks_for_gradient
 
 
@@ -30,7 +32,16 @@ class CausalConv1d(nn.Module):
       device, dtype: of the parameters.
     """
 
-    def __init__(self, dim, width, bias=True, activation="silu", *, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: SupportsIndex,
+        width: SupportsIndex,
+        bias: bool = True,
+        activation: str | None = "silu",
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         dim, width = host_integer("dim", dim), host_integer("width", width)
         if not WIDTH_MIN <= width <= WIDTH_MAX:
@@ -47,7 +58,7 @@ class CausalConv1d(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_conv1d(cls, conv, activation=None):
+    def from_conv1d(cls, conv: nn.Conv1d, activation: str | None = None) -> "CausalConv1d":
         """A module with the values of a depthwise nn.Conv1d's parameters (not the parameters), frozen where those are.
 
         Its padding is taken to be what makes it causal: callers of such a layer cut the outputs that see later tokens.
@@ -78,7 +89,7 @@ class CausalConv1d(nn.Module):
             parameter.requires_grad_(getattr(conv, name).requires_grad)
         return module
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draws the parameters as nn.Conv1d does."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
@@ -87,17 +98,17 @@ class CausalConv1d(nn.Module):
 
     def forward(
         self,
-        x,
-        query_start_loc=None,
-        conv_states=None,
-        cache_indices=None,
-        has_initial_state=None,
+        x: Tensor,
+        query_start_loc: Tensor | None = None,
+        conv_states: Tensor | None = None,
+        cache_indices: Tensor | None = None,
+        has_initial_state: Tensor | None = None,
         *,
-        pad_slot_id=-1,
-        max_seqlen=None,
-        decode=False,
-        **serving,
-    ):
+        pad_slot_id: SupportsIndex = -1,
+        max_seqlen: SupportsIndex | None = None,
+        decode: bool = False,
+        **serving: Any,
+    ) -> Any:
         """One convolution; `conv_states` is updated in place.
 
         Args:
@@ -155,8 +166,17 @@ class CausalConv1d(nn.Module):
         ).out  # fmt: skip
 
     def prefill(
-        self, x, query_start_loc, pool, slots, has_initial_state=None, *, layer=0, max_seqlen=None, **serving
-    ):
+        self,
+        x: Tensor,
+        query_start_loc: Tensor | None,
+        pool: ConvStatePool,
+        slots: Iterable[int] | Tensor,
+        has_initial_state: Tensor | None = None,
+        *,
+        layer: SupportsIndex = 0,
+        max_seqlen: SupportsIndex | None = None,
+        **serving: Any,
+    ) -> Any:
         """Prefill, or one chunk of it, of sequences in a ConvStatePool.
 
         Args:
@@ -177,7 +197,15 @@ class CausalConv1d(nn.Module):
             pad_slot_id=pool.pad_slot_id, max_seqlen=max_seqlen, **serving,
         )  # fmt: skip
 
-    def step(self, x, pool, slots, *, layer=0, **serving):
+    def step(
+        self,
+        x: Tensor,
+        pool: ConvStatePool,
+        slots: Iterable[int] | Tensor,
+        *,
+        layer: SupportsIndex = 0,
+        **serving: Any,
+    ) -> Any:
         """Decode step of sequences in a ConvStatePool: x [batch, dim] or [batch, seqlen, dim]; see `prefill`.
 
         `serving` holds further arguments of `causal_conv1d_update`.
@@ -204,7 +232,7 @@ class CausalConv1d(nn.Module):
             "torch.jit.script: expected torch.compile, torch.export or torch.jit.trace of this layer"
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """Shows the sizes and options."""
         dim, width = self.weight.shape
         return f"{dim}, width={width}, bias={self.bias is not None}, activation={self.activation!r}"

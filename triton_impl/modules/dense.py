@@ -1,22 +1,25 @@
 """Dense batches as packed rows of equal length."""
 
+from typing import SupportsIndex
+
 import torch
+from torch import Tensor
 
 from triton_impl.api import causal_conv1d_fn
 
 
 def dense_rows(
-    x,
-    weight,
-    bias,
-    conv_states=None,
-    cache_indices=None,
-    has_initial_state=None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None = None,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
     *,
-    activation=None,
-    pad_slot_id=-1,
-    validate=False,
-):
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    validate: bool = False,
+) -> Tensor:
     """`causal_conv1d_fn` for x [batch, seqlen, dim], any strides; returns out with x's shape.
 
     Packing is a view unless rows are neither evenly spaced nor alone, as in a channel slice of a channel-first

@@ -3,11 +3,12 @@
 import heapq
 import operator
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 import torch
 
 
-def host_integer(name, value):
+def host_integer(name: str, value: object) -> int:
     """`value` as an int.
 
     Raises:
@@ -39,18 +40,20 @@ class ConvStatePool:
 
     def __init__(
         self,
-        num_slots,
-        dim,
-        width,
+        num_slots: SupportsIndex,
+        dim: SupportsIndex,
+        width: SupportsIndex,
         *,
-        layers=1,
-        dtype=torch.float32,
-        device=None,
-        pad_slot_id=-1,
-        state_len=None,
-    ):
-        for name, size in {"num_slots": num_slots, "dim": dim, "width": width, "layers": layers}.items():
-            if host_integer(name, size) < 1:
+        layers: SupportsIndex = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | int | None = None,
+        pad_slot_id: SupportsIndex = -1,
+        state_len: SupportsIndex | None = None,
+    ) -> None:
+        sizes = {"num_slots": num_slots, "dim": dim, "width": width, "layers": layers}
+        num_slots, dim, width, layers = (host_integer(name, size) for name, size in sizes.items())
+        for name, size in sizes.items():
+            if size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size}")
         state_len = width - 1 if state_len is None else host_integer("state_len", state_len)
         if state_len < width - 1:
@@ -60,7 +63,7 @@ class ConvStatePool:
         self._free = [slot for slot in range(num_slots) if slot != self.pad_slot_id]
         self._owned = set()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         layers, num_slots, state_len, dim = self.states.shape
         return (
             f"ConvStatePool(num_slots={num_slots}, dim={dim}, layers={layers}, state_len={state_len}, "
@@ -77,20 +80,21 @@ class ConvStatePool:
         """Slots that `allocate` can still hand out."""
         return len(self._free)
 
-    def layer(self, index=0) -> torch.Tensor:
+    def layer(self, index: SupportsIndex = 0) -> torch.Tensor:
         """The `conv_states` argument of one layer: a view [num_slots, state_len, dim]."""
         layers = self.states.shape[0]
         if not -layers <= host_integer("layer", index) < layers:
             raise ValueError(f"layer: expected one of {layers} layers, from 0, got {index}")
         return self.states[index]
 
-    def allocate(self, count=1) -> list[int]:
+    def allocate(self, count: SupportsIndex = 1) -> list[int]:
         """Takes `count` free slots, lowest numbers first.
 
         Raises:
           PoolExhausted: fewer are free; none is taken.
         """
-        if operator.index(count) < 0:
+        count = host_integer("count", count)
+        if count < 0:
             raise ValueError(f"count: expected an integer >= 0, got {count}")
         if count > len(self._free):
             raise PoolExhausted(
@@ -133,7 +137,7 @@ class ConvStatePool:
 
         A source may serve several targets, and may be a target itself: all are read before any is written.
         """
-        sources, targets = list(sources), self._check(targets, "targets")
+        sources, targets = _listed(sources, "sources"), self._check(targets, "targets")
         self._check(set(sources), "sources")
         if len(sources) != len(targets):
             raise ValueError(
@@ -142,7 +146,7 @@ class ConvStatePool:
         windows = self.states.index_select(1, self._index(sources))
         self.states.index_copy_(1, self._index(targets), windows)
 
-    def indices(self, slots: Iterable[int], batch=None) -> torch.Tensor:
+    def indices(self, slots: Iterable[int], batch: SupportsIndex | None = None) -> torch.Tensor:
         """`cache_indices` for allocated slots: [batch] int32 on the pool's device, padded with `pad_slot_id`.
 
         Args:
@@ -150,16 +154,14 @@ class ConvStatePool:
           batch: rows of the call, at least len(slots); None: as many as there are slots.
         """
         slots = self._check(slots)
-        rows = len(slots) if batch is None else batch
+        rows = len(slots) if batch is None else host_integer("batch", batch)
         if rows < len(slots):
             raise ValueError(f"batch: expected at least {len(slots)}, the number of slots, got {batch}")
         return self._index(slots + [self.pad_slot_id] * (rows - len(slots)), torch.int32)
 
     def _check(self, slots, name="slots"):
         """Returns `slots` as a list of distinct allocated slots."""
-        if isinstance(slots, int | torch.Tensor):
-            raise TypeError(f"{name}: expected a list of host integers, got {type(slots).__name__}")
-        checked = [operator.index(slot) for slot in slots]
+        checked = _listed(slots, name)
         seen = set()
         for slot in checked:
             if not 0 <= slot < self.num_slots:
@@ -173,3 +175,10 @@ class ConvStatePool:
 
     def _index(self, slots, dtype=torch.int64):
         return torch.tensor(slots, dtype=dtype, device=self.states.device)
+
+
+def _listed(slots, name):
+    """`slots` as a list of ints."""
+    if isinstance(slots, torch.Tensor | str) or not isinstance(slots, Iterable):
+        raise TypeError(f"{name}: expected a list of host integers, got {type(slots).__name__}")
+    return [host_integer(name, slot) for slot in slots]
