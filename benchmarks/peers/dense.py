@@ -74,7 +74,7 @@ class DenseAdapter:
     ) -> Mapping[str, Any]:
         values: dict[str, Any] = {name: None if a is None else a.typed for name, a in arrays.items()}
         try:
-            sizes = getattr(contract, f"check_{op}")(**values, **options)
+            sizes = contract.RECORDS[op](**values, **options).check()
         except (ValueError, TypeError) as error:
             raise Unsupported(f"arguments: {error}") from error
         if options.get("validate"):

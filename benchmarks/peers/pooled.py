@@ -94,7 +94,7 @@ class PooledAdapter:
 
     def _check(self, op: str, arrays: Mapping[str, Array | None], options: Mapping[str, Any]) -> None:
         try:
-            sizes = getattr(contract, f"check_{op}")(**arrays, **options)
+            sizes = contract.RECORDS[op](**arrays, **options).check()
         except (ValueError, TypeError) as error:
             raise Unsupported(f"arguments: {error}") from error
         if options.get("validate"):

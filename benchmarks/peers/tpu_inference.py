@@ -84,7 +84,7 @@ class TpuInference:
 
     def _check(self, op, arrays, values, options):
         try:
-            sizes = getattr(contract, f"check_{op}")(**values, **options)
+            sizes = contract.RECORDS[op](**values, **options).check()
         except (ValueError, TypeError) as error:
             raise Unsupported(f"arguments: {error}") from error
         pool, slots = values["conv_states"], values["cache_indices"]
