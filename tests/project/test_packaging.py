@@ -68,7 +68,9 @@ def test_make_installs_nothing_unconstrained():
     text = (ROOT / "Makefile").read_text()
     installs = re.findall(r"\$\(PIP_INSTALL\) (\S+)", text)
     assert len(installs) >= 3
-    assert set(installs) == {"--constraint"}
+    assert set(installs) == {"--constraint", "--no-deps"}
+    alone = re.findall(r"\$\(only\).*?(\S+)(?: 2>/dev/null \\)?$", text, re.M)  # one wheel, of a pinned file
+    assert alone == ['$<)"', '$<)"']
     assert len(re.findall(r"pip install", text)) == 1  # the definition of PIP_INSTALL
 
 
