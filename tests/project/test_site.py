@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *ROOT.glob("*/README.md"), *PAGES]
+}
+TWINS = {"triton_impl/README.md", "pallas_impl/README.md"}  # they share a figure and a table on purpose
 EXAMPLES = [
     pytest.param(text, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -34,6 +39,37 @@ def site(tmp_path_factory):
 def test_the_site_builds_without_a_warning(site):
     for page in PAGES:
         assert (site / f"{page.stem}.html").exists()
+
+
+def test_no_text_stands_twice():
+    places = {}
+    for name, text in TEXTS.items():
+        for line in text.splitlines():
+            if len(line) > 60 and not line.startswith(("from ", "import ")):
+                places.setdefault(line, set()).add(name)
+    assert {line: found for line, found in places.items() if len(found) > 1 and found != TWINS} == {}
+
+
+def test_the_twins_have_one_map():
+    """The figure of a call's way and the table of files, whose files exist, are the same in both READMEs."""
+    maps = []
+    for name in sorted(TWINS):
+        found = re.search(r"^## A call's way\n.*?^\| `adapter\.py` .*?$", TEXTS[name], re.M | re.S)
+        maps.append(found[0])
+        for file in re.findall(r"`([\w/]+(?:\.py|/))`", found[0].partition("| file |")[2]):
+            assert (ROOT / name).with_name(file.rstrip("/")).exists(), f"{name}: no {file}"
+    assert maps[0] == maps[1]
+
+
+def test_sections_of_other_files_are_shown(site):
+    """A line that is a link to another file's section is that section on the site, with links that hold."""
+    page = (site / "versions.html").read_text()
+    assert "mosaic_gpu_interpret" in page
+    assert "../README.md" not in page
+    assert (
+        'href="https://github.com/twinconv/twinconv/blob/main/oracle/conformance/adapter.py"'
+        in (site / "your-own.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("page", ["reference-torch", "reference-jax", "reference-oracle"])

@@ -40,23 +40,23 @@ def test_serving(example, device, dtype, capsys):
     assert "every logit is the same bits" in said
 
 
-def readme_blocks():
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "triton_impl" / "README.md").read_text(), re.M | re.S)
+def migration_blocks():
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/migration.md").read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("block", range(len(readme_blocks())))
-def test_the_readme_runs(block, capsys):
+@pytest.mark.parametrize("block", range(len(migration_blocks())))
+def test_the_migration_guide_runs(block, capsys):
     """Every block runs, the lines that switch a program over included, and prints what it says."""
-    code = readme_blocks()[block]
+    code = migration_blocks()[block]
     try:
-        exec(compile(code, f"README block {block}", "exec"), {})
+        exec(compile(code, f"block {block}", "exec"), {})
     finally:
         triton_impl.compat.uninstall("causal_conv1d")
     assert capsys.readouterr().out.splitlines() == re.findall(r"# prints (.*)", code)
 
 
-def test_the_readme_has_a_block_for_every_peer():
-    text = "".join(readme_blocks())
+def test_the_migration_guide_has_a_block_for_every_peer():
+    text = "".join(migration_blocks())
     for peer in triton_impl.compat.PEERS:
         assert f"from triton_impl.compat.{peer} import" in text
 
