@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +35,12 @@ LANES = (  # the first of each is a twin's kernel; lanes run side by side
     ("pallas_impl.adapter:adapter", "pallas_impl.adapter:xla"),
 )
 EQUAL_SHARE = 0.9999  # of the twins' 16-bit outputs
-EXTRAS = {
-    "torch": "triton",
-    "triton": "triton",
-    "jax": "pallas",
-    "jaxlib": "pallas",
-}  # module: extra that brings it
+NEEDS = {  # modules, and the extra that brings them
+    "triton_impl.adapter:adapter": (("torch", "triton"), "triton"),
+    "triton_impl.adapter:eager": (("torch",), "triton"),
+    "pallas_impl.adapter:adapter": (("jax",), "pallas"),
+    "pallas_impl.adapter:xla": (("jax",), "pallas"),
+}
 LINE_SECONDS = 5  # where stderr is no terminal, between two lines of progress
 QUIET = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
@@ -59,13 +59,17 @@ def demo(device: str | None = None) -> int:
         f"{len(cases)} serving batches, four implementations, {where}. Reference: NumPy, float64.", flush=True
     )
     start = time.perf_counter()
-    progress = _SharedProgress(len(cases) * sum(len(lane) for lane in LANES))
+    lacks = {impl: _lacks(impl) for lane in LANES for impl in lane}
+    progress = _SharedProgress(len(cases) * sum(not lacks[impl] for lane in LANES for impl in lane))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(LANES)) as pool:
 
         def run_lane(number: int) -> list[Report | str]:
             found: list[Report | str] = []
             for position, impl in enumerate(LANES[number]):
+                if lacks[impl]:
+                    found.append(f"{impl}: {lacks[impl]}")
+                    continue
                 outputs = str(Path(folder) / f"{number}.npz") if position == 0 else None
                 try:
                     report = runner.run(impl, cases, device=device, environment=environment, outputs=outputs,
@@ -83,7 +87,7 @@ def demo(device: str | None = None) -> int:
         good = not any(report.failures for report in reports)
         for result in results:
             if isinstance(result, str):
-                print(f"NOT RUN {result}{_remedy(result)}")
+                print(f"NOT RUN {result}")
                 continue
             for case in result.failures:
                 print(
@@ -110,12 +114,13 @@ def demo(device: str | None = None) -> int:
     return 1 if not good else 2 if missing else 0
 
 
-def _remedy(error: str) -> str:
-    """What brings the module that an implementation lacks, if that is what it says."""
-    found = re.search(r"No module named '(\w+)", error)
-    if found is None or found[1] not in EXTRAS:
+def _lacks(impl: str) -> str:
+    """What an implementation lacks here and what brings it; empty if nothing."""
+    modules, extra = NEEDS.get(impl, ((), ""))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if not missing:
         return ""
-    return f"; the extra {EXTRAS[found[1]]} brings it: pip install '.[{EXTRAS[found[1]]}]' in the checkout"
+    return f"needs {' and '.join(missing)}, not installed; the extra {extra} brings it: pip install '.[{extra}]' in the checkout"
 
 
 def compare(first: Path, second: Path, cases: list[Case]) -> tuple[int, int]:

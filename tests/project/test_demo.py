@@ -50,23 +50,22 @@ def test_a_twin_that_is_not_installed(show):
     assert text.splitlines()[-1].startswith("NOT RUN: 1 of 4 implementations, the others agree, ")
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"),
-    [("torch", "triton"), ("triton", "triton"), ("jax", "pallas"), ("jaxlib.xla", "pallas")],
-)
-def test_a_missing_framework_is_named_with_the_extra_that_brings_it(
-    module, extra, show, tmp_path, monkeypatch
-):
-    """An adapter whose import fails as it does where the framework is not installed."""
-    (tmp_path / "lacking.py").write_text(
-        f"raise ModuleNotFoundError(\"No module named '{module}'\", name={module!r})"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code, text = show(MODEL, "lacking:adapter")
+def test_a_missing_framework_is_named_with_the_extra_that_brings_it(show, monkeypatch):
+    other = "oracle.conformance.mutants.arithmetic:NeverSilu"  # would disagree if it ran
+    monkeypatch.setattr(demo, "NEEDS", {other: (("numpy", "no_such_framework"), "pallas")})
+    code, text = show(MODEL, other)
     assert code == 2
-    (line,) = [line for line in text.splitlines() if line.startswith("NOT RUN lacking")]
-    assert f"No module named '{module}'" in line
-    assert f"pip install '.[{extra}]'" in line
+    assert (
+        f"NOT RUN {other}: needs no_such_framework, not installed; the extra pallas brings it: pip install '.[pallas]'"
+        in text
+    )
+    assert text.splitlines()[-1].startswith("NOT RUN: 1 of 4 implementations, the others agree, ")
+
+
+def test_what_each_implementation_needs_is_known():
+    """Triton's kernels need triton besides torch, which comes without it on a CPU."""
+    assert set(demo.NEEDS) == {impl for lane in demo.LANES for impl in lane}
+    assert demo.NEEDS["triton_impl.adapter:adapter"] == (("torch", "triton"), "triton")
 
 
 def test_a_failure_beside_a_missing_twin_is_a_disagreement(show):
