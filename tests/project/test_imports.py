@@ -136,3 +136,29 @@ def test_each_twin_works_without_the_other(code, hidden, monkeypatch):
     """Importing asks for no device, and a call, with its late imports, needs one framework."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert python(code, [*hidden, "onnx", "hypothesis", "pytest", "matplotlib"]) == "[[4.0, 4.0]]"
+
+
+WITHOUT_TRITON = """
+import importlib
+import torch
+import triton_impl, triton_impl.compat, triton_impl.modules, triton_impl.context_parallel
+
+for peer in triton_impl.compat.PEERS:
+    importlib.import_module(f"triton_impl.compat.{peer}")
+x, weight = torch.ones(3, 2, requires_grad=True), torch.ones(2, 4)
+pool, starts = torch.zeros(1, 3, 2), torch.tensor([0, 3])
+with torch.no_grad():
+    triton_impl.causal_conv1d_fn(x, weight, None, pool, starts)
+    out, _ = triton_impl.causal_conv1d_update(x[:1], weight, None, pool)
+triton_impl.causal_conv1d(x, weight, None, None, starts).out.sum().backward()
+try:
+    triton_impl.causal_conv1d_update(x[:1].detach(), weight, None, pool, backend="triton")
+except triton_impl.Unsupported as error:
+    print(out.tolist(), x.grad[0].tolist(), "the package triton, which is not installed" in str(error))
+"""
+
+
+def test_the_plain_path_needs_no_triton(monkeypatch):
+    """As on a CPU, or off Linux, where Triton has no wheels: only the kernels asked for by name are missing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert python(WITHOUT_TRITON, ["triton", *JAX]) == "[[4.0, 4.0]] [3.0, 3.0] True"
