@@ -656,7 +656,7 @@ def test_a_prepared_call_is_not_reused_where_a_check_would_fail():
     for wrong in (
         dict(state_layout="middle"), dict(state_layout="back"), dict(state_layout="ring"), dict(channel_offset=1),
         dict(snapshot_block_size=0), dict(snapshot_block_size=None), dict(snapshot_indices=None), dict(empty_rows=""),
-        dict(split_sizes=(12, 9)), dict(split_sizes=[12, 8]), dict(residual=torch.ones(3, 3)), dict(track_lengths=x),
+        dict(split_sizes=(12, 9)), dict(split_sizes=[12, 9]), dict(residual=torch.ones(3, 3)), dict(track_lengths=x),
         dict(residual=torch.ones_like(x).int()), dict(write_indices=good["write_indices"].float()),
         dict(write_indices=good["write_indices"].to("meta")),
     ):  # fmt: skip
