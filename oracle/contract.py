@@ -88,9 +88,17 @@ from oracle.contract_checks import (
     shown,
 )
 from oracle.contract_memory import Memory
+from oracle.contract_short import (
+    CACHE_LAYOUTS,
+    WEIGHT_LAYOUTS,
+    ShortConvCall,
+    ShortConvSizes,
+    check_lengths,
+)
 
 __all__ = [
     "ACTIVATIONS",
+    "CACHE_LAYOUTS",
     "CONTRACT_VERSION",
     "EMPTY_ROWS",
     "FLOAT_DTYPES",
@@ -101,6 +109,7 @@ __all__ = [
     "SCHEDULES",
     "SPLITS_MAX",
     "STATE_LAYOUTS",
+    "WEIGHT_LAYOUTS",
     "WIDTH_MAX",
     "WIDTH_MIN",
     "Array",
@@ -117,6 +126,8 @@ __all__ = [
     "Memory",
     "RowSizes",
     "RowsCall",
+    "ShortConvCall",
+    "ShortConvSizes",
     "Size",
     "Sizes",
     "Unsupported",
@@ -124,6 +135,7 @@ __all__ = [
     "UpdateSizes",
     "WrittenArray",
     "check_backend",
+    "check_lengths",
     "check_memory",
     "dtype_name",
     "given_arrays",

@@ -2,7 +2,8 @@
 
 `causal_conv1d_fn` runs packed prefills, `causal_conv1d_update` decode steps; both keep the conv states
 of all sequences in a pool addressed by slot. `commit_windows` and `tree_parents_from_links` serve speculative
-decoding. `causal_conv1d` is the differentiable form, for training.
+decoding. `causal_conv1d` is the differentiable form, for training; `short_conv` the same as models call it, with a cache,
+documents, padding and any usual layout.
 The contract is in `oracle.contract`.
 """
 
@@ -25,6 +26,7 @@ from pallas_impl.api import (
     tree_parents_from_links,
 )
 from pallas_impl.functional import causal_conv1d
+from pallas_impl.short_conv import short_conv
 
 __all__ = [
     "ConvOutput",
@@ -35,5 +37,6 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "commit_windows",
+    "short_conv",
     "tree_parents_from_links",
 ]

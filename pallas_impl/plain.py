@@ -461,6 +461,124 @@ def write_columns(pool, slots, columns, values):
     return scatter(pool, (target, columns), values)
 
 
+# Rows of equal length: shifts instead of gathers.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dense(silu, x, weight, bias, initial_states, documents):
+    """The differentiable form for x [batch, seqlen, dim].
+
+    Args:
+      silu: whether SiLU follows.
+      x, weight, bias, initial_states: checked arguments of `causal_conv1d`.
+      documents: [batch, seqlen] int32, the number of each token's document from 0, ascending; or None: one a row.
+
+    Returns:
+      (out, final_states), the bits of every document alone; initial states belong to the first, final ones to the last.
+    """
+    history = weight.shape[1] - 1
+    dtype = x.dtype if initial_states is None else initial_states.dtype
+    short = x.dtype == dtype != jnp.float32
+    total = jnp.zeros((1, 1, 1), jnp.float32) if bias is None else bias.astype(jnp.float32)[None, None]
+    for j in range(history + 1):
+        value = _met(x, initial_states, documents, j, history)
+        parts = (value,) if short else split(value)
+        total = arithmetic.multiply_add(split(weight[None, None, :, j]), parts, total)
+    out = (arithmetic.activate(total) if silu else total).astype(x.dtype)
+    return out, last_entries(x, initial_states, documents, history)
+
+
+def _shift(array, by, fill=0):
+    """[batch, seqlen, ...] moved `by` tokens towards the end (below 0: the beginning)."""
+    edge = [(0, 0)] * (array.ndim - 2)
+    before, after = max(by, 0), max(-by, 0)
+    padded = jnp.pad(array, [(0, 0), (before, after), *edge], constant_values=fill)
+    return padded[:, : array.shape[1]] if by > 0 else padded[:, after:]
+
+
+def _met(x, initial_states, documents, tap, history):
+    """What a tap meets at each token, as float32: an entry of the initial states, a token, or zero."""
+    back = history - tap
+    value = _shift(x.astype(jnp.float32), back)
+    if not back:
+        return value
+    if documents is not None:
+        value = jnp.where((_shift(documents, back, -1) == documents)[..., None], value, 0.0)
+    if initial_states is not None:
+        seqlen = x.shape[1]
+        old = initial_states[:, tap:].astype(jnp.float32)
+        old = jnp.pad(old, [(0, 0), (0, seqlen), (0, 0)])[:, :seqlen]
+        first = jnp.arange(seqlen, dtype=jnp.int32)[None] < back
+        if documents is not None:
+            first = first & (documents == 0)
+        value = jnp.where(first[..., None], old, value)
+    return value
+
+
+def last_entries(x, cache, documents, columns):
+    """[batch, columns, dim]: the last entries of cache ++ x in the cache's dtype, zeros before the last document."""
+    batch, seqlen, dim = x.shape
+    if cache is None:
+        cache = jnp.zeros((batch, columns, dim), x.dtype)
+    tail = x[:, max(seqlen - columns, 0) :] if isinstance(seqlen, int) else x
+
+    def join(documents, cache, tail):
+        entries = jnp.concatenate([cache, tail], axis=1)
+        entries = entries[:, entries.shape[1] - columns :]
+        if documents is None or seqlen == 0:
+            return entries
+        of_entry = jnp.pad(documents, [(0, 0), (columns, 0)])[:, seqlen:]
+        return jnp.where((of_entry == documents[:, -1:])[..., None], entries, 0)
+
+    return moved(join, documents, cache, round_to(tail, cache.dtype))
+
+
+def _dense_forward(silu, *inputs):
+    return dense(silu, *inputs), inputs
+
+
+def _dense_backward(silu, inputs, upstream):
+    """The gradients of `dense`, summed in float32 and rounded once."""
+    x, weight, bias, initial_states, documents = inputs
+    dout, dfinal = upstream
+    seqlen, history = x.shape[1], weight.shape[1] - 1
+    taps = weight.astype(jnp.float32)
+    columns = [_met(x, initial_states, documents, j, history) for j in range(history + 1)]
+    g = dout.astype(jnp.float32)
+    if silu:
+        pre = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)[None, None]
+        for j, column in enumerate(columns):
+            pre = pre + taps[None, None, :, j] * column
+        g = g * silu_slope(pre)
+
+    kept = dfinal.astype(jnp.float32)  # of entries that lie in the last document
+    if documents is not None and seqlen:
+        of_entry = jnp.pad(documents, [(0, 0), (history, 0)])[:, seqlen:]
+        kept = jnp.where((of_entry == documents[:, -1:])[..., None], kept, 0.0)
+    late = jnp.pad(kept, [(0, 0), (seqlen, 0), (0, 0)])  # the gradient of each entry of initial ++ x
+    dx = late[:, history:]
+    for back in range(history + 1):
+        met = _shift(g, -back)
+        if back and documents is not None:
+            met = jnp.where((_shift(documents, -back, -1) == documents)[..., None], met, 0.0)
+        dx = dx + taps[None, None, :, history - back] * met
+
+    dweight = jnp.stack([(column * g).sum((0, 1)) for column in columns], axis=1).astype(weight.dtype)
+    dbias = None if bias is None else g.sum((0, 1)).astype(bias.dtype)
+    dinitial = None
+    if initial_states is not None:
+        first = g if documents is None else jnp.where((documents == 0)[..., None], g, 0.0)
+        first = jnp.pad(first, [(0, 0), (0, history), (0, 0)])[:, :history]
+        dinitial = late[:, :history]
+        for j in range(history, -1, -1):
+            dinitial = dinitial + taps[None, None, :, j] * _shift(first, j)[:, :history]
+        dinitial = dinitial.astype(initial_states.dtype)
+    return dx.astype(x.dtype), dweight, dbias, dinitial, None
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
 # Gradients of the differentiable form.
 
 

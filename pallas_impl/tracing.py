@@ -3,6 +3,9 @@
 import jax
 from jax import export
 from jax._src import config
+from jax._src.custom_batching import custom_vmap_p
+from jax._src.state import discharge
+from jax.extend.core import jaxpr_as_fun
 
 from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
 
@@ -72,3 +75,17 @@ def _explain_derivative(primals, tangents):
         "backend: this call of a kernel has no derivative; expected pallas_impl.causal_conv1d, the differentiable "
         "form, once differentiated, or backend='xla', or jax.lax.stop_gradient around every argument"
     )
+
+
+def mappable(operation, rule):
+    """`operation(*arrays)`, a kernel's call, that `jax.vmap` runs by `rule(size, batched, *arrays)`."""
+    mapped = jax.custom_batching.custom_vmap(operation)
+    mapped.def_vmap(rule)
+    return mapped
+
+
+@discharge.register_discharge_rule(custom_vmap_p)
+def _inline_custom_vmap(in_avals, out_avals, *args, call, **_):
+    """What JAX 0.10 to 0.12 leave out: a kernel, which writes to references, inside `custom_vmap`. No vmap follows here."""
+    results = jaxpr_as_fun(discharge.discharge_state(call))(*args)
+    return [None] * len(in_avals), results

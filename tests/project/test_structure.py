@@ -19,7 +19,7 @@ ONE_TWIN_ONLY = {
     "triton_impl/state_pool.py": "the former place of a public class, three lines",
 }
 # Files in which a reader of one twin finds, under the same names, what he knows from the other.
-SAME_PUBLIC_NAMES = ("__init__.py", "api.py", "functional.py")
+SAME_PUBLIC_NAMES = ("__init__.py", "api.py", "functional.py", "short_conv.py")
 LIMIT, KERNEL_LIMIT = 12, 30
 # The public operations and their records repeat the contract's signature: that is what they are for.
 SIGNATURES = {

@@ -18,6 +18,7 @@ SHARED_FILES = {
 OPERATIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 FUNCTIONAL = ("causal_conv1d",)  # the differentiable form
 SPECULATION = ("commit_windows", "tree_parents_from_links")
+DENSE = ("short_conv",)
 
 # What each package's files may import beside the standard library.
 MAY_IMPORT = {
@@ -145,13 +146,32 @@ def test_every_record_is_looked_at():
 def test_files_and_exports(twin):
     assert SHARED_FILES - {Path(file).name for file in files_of(twin)} == set()
     results = {"ConvOutput", "ConvWindowOutput", "Unsupported", "__version__"}
-    assert exports(read(f"{twin}/__init__.py")) == {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *results}
+    operations = {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *DENSE}
+    assert exports(read(f"{twin}/__init__.py")) == operations | results
+
+
+def test_short_conv_has_one_signature():
+    """Its record's, and in JAX the axes of a mesh."""
+    (record,) = (
+        n
+        for n in ast.parse(read("oracle/contract_short.py")).body
+        if getattr(n, "name", "") == "ShortConvCall"
+    )
+    fields = [node for node in record.body if isinstance(node, ast.AnnAssign)]
+    wanted = [
+        (field.target.id, "positional" if i < 3 else "keyword only", field.value and ast.unparse(field.value))
+        for i, field in enumerate(fields)
+    ]
+    assert signatures(read("triton_impl/short_conv.py"), DENSE)["short_conv"] == wanted
+    wanted.append(("axes", "keyword only", "None"))
+    assert signatures(read("pallas_impl/short_conv.py"), DENSE)["short_conv"] == wanted
 
 
 @pytest.mark.parametrize(
     ("twin", "file", "operations"),
     [(twin, file, operations) for twin in TWINS
-     for file, operations in (("api.py", OPERATIONS), ("functional.py", FUNCTIONAL), ("api.py", SPECULATION))],
+     for file, operations in (("api.py", OPERATIONS), ("functional.py", FUNCTIONAL), ("api.py", SPECULATION),
+                              ("short_conv.py", DENSE))],
 )  # fmt: skip
 def test_public_operations_have_docstrings(twin, file, operations):
     tree = ast.parse(read(f"{twin}/{file}"))
@@ -169,8 +189,14 @@ def test_import_arrows(file):
 
 
 STANDARD_LIBRARY = {
-    "oracle/contract.py": {"oracle.contract_checks", "oracle.contract_memory", "oracle.contract_values"},
+    "oracle/contract.py": {
+        "oracle.contract_checks",
+        "oracle.contract_memory",
+        "oracle.contract_short",
+        "oracle.contract_values",
+    },  # fmt: skip
     "oracle/contract_checks.py": set(),
+    "oracle/contract_short.py": {"oracle.contract_checks"},
     "oracle/contract_memory.py": set(),
     "oracle/contract_values.py": {"oracle.contract"},
     **{f"{twin}/config.py": set() for twin in TWINS},

@@ -1,0 +1,335 @@
+"""The convolution as models call it: dense rows with a cache, documents or padding, in any usual layout.
+
+Everything here is jax.numpy around one of two forms: `plain.dense`, or the kernels on packed rows (`_on_kernels`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from oracle.contract import ConvOutput, ShortConvCall, Unsupported, check_lengths
+from pallas_impl import api, backward, plain
+from pallas_impl.call import resolve
+from pallas_impl.tracing import mappable
+
+
+def short_conv(
+    x,
+    weight,
+    bias=None,
+    *,
+    cache=None,
+    segment_ids=None,
+    lengths=None,
+    weight_layout="dim_width",
+    cache_layout="time",
+    want_cache=True,
+    activation=None,
+    backend="auto",
+    axes=None,
+):
+    """Causal depthwise convolution of dense rows, for models: differentiable, and a cache that is given is read.
+
+    Gradients of first order in x, weight, bias and cache. Works under `jax.jit`, `jax.checkpoint`, `jax.lax.scan` and
+    `jax.vmap`, which joins the batch axis, on kernels too. Keyword arguments that are no arrays are static.
+
+    Args:
+      x: [batch, seqlen, dim], or [seqlen, dim] and then no array has the batch axis; float32, float16 or bfloat16.
+      weight: any of the three dtypes, in `weight_layout`; width 1 to 8.
+      bias: [dim], any of the three dtypes, or None.
+      cache: the last inputs before x, oldest first, any of the three dtypes, in `cache_layout`: width-1 or width of
+        them; None: zeros.
+      segment_ids: [batch, seqlen] integer, or None. A document is a run of equal ids: none sees another, and an id that
+        comes back is a new one. The cache belongs to the first document, the new cache to the last.
+      lengths: [batch] integer, or None: what is behind the first so many tokens is padding. Its outputs are zero, it has
+        no gradient, and the new cache ends before it. A NumPy array is checked, a JAX array clamped to [0, seqlen].
+      weight_layout: "dim_width" [dim, width], "width_dim" [width, dim], "torch" [dim, 1, width] or "flax" [width, 1, dim].
+      cache_layout: "time" [batch, columns, dim] or "channels" [batch, dim, columns].
+      want_cache: False: no new cache is made, which costs nothing.
+      activation: None, "silu" or "swish".
+      backend: as in `causal_conv1d`. "auto" runs documents in plain jax.numpy: a kernel asked for by name reserves a
+        row for each token, since their number is not known when it is compiled.
+      axes: (batch axis, channel axis) of the mesh in context (`jax.set_mesh`), or of the one that x lies on: a name, a
+        tuple of names, or None. The call then runs on every device's part of x, in `jax.shard_map`. None: where x's
+        type names its axes (explicit meshes) these, otherwise a kernel on more than one device is refused.
+
+    Returns:
+      ConvOutput(out, conv_states): `out` in x's shape and dtype; `conv_states` the new cache, as the given one, or
+      [batch, width-1, dim] (in `cache_layout`) in x's dtype; None without `want_cache`.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.ShortConvCall`; axes that the mesh lacks, or that do not divide x.
+      Unsupported: the backend asked for cannot run here; a kernel on a mesh without `axes`.
+    """
+    call = ShortConvCall(
+        x, weight, bias, cache, segment_ids, lengths, weight_layout, cache_layout, want_cache, activation, backend
+    )  # fmt: skip
+    sizes = call.check()
+    if isinstance(lengths, np.ndarray):
+        check_lengths(np.atleast_1d(lengths).tolist(), sizes.seqlen)
+    backend = resolve(backend, x)
+    if call.backend == "auto" and segment_ids is not None:
+        backend = "xla"
+    options = (activation, backend, weight_layout, cache_layout, want_cache)
+    arrays = dict(x=x, weight=weight, bias=bias, cache=cache, segment_ids=segment_ids, lengths=lengths)
+    mesh, axes = _mesh_axes(axes, x, backend)
+    if mesh is None:
+        return ConvOutput(*_run(options, arrays))
+    return ConvOutput(*_split(options, arrays, mesh, axes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(options, arrays):
+    if arrays["x"].ndim == 2:
+        shared = ("weight", "bias")
+        arrays = {
+            name: a if a is None or name in shared else jnp.asarray(a)[None] for name, a in arrays.items()
+        }
+        return jax.tree.map(lambda result: result[0], _batched(options, arrays))
+    return _batched(options, arrays)
+
+
+def _batched(options, arrays):
+    activation, backend, weight_layout, cache_layout, want_cache = options
+    x, bias, lengths = jnp.asarray(arrays["x"]), arrays["bias"], arrays["lengths"]
+    cache, seqlen = arrays["cache"], x.shape[1]
+    weight = _dim_width(jnp.asarray(arrays["weight"]), weight_layout)
+    history = weight.shape[1] - 1
+    if cache is not None and cache_layout == "channels":
+        cache = plain.moved(lambda _, cache: cache.swapaxes(1, 2), (), jnp.asarray(cache))
+    documents = None if arrays["segment_ids"] is None else _documents(jnp.asarray(arrays["segment_ids"]))
+    whole, valid = x, None
+    if lengths is not None:
+        lengths = jnp.minimum(plain.natural(jnp.asarray(lengths)), seqlen)
+        valid = (jnp.arange(seqlen, dtype=jnp.int32)[None] < lengths[:, None])[..., None]
+        whole = jnp.where(valid, x, jnp.zeros((), x.dtype))  # so that no gradient multiplies what lies there
+
+    window = None if cache is None else cache[:, cache.shape[1] - history :]
+    if backend == "xla" or not x.size:
+        out, _ = plain.dense(activation is not None, whole, weight, bias, window, documents)
+    else:
+        out = _kernels(activation, backend, whole, weight, bias, window, documents)
+    if valid is not None:
+        out = jnp.where(valid, out, jnp.zeros((), out.dtype))
+    if not want_cache:
+        return out, None
+
+    columns = history if cache is None else cache.shape[1]
+    if lengths is None:
+        new = plain.last_entries(x, cache, documents, columns)
+    else:
+        new = _entries_before(whole, cache, lengths, columns)
+    if cache_layout == "channels":
+        new = plain.moved(lambda _, new: new.swapaxes(1, 2), (), new)
+    return out, new
+
+
+def _dim_width(weight, layout):
+    if layout == "torch":
+        return weight[:, 0]
+    if layout == "flax":
+        weight = weight[:, 0]
+    return weight if layout == "dim_width" else weight.T
+
+
+def _documents(segment_ids):
+    """The number of each token's document, from 0: one more at each token whose id is not its predecessor's."""
+    begins = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(begins, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)])[:, : segment_ids.shape[1]]
+
+
+def _entries_before(x, cache, lengths, columns):
+    """The `columns` entries of cache ++ x that end with the last of each row's tokens."""
+    batch, seqlen, dim = x.shape
+    if cache is None:
+        cache = jnp.zeros((batch, columns, dim), x.dtype)
+    if not columns or not seqlen:
+        return cache
+    index = lengths[:, None] + jnp.arange(columns, dtype=jnp.int32)[None]
+    tokens = plain.round_to(plain.take_entries(x, index - columns), cache.dtype)
+    return plain.choose(index < columns, plain.take_entries(cache, index), tokens)
+
+
+# The kernels.
+
+
+def _kernels(activation, backend, x, weight, bias, window, documents):
+    """The outputs of packed rows: documents are rows without a state, a window changes a row's first tokens alone."""
+    options = activation, backend
+    if documents is None:
+        return _convolve(options, x, weight, bias, window, None)
+    out = _convolve(options, x, weight, bias, None, documents)
+    head = min(x.shape[1], weight.shape[1] - 1)
+    if window is None or not head:
+        return out
+    first = _convolve(options, x[:, :head], weight, bias, window, None)
+    first = jnp.where((documents[:, :head] == 0)[..., None], first, out[:, :head])
+    return jnp.concatenate([first, out[:, head:]], axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(options, *arrays):
+    """arrays: x [batch, seqlen, dim], weight, bias, and a window of each row or documents, or neither."""
+    return _mappable(_forward, options)(*arrays)
+
+
+def _keep_inputs(options, *arrays):
+    return _convolve(options, *arrays), arrays
+
+
+def _differentiate(options, arrays, dout):
+    gradients = _mappable(_backward, options)(*arrays, dout)
+    return *gradients, None
+
+
+_convolve.defvjp(_keep_inputs, _differentiate)
+
+
+def _rows(x, documents):
+    """(query_start_loc, schedule): of rows, or of documents; their number is data, so of as many as there are tokens."""
+    tokens = x.shape[0] * x.shape[1]
+    if documents is None:
+        return plain.equal_rows(x.shape[0], tokens), "auto"
+    begins = jnp.pad(documents[:, 1:] != documents[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+    place = jnp.arange(tokens, dtype=jnp.int32)
+    starts = jnp.sort(jnp.where(begins.reshape(-1), place, tokens))
+    return jnp.append(starts, jnp.int32(tokens)), "flat"
+
+
+def _forward(options, x, weight, bias, window, documents):
+    activation, backend = options
+    starts, schedule = _rows(x, documents)
+    has_state = None if window is None else jnp.ones(x.shape[:1], bool)
+    out, _ = api.causal_conv1d_fn(
+        x.reshape(-1, x.shape[2]), weight, bias, window, starts, None, has_state,
+        activation=activation, max_seqlen=x.shape[1], schedule=schedule, backend=backend,
+    )  # fmt: skip
+    return out.reshape(x.shape)
+
+
+def _backward(options, x, weight, bias, window, documents, dout):
+    activation, backend = options
+    starts, schedule = _rows(x, documents)
+    flat = (-1, x.shape[2])
+    inputs = x.reshape(flat), weight, bias, window, starts
+    given = activation, x.shape[1], schedule, backend
+    dx, dweight, dbias, dwindow, _ = backward.differentiate(given, inputs, (dout.reshape(flat), None))
+    return dx.reshape(x.shape), dweight, dbias, dwindow
+
+
+def _mappable(operation, options):
+    """`operation` under `jax.vmap`: a mapped axis joins the batch, or where each has weights of its own, is a loop."""
+
+    def rule(size, batched, *arrays):
+        flags = [bool(jax.tree.leaves(flag)) and all(jax.tree.leaves(flag)) for flag in batched]
+        if operation is _backward or flags[1] or flags[2]:  # sums over tokens are each one's own
+            return _loop(mapped, flags, arrays)
+
+        def join(name, array):
+            if array is None or name in (1, 2):
+                return array
+            array = array if flags[name] else jnp.broadcast_to(array[None], (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        out = mapped(*(join(i, array) for i, array in enumerate(arrays)))
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    mapped = mappable(functools.partial(operation, options), rule)
+    return mapped
+
+
+def _loop(run, flags, arrays):
+    """`run` once for each entry of the arrays' first axes, of those that are flagged."""
+
+    def one(entries):
+        given = iter(entries)
+        return run(*(next(given) if flag else array for flag, array in zip(flags, arrays, strict=True)))
+
+    results = jax.lax.map(one, tuple(array for flag, array in zip(flags, arrays, strict=True) if flag))
+    return results, jax.tree.map(lambda _: True, results)
+
+
+# Meshes.
+
+
+def _mesh_axes(axes, x, backend):
+    """(mesh, (batch axes, channel axes)) where the call is split over devices, else (None, None)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {} if mesh.empty else {
+        name: kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and mesh.shape[name] > 1
+    }  # fmt: skip
+    own = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if axes is not None:
+        if not isinstance(axes, tuple) or len(axes) != 2:
+            raise ValueError(f"axes: expected (batch axis, channel axis), each a name or None, got {axes!r}")
+        if mesh.empty and isinstance(own, NamedSharding):
+            mesh = own.mesh
+        if mesh.empty:
+            raise ValueError(f"axes: expected a mesh in context (jax.set_mesh), got none, and axes={axes!r}")
+        return mesh, axes
+    if backend == "xla":
+        return None, None
+    if free and all(kind == AxisType.Explicit for kind in free.values()):
+        batch, tokens, channels = (None, None, *jax.typeof(x).sharding.spec)[-3:]
+        if tokens is None and (x.ndim == 3 or batch is None):
+            return mesh, (batch, channels)
+    if free or (own is not None and len(own.device_set) > 1):
+        where = f"the mesh {dict(mesh.shape)}" if free else f"{len(own.device_set)} devices"
+        raise Unsupported(
+            f"axes: expected (batch axis, channel axis), since a compiler cannot split a kernel over {where}; got None"
+        )
+    return None, None
+
+
+def _split(options, arrays, mesh, axes):
+    """Runs the call on every device's part."""
+    batch, channels = axes
+    _, _, weight_layout, cache_layout, want_cache = options
+    if arrays["x"].ndim == 2 and batch is not None:
+        raise ValueError(
+            f"axes: expected no batch axis for x of shape {list(arrays['x'].shape)}, got {batch!r}"
+        )
+    rows = (batch,) if arrays["x"].ndim == 3 else ()
+    weight = {"dim_width": P(channels, None), "width_dim": P(None, channels), "torch": P(channels, None, None),
+              "flax": P(None, None, channels)}[weight_layout]  # fmt: skip
+    cache = P(*rows, None, channels) if cache_layout == "time" else P(*rows, channels, None)
+    specs = dict(x=P(*rows, None, channels), weight=weight, bias=P(channels), cache=cache,
+                 segment_ids=P(*rows, None), lengths=P(*rows))  # fmt: skip
+    given = {name: array for name, array in arrays.items() if array is not None}
+    _check_axes(axes, mesh, arrays["x"].shape)
+    if AxisType.Explicit in mesh.axis_types:  # there a mismatch is an error, elsewhere JAX moves the array
+        given = {name: jax.reshard(a, NamedSharding(mesh, specs[name])) for name, a in given.items()}
+
+    def run(parts):
+        out, new = _run(options, dict.fromkeys(arrays) | parts)
+        return (out, new) if want_cache else (out,)
+
+    out, *new = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=({name: specs[name] for name in given},),
+        out_specs=(specs["x"], cache) if want_cache else (specs["x"],),
+        check_vma=False,  # a kernel's results carry no type that says over which axes they vary
+    )(given)
+    return out, new[0] if new else None
+
+
+def _check_axes(axes, mesh, shape):
+    sizes, seen = dict(mesh.shape), []
+    for size, place, names in ((shape[0], 0, axes[0]), (shape[-1], len(shape) - 1, axes[1])):
+        parts = 1
+        for name in () if names is None else names if isinstance(names, tuple) else (names,):
+            if name not in sizes or name in seen:
+                raise ValueError(f"axes: expected distinct axes of the mesh {sizes}, got {axes!r}")
+            seen.append(name)
+            parts *= sizes[name]
+        if size % parts:
+            raise ValueError(
+                f"x: expected axis {place} to be a multiple of {parts}, the devices that axes={axes!r} split it over, "
+                f"got shape {list(shape)}"
+            )

@@ -1,0 +1,192 @@
+"""The convolution as models call it: dense rows with a cache, documents or padding, in any usual layout.
+
+Everything here is plain torch around one of two operations: `causal_conv1d`, which reads a cache, and `_Stateless`, in
+which rows and documents begin with zeros and no state is made.
+"""
+
+import torch
+
+from oracle.contract import ConvOutput, ShortConvCall, check_lengths
+from triton_impl import tracing
+from triton_impl.api import causal_conv1d_fn
+from triton_impl.functional import causal_conv1d
+
+
+def short_conv(
+    x,
+    weight,
+    bias=None,
+    *,
+    cache=None,
+    segment_ids=None,
+    lengths=None,
+    weight_layout="dim_width",
+    cache_layout="time",
+    want_cache=True,
+    activation=None,
+    backend="auto",
+):
+    """Causal depthwise convolution of dense rows, for models: differentiable, and a cache that is given is read.
+
+    It mutates nothing. Gradients of first order in x, weight, bias and cache. Nothing synchronises but a check of
+    lengths on a CPU.
+
+    Args:
+      x: [batch, seqlen, dim], or [seqlen, dim] and then no tensor has the batch axis; any strides; float32, float16 or
+        bfloat16.
+      weight: any of the three dtypes, in `weight_layout`; width 1 to 8.
+      bias: [dim], any of the three dtypes, or None.
+      cache: the last inputs before x, oldest first, any of the three dtypes, in `cache_layout`: width-1 or width of
+        them; None: zeros.
+      segment_ids: [batch, seqlen] integer, or None. A document is a run of equal ids: none sees another, and an id that
+        comes back is a new one. The cache belongs to the first document, the new cache to the last.
+      lengths: [batch] integer, or None: what is behind the first so many tokens is padding. Its outputs are zero, it has
+        no gradient, and the new cache ends before it. Checked on a CPU, on another device clamped to [0, seqlen].
+      weight_layout: "dim_width" [dim, width], "width_dim" [width, dim], "torch" [dim, 1, width] or "flax" [width, 1, dim].
+      cache_layout: "time" [batch, columns, dim] or "channels" [batch, dim, columns].
+      want_cache: False: no new cache is made, which costs nothing.
+      activation: None, "silu" or "swish".
+      backend: as in `causal_conv1d`. A document costs what a row costs; since their number is not known on the host, the
+        kernels' grid has room for a row for each token.
+
+    Returns:
+      ConvOutput(out, conv_states): `out` in x's shape and dtype; `conv_states` the new cache, as the given one, or
+      [batch, width-1, dim] (in `cache_layout`) in x's dtype; None without `want_cache`.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract.ShortConvCall`; tensors on different devices.
+      Unsupported: the backend asked for cannot run on these tensors; a gradient of a gradient.
+    """
+    call = ShortConvCall(
+        x, weight, bias, cache, segment_ids, lengths, weight_layout, cache_layout, want_cache, activation, backend
+    )  # fmt: skip
+    sizes = call.check()
+    for name in ("segment_ids", "lengths", "cache"):
+        tensor = getattr(call, name)
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, as x is, got one on {tensor.device}")
+    if lengths is not None and lengths.device.type == "cpu" and not _is_traced(lengths):
+        check_lengths(lengths.reshape(-1).tolist(), sizes.seqlen)
+    if sizes.batch is None:
+        x, cache, segment_ids, lengths = (
+            a if a is None else a.unsqueeze(0) for a in (x, cache, segment_ids, lengths)
+        )
+    weight = _dim_width(weight, weight_layout)
+    history = weight.shape[1] - 1
+    if cache is not None and cache_layout == "channels":
+        cache = cache.transpose(1, 2)
+    documents = None if segment_ids is None else _documents(segment_ids)
+    whole = x
+    if lengths is not None:
+        lengths = lengths.clamp(0, sizes.seqlen).long()
+        padding = (torch.arange(sizes.seqlen, device=x.device) >= lengths[:, None])[..., None]
+        whole = x.masked_fill(padding, 0)  # so that no gradient multiplies what lies there
+
+    window = None if cache is None else cache[:, cache.shape[1] - history :]
+    out = _outputs(whole, weight, bias, window, documents, dict(activation=activation, backend=backend))
+    if lengths is not None:
+        out = out.masked_fill(padding, 0)
+    new = None
+    if want_cache:
+        columns = history if cache is None else cache.shape[1]
+        new = _last_entries(whole, cache, documents, lengths, columns)
+        new = new.transpose(1, 2).contiguous() if cache_layout == "channels" else new
+    if sizes.batch is None:
+        out, new = out.squeeze(0), None if new is None else new.squeeze(0)
+    return ConvOutput(out, new)
+
+
+def _is_traced(tensor):
+    return torch.compiler.is_compiling() or tracing.is_seen((tensor,))
+
+
+def _dim_width(weight, layout):
+    if layout == "torch":
+        return weight.squeeze(1)
+    if layout == "flax":
+        weight = weight.squeeze(1)
+    return weight if layout == "dim_width" else weight.t()
+
+
+def _documents(segment_ids):
+    """The number of each token's document, from 0: one more at each token whose id is not its predecessor's."""
+    begins = torch.zeros(segment_ids.shape, dtype=torch.int64, device=segment_ids.device)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return begins.cumsum(1)
+
+
+def _outputs(x, weight, bias, window, documents, options):
+    """Documents are rows without a state, a window changes a row's first tokens alone."""
+    if documents is None and window is not None:
+        return causal_conv1d(x, weight, bias, window, **options).out
+    out = _stateless(x, weight, bias, documents, options)
+    head = min(x.shape[1], weight.shape[1] - 1)
+    if window is None or not head:
+        return out
+    first = causal_conv1d(x[:, :head], weight, bias, window, **options).out
+    first = torch.where((documents[:, :head] == 0)[..., None], first, out[:, :head])
+    return torch.cat([first, out[:, head:]], dim=1)
+
+
+def _stateless(x, weight, bias, documents, options):
+    batch, seqlen, dim = x.shape
+    place = torch.arange(batch * seqlen + 1, dtype=torch.int32, device=x.device)
+    if documents is None:
+        starts, schedule = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen, "auto"
+    else:
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = torch.where(begins.reshape(-1), place[:-1], batch * seqlen).sort().values
+        starts, schedule = torch.cat([starts, place[-1:]]), "flat"
+    packed = x.reshape(batch * seqlen, dim)
+    if torch.compiler.is_dynamo_compiling():  # which takes the operator alone; its states are of no use here
+        options = options | dict(max_seqlen=seqlen, schedule=schedule)
+        return causal_conv1d(packed, weight, bias, None, starts, **options).out.view(x.shape)
+    more = options["activation"], seqlen, schedule, options["backend"]
+    return _Stateless.apply(packed, weight, bias, starts, *more).view(x.shape)
+
+
+class _Stateless(torch.autograd.Function):
+    """The differentiable form without states: none is read, made or returned."""
+
+    @staticmethod
+    def forward(x, weight, bias, starts, activation, max_seqlen, schedule, backend):
+        return causal_conv1d_fn(
+            x, weight, bias, None, starts,
+            activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
+        ).out  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, bias, starts = ctx.saved_tensors
+        dx, dweight, dbias, _ = torch.ops.twinconv.causal_conv1d_backward.default(
+            dout, None, x, weight, bias, None, starts, *ctx.options, any(ctx.needs_input_grad[1:3]), False
+        )
+        gradients = (dx, dweight, None if bias is None else dbias)
+        needed = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 5
+
+
+def _last_entries(x, cache, documents, lengths, columns):
+    """[batch, columns, dim]: the last entries of cache ++ x, before padding, and zeros before the last document."""
+    batch, seqlen, dim = x.shape
+    if cache is None:
+        cache = x.new_zeros(batch, columns, dim)
+    if lengths is None:
+        entries = torch.cat([cache, x[:, max(seqlen - columns, 0) :].to(cache.dtype)], dim=1)
+        entries = entries[:, entries.shape[1] - columns :].contiguous()
+        if documents is None or not seqlen:
+            return entries
+        of_entry = torch.nn.functional.pad(documents, (columns, 0))[:, seqlen:]
+        return entries.masked_fill((of_entry != documents[:, -1:])[..., None], 0)
+    if not columns or not seqlen:
+        return cache.clone()
+    index = lengths[:, None] + torch.arange(columns, device=x.device)
+    row = torch.arange(batch, device=x.device)[:, None]
+    tokens = x[row, (index - columns).clamp(min=0)].to(cache.dtype)
+    return torch.where((index < columns)[..., None], cache[row, index.clamp(max=columns - 1)], tokens)
