@@ -194,7 +194,7 @@ STANDARD_LIBRARY = {
         "oracle.contract_memory",
         "oracle.contract_short",
         "oracle.contract_values",
-    },  # fmt: skip
+    },
     "oracle/contract_checks.py": set(),
     "oracle/contract_short.py": {"oracle.contract_checks"},
     "oracle/contract_memory.py": set(),
