@@ -66,7 +66,7 @@ def causal_conv1d(
 def _run(options, batch, x, weight, bias, initial_states, query_start_loc):
     """As a program, also outside jit: then no constant of it is copied to the device in every call."""
     if query_start_loc is None and options[-1] == "xla":
-        return plain.dense(options[0] is not None, x, weight, bias, initial_states, None)
+        return plain.dense(options[0] is not None, *vary_alike(x, weight, bias, initial_states), None)
     rows = x.reshape(-1, x.shape[-1])
     if query_start_loc is None:
         query_start_loc = plain.equal_rows(batch, rows.shape[0])

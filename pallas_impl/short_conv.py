@@ -4,34 +4,38 @@ Everything here is jax.numpy around one of two forms: `plain.dense`, or the kern
 """
 
 import functools
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from oracle.contract import ConvOutput, ShortConvCall, Unsupported, check_lengths
 from pallas_impl import api, backward, plain
 from pallas_impl.call import resolve
-from pallas_impl.tracing import mappable
+from pallas_impl.tracing import mappable, vary_alike
+
+AxisNames: TypeAlias = str | tuple[str, ...] | None
 
 
 def short_conv(
-    x,
-    weight,
-    bias=None,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
-    cache=None,
-    segment_ids=None,
-    lengths=None,
-    weight_layout="dim_width",
-    cache_layout="time",
-    want_cache=True,
-    activation=None,
-    backend="auto",
-    axes=None,
-):
+    cache: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weight_layout: str = "dim_width",
+    cache_layout: str = "time",
+    want_cache: bool = True,
+    activation: str | None = None,
+    backend: str = "auto",
+    axes: tuple[AxisNames, AxisNames] | None = None,
+) -> ConvOutput:
     """Causal depthwise convolution of dense rows, for models: differentiable, and a cache that is given is read.
 
     Gradients of first order in x, weight, bias and cache. Works under `jax.jit`, `jax.checkpoint`, `jax.lax.scan` and
@@ -101,6 +105,7 @@ def _batched(options, arrays):
     history = weight.shape[1] - 1
     if cache is not None and cache_layout == "channels":
         cache = plain.moved(lambda _, cache: cache.swapaxes(1, 2), (), jnp.asarray(cache))
+    x, weight, bias, cache = vary_alike(x, weight, bias, cache)
     documents = None if arrays["segment_ids"] is None else _documents(jnp.asarray(arrays["segment_ids"]))
     whole, valid = x, None
     if lengths is not None:

@@ -5,6 +5,7 @@ which rows and documents begin with zeros and no state is made.
 """
 
 import torch
+from torch import Tensor
 
 from oracle.contract import ConvOutput, ShortConvCall, check_lengths
 from triton_impl import tracing
@@ -13,19 +14,19 @@ from triton_impl.functional import causal_conv1d
 
 
 def short_conv(
-    x,
-    weight,
-    bias=None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    cache=None,
-    segment_ids=None,
-    lengths=None,
-    weight_layout="dim_width",
-    cache_layout="time",
-    want_cache=True,
-    activation=None,
-    backend="auto",
-):
+    cache: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weight_layout: str = "dim_width",
+    cache_layout: str = "time",
+    want_cache: bool = True,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> ConvOutput:
     """Causal depthwise convolution of dense rows, for models: differentiable, and a cache that is given is read.
 
     It mutates nothing. Gradients of first order in x, weight, bias and cache. Nothing synchronises but a check of

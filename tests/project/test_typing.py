@@ -28,7 +28,7 @@ import twinconv
 import triton_impl
 from oracle.contract import Unsupported
 from triton_impl import ConvOutput, causal_conv1d, causal_conv1d_fn, causal_conv1d_update
-from triton_impl import commit_windows, context_parallel, tree_parents_from_links
+from triton_impl import commit_windows, context_parallel, short_conv, tree_parents_from_links
 from triton_impl.compat import PEERS, install, uninstall, validated
 from triton_impl.modules import CausalConv1d, ConvStatePool, PoolExhausted, dense_rows
 
@@ -43,6 +43,7 @@ def serve(x: torch.Tensor, weight: torch.Tensor, pool: torch.Tensor, slots: torc
     mine, _ = context_parallel.causal_conv1d_fn(x, weight, None, pool, slots, group=None)
     dense = dense_rows(x, weight, None)
     trained = causal_conv1d(x, weight, max_seqlen=17).out
+    trained, cache = short_conv(x, weight, cache=None, lengths=slots, want_cache=False)
     return dense
 
 
@@ -76,7 +77,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_impl import ConvOutput, causal_conv1d, causal_conv1d_fn, causal_conv1d_update
-from pallas_impl import commit_windows, context_parallel, sharding, tree_parents_from_links
+from pallas_impl import commit_windows, context_parallel, sharding, short_conv, tree_parents_from_links
 from pallas_impl.modules import equinox as eqx
 from pallas_impl.modules import load_weight
 from pallas_impl.modules import nnx as flax_layers
@@ -90,6 +91,7 @@ def serve(x: jax.Array, weight: jax.Array, pool: jax.Array, slots: jax.Array) ->
     parents = tree_parents_from_links(slots, slots)
     mine = context_parallel.causal_conv1d(x, weight, None, slots, axis_name="tokens")
     trained = causal_conv1d(x, weight, max_seqlen=17).out
+    trained, cache = short_conv(x, weight, segment_ids=slots, axes=("data", None))
     return pool
 
 
