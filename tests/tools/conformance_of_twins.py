@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "reports"
 KNOWN_FAILURES = {"pallas-exact": ROOT / "pallas_impl" / "known_failures_interpreter.toml"}
 SPECIFICATIONS = {
-    "triton": ("tests.conformance_of_twins:triton", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
+    "triton": ("tests.tools.conformance_of_twins:triton", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
     "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {"TRITON_INTERPRET": "0"}),
     "pallas": ("pallas_impl.adapter:adapter", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),
     "pallas-exact": ("pallas_impl.adapter:adapter", "jax", ("core",), {}),
