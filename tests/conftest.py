@@ -136,9 +136,32 @@ def patch_once():
     interpreter._patch_lang = once
 
 
+def boolean_masks():
+    """Makes Triton's interpreter, where it is loaded, refuse masks that hold no booleans, as that of Triton 3.9 does.
+
+    Such a mask is a comparison of scalars that was spread over lanes: `triton_impl.records.holds` is for them.
+    """
+    builder = getattr(sys.modules.get("triton.runtime.interpreter"), "InterpreterBuilder", None)
+    if builder is None or hasattr(builder, "boolean_masks"):
+        return
+
+    def checked(method, place):
+        def access(self, *args):
+            if args[place].data.dtype != bool:
+                raise ValueError(f"expected a mask of booleans, got one of {args[place].data.dtype}")
+            return method(self, *args)
+
+        return access
+
+    builder.create_masked_load = checked(builder.create_masked_load, 1)
+    builder.create_masked_store = checked(builder.create_masked_store, 2)
+    builder.boolean_masks = True
+
+
 @pytest.fixture(autouse=True)
 def quick_interpreter():
     patch_once()
+    boolean_masks()
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,7 @@ from triton_impl.records import (
     at,
     behind,
     constants,
+    holds,
     strides_record,
     tokens_of,
 )
@@ -222,7 +223,7 @@ def _load_final(late, column, exist, like, o: tl.constexpr):
     """What comes in through column `column` of the final state; zeros for a column that it does not have."""
     value = tl.zeros_like(like)
     if late is not None:
-        value = widen(tl.load(late, mask=exist & (column >= 0) & (column < o.width - 1), other=0.0))
+        value = widen(tl.load(late, mask=exist & holds(column >= 0) & holds(column < o.width - 1), other=0.0))
     return value
 
 
@@ -242,10 +243,12 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
     in_row = first > 0
     source = at(arrays.x, first - (o.width - 1), channels)
     for j in tl.static_range(o.width - 1):
-        past = widen(tl.load(source, mask=exist & in_row & (first + (j - o.width + 1) < length), other=0.0))
+        past = widen(
+            tl.load(source, mask=exist & holds(in_row) & holds(first + (j - o.width + 1) < length), other=0.0)
+        )
         source += arrays.x.t  # carried along, which needs fewer registers than a product a token
         if arrays.initial is not None:
-            kept = tl.load(at(arrays.initial, first + j, channels), mask=exist & (first == 0), other=0.0)
+            kept = tl.load(at(arrays.initial, first + j, channels), mask=exist & holds(first == 0), other=0.0)
             past = tl.where(in_row, past, widen(kept))
         window = window + (past,)
         gs = gs + (tl.zeros_like(weights.start),)
@@ -256,9 +259,9 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
         late = at(arrays.dfinal, first - length, channels)
     for i in tl.static_range(o.width - 1):
         here = first + i < length
-        entry = tl.load(source, mask=exist & here, other=0.0)
+        entry = tl.load(source, mask=exist & holds(here), other=0.0)
         source += arrays.x.t
-        upstream = tl.load(incoming, mask=exist & here, other=0.0)
+        upstream = tl.load(incoming, mask=exist & holds(here), other=0.0)
         incoming += arrays.dout.t
         window = window + (widen(entry),)
         g = _gradient(window, weights, widen(upstream), here, o)
@@ -268,7 +271,7 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
             kept = round_to(
                 convolve(gs, weights.flipped, begin, o.width), arrays.dinitial.ptr.dtype.element_ty
             )
-            tl.store(at(arrays.dinitial, i, channels), kept, mask=exist & (first == 0))
+            tl.store(at(arrays.dinitial, i, channels), kept, mask=exist & holds(first == 0))
         if late is not None:
             late += arrays.dfinal.t
         if adds:
@@ -292,7 +295,7 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
     for t in tl.range(first, last, o.group):
         loaded = ()
         for i in tl.static_range(o.group):
-            wanted = channels.exist & (t + (o.width - 1 + i) < length)
+            wanted = channels.exist & holds(t + (o.width - 1 + i) < length)
             entry = tl.load(source, mask=wanted, other=0.0)
             source += arrays.x.t
             upstream = tl.load(incoming, mask=wanted, other=0.0)
@@ -308,7 +311,7 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
             if late is not None:
                 late += arrays.dfinal.t
             value = round_to(convolve(gs, weights.flipped, begin, o.width), target.dtype.element_ty)
-            tl.store(target, value, mask=channels.exist & (t + i < last))
+            tl.store(target, value, mask=channels.exist & holds(t + i < last))
             target += arrays.dx.t
             if o.sums:
                 sums = _add_products(sums, window, g, new < last, o)

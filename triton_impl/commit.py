@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, strides_of
-from triton_impl.records import Channels, Items, constants, slot_of, strides_record, windows_of
+from triton_impl.records import Channels, Items, constants, holds, slot_of, strides_record, windows_of
 from triton_impl.rows import counted
 from triton_impl.slots import find_slot, store_window
 
@@ -37,7 +37,7 @@ def _commit_kernel(
     )
     slot, live = find_slot(slots, row, row < batch, num_slots, pad_slot_id)
     buffer, known = find_slot(indices, row, row < batch, buffers, pad_buffer)
-    moves = Channels(ch, (ch < dim) & live & known & (step >= 0) & (step < steps))
+    moves = Channels(ch, (ch < dim) & holds(live) & holds(known) & holds(step >= 0) & holds(step < steps))
     windows = windows_of(window_out, buffer, strides.window_out)
     source = windows.ptr + step * windows.t + ch * windows.d
     entries = ()

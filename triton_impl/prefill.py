@@ -34,7 +34,18 @@ from triton_impl.arithmetic import (
 )
 from triton_impl.config import MAX_GRID_YZ
 from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
-from triton_impl.records import Items, Row, Rows, Slot, at, constants, slot_of, strides_record, tokens_of
+from triton_impl.records import (
+    Items,
+    Row,
+    Rows,
+    Slot,
+    at,
+    constants,
+    holds,
+    slot_of,
+    strides_record,
+    tokens_of,
+)
 from triton_impl.rows import channel_block_and_place, find_row, row_facts, zero_tail
 from triton_impl.slots import (
     column,
@@ -94,15 +105,15 @@ def _entry(x, row, position, channels, dtype: tl.constexpr, o: tl.constexpr):
             # one load from either place, so that nothing waits to choose (AMD's buffer loads know no chosen pointer)
             source = tl.where(in_row, x.ptr + position * x.t, column_start(past, i, o))
             step = tl.where(in_row, x.d, past.d)
-            wanted = channels.exist & (in_row | row.has_state)
+            wanted = channels.exist & holds(in_row | row.has_state)
             value = tl.load(source + channels.index * step, mask=wanted, other=0.0)
         else:
-            new = tl.load(at(x, position, channels), mask=channels.exist & in_row, other=0.0)
-            wanted = channels.exist & row.has_state & (position < row.start)
+            new = tl.load(at(x, position, channels), mask=channels.exist & holds(in_row), other=0.0)
+            wanted = channels.exist & holds(row.has_state) & holds(position < row.start)
             old = tl.load(column(past, i, channels, o), mask=wanted, other=0.0)
             value = tl.where(in_row, recast(new, dtype), recast(old, dtype))
     else:
-        value = tl.load(at(x, position, channels), mask=channels.exist & in_row, other=0.0)
+        value = tl.load(at(x, position, channels), mask=channels.exist & holds(in_row), other=0.0)
     return recast(value, dtype)
 
 
@@ -114,12 +125,12 @@ def _group(source, added, target, steps, window, weights, exist, left, o: tl.con
     """
     rows = ()
     for i in tl.static_range(o.group):  # all are asked for before the first is used
-        rows = rows + (tl.load(source, mask=exist & (i < left), other=0.0),)
+        rows = rows + (tl.load(source, mask=exist & holds(i < left), other=0.0),)
         source += steps[0]  # carried along, which needs fewer registers than a product a row
     residuals = ()
     if added is not None:
         for i in tl.static_range(o.group):
-            residuals = residuals + (tl.load(added, mask=exist & (i < left), other=0.0),)
+            residuals = residuals + (tl.load(added, mask=exist & holds(i < left), other=0.0),)
             added += steps[1]
     taps, start = load_taps(weights, o)
     for i in tl.static_range(o.group):
@@ -127,7 +138,7 @@ def _group(source, added, target, steps, window, weights, exist, left, o: tl.con
         value = activate(convolve(e, taps, start, o.width), o)
         if added is not None:
             value = add_residual(value, widen(residuals[i]), o)
-        tl.store(target, round_to(value, target.dtype.element_ty), mask=exist & (i < left))
+        tl.store(target, round_to(value, target.dtype.element_ty), mask=exist & holds(i < left))
         target += steps[2]
         window = e[1:]
     return window
@@ -207,7 +218,7 @@ def _tile_block(x, residual, out, row, first, last, channels, weights, o: tl.con
         if row.past is not None:
             for c in tl.static_range(o.width - 1):
                 place = column(row.past, c, channels, o)
-                entry = widen(tl.load(place, mask=exist & row.has_state, other=0.0))[None, :]
+                entry = widen(tl.load(place, mask=exist & holds(row.has_state), other=0.0))[None, :]
                 filled = ()
                 for k in tl.static_range(o.width - 1 + run):
                     filled = filled + (tl.where(t + (k - c) == row.start, entry, held[k]),)
@@ -254,7 +265,7 @@ def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
         entry = tl.zeros_like(new)
         if row.past is not None:
             place = column(row.past, j, channels, o)
-            entry = tl.load(place, mask=channels.exist & row.has_state, other=0.0)
+            entry = tl.load(place, mask=channels.exist & holds(row.has_state), other=0.0)
         entries = entries + (entry,)
     entries = entries + (new,)
     if residual is not None:

@@ -128,6 +128,16 @@ def behind(array, t):
 
 
 @triton.jit
+def holds(condition):
+    """A condition on a scalar, for a mask of lanes.
+
+    Triton 3.9's interpreter takes no mask but of booleans, and spreads over lanes what a comparison of integers gave as
+    integers. Compiled, it is the condition itself.
+    """
+    return True & condition
+
+
+@triton.jit
 def at(array, t, channels):
     """Pointers to token t's channels."""
     return array.ptr + t * array.t + channels.index * array.d

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from triton_impl.arithmetic import recast
-from triton_impl.records import Channels, Tokens, at
+from triton_impl.records import Channels, Tokens, at, holds
 from triton_impl.rows import counted
 
 
@@ -72,8 +72,8 @@ def load_window(x, old, begin, channels, has_state, count: tl.constexpr, o: tl.c
     for c in tl.static_range(count):
         i = begin + c
         in_row = i >= o.width - 1
-        new = tl.load(at(x, i - (o.width - 1), channels), mask=channels.exist & in_row, other=0.0)
-        wanted = channels.exist & has_state & (i < o.width - 1)
+        new = tl.load(at(x, i - (o.width - 1), channels), mask=channels.exist & holds(in_row), other=0.0)
+        wanted = channels.exist & holds(has_state) & holds(i < o.width - 1)
         kept = tl.load(column(old, i, channels, o), mask=wanted, other=0.0)
         entries = entries + (tl.where(in_row, recast(new, old.ptr.dtype.element_ty), kept),)
     return entries
@@ -118,17 +118,19 @@ def leave_state(x, length, old, new, channels, has_state, moves, o: tl.constexpr
             entries = ()
             for j in tl.static_range(4):
                 i = length + c + j
-                inside = channels.exist & (c + j < state_len)
-                arrived = tl.load(at(x, i - state_len, channels), mask=inside & (i >= state_len), other=0.0)
+                inside = channels.exist & holds(c + j < state_len)
+                arrived = tl.load(
+                    at(x, i - state_len, channels), mask=inside & holds(i >= state_len), other=0.0
+                )
                 place = (turn + c + j) % state_len if o.layout == "ring" else i
-                wanted = inside & has_state & (i < state_len)
+                wanted = inside & holds(has_state) & holds(i < state_len)
                 kept = tl.load(old.ptr + place * old.l + channels.index * old.d, mask=wanted, other=0.0)
                 arrived = recast(arrived, old.ptr.dtype.element_ty)
                 entries = entries + (tl.where(i >= state_len, arrived, kept),)
             tl.debug_barrier()  # what later turns of the loop read lies behind what this one writes
             for j in tl.static_range(4):
                 place = (turn + c + j) % state_len if o.layout == "ring" else c + j
-                inside = channels.exist & (c + j < state_len)
+                inside = channels.exist & holds(c + j < state_len)
                 tl.store(new.ptr + place * new.l + channels.index * new.d, entries[j], mask=inside)
 
 

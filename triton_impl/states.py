@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from triton_impl.launch import Launch, known_pad, strides_of
-from triton_impl.records import Channels, Items, Rows, behind, constants, slot_of, strides_record, tokens_of
+from triton_impl.records import (
+    Channels,
+    Items,
+    Rows,
+    behind,
+    constants,
+    holds,
+    slot_of,
+    strides_record,
+    tokens_of,
+)
 from triton_impl.rows import counted, find_row, row_facts
 from triton_impl.slots import find_slot, first_column, is_slot, leave_state, load_window, store_window
 
@@ -106,7 +116,7 @@ def _states_kernel(
                 target, stores = find_slot(indices, passed + m, in_rows, num_slots, pad_slot_id)
                 new = slot_of(conv_states, target, strides.conv_states, 0, 0)
                 _keep_window(
-                    arrived, ahead + m * o.block, old, new, Channels(ch, exist & stores), has_state, o
+                    arrived, ahead + m * o.block, old, new, Channels(ch, exist & holds(stores)), has_state, o
                 )
         if block == 0:
             if track_indices is not None:
@@ -118,7 +128,7 @@ def _states_kernel(
                 indices = Items(track_indices, strides.track_indices)
                 target, stores = find_slot(indices, row, in_rows, num_slots, pad_slot_id)
                 new = slot_of(conv_states, target, strides.conv_states, 0, 0)
-                _keep_window(arrived, kept, old, new, Channels(ch, exist & stores), has_state, o)
+                _keep_window(arrived, kept, old, new, Channels(ch, exist & holds(stores)), has_state, o)
             write = slot
             stores = live
             if write_indices is not None:
@@ -128,7 +138,7 @@ def _states_kernel(
             # a row of no tokens that keeps its slot and its state has nothing to do
             changes = stores & (moves | (length > 0) | (has_state == 0))
             new = slot_of(conv_states, write, strides.conv_states, first, state_len)
-            leave_state(arrived, length, old, new, Channels(ch, exist & changes), has_state, moves, o)
+            leave_state(arrived, length, old, new, Channels(ch, exist & holds(changes)), has_state, moves, o)
 
 
 def prepare(call, sizes, config):

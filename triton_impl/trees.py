@@ -23,7 +23,17 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, strides_of
-from triton_impl.records import Items, Tokens, at, constants, slot_of, strides_record, tokens_of, windows_of
+from triton_impl.records import (
+    Items,
+    Tokens,
+    at,
+    constants,
+    holds,
+    slot_of,
+    strides_record,
+    tokens_of,
+    windows_of,
+)
 from triton_impl.rows import counted
 from triton_impl.slots import column, find_slot, first_column, part_of_out, split_blocks
 
@@ -114,10 +124,14 @@ def _tree_kernel(
     for k in tl.static_range(o.nodes * o.width):
         source = sources[k]
         inside = (source >= 0) & (source < seqlen)
-        arrived = arrived + (tl.load(at(x, source, channels), mask=channels.exist & inside, other=0.0),)
+        arrived = arrived + (
+            tl.load(at(x, source, channels), mask=channels.exist & holds(inside), other=0.0),
+        )
         if k % o.width > 0:
             place = column(old, o.width - 1 + source, channels, o)
-            stored = stored + (tl.load(place, mask=channels.exist & live & (source < 0), other=0.0),)
+            stored = stored + (
+                tl.load(place, mask=channels.exist & holds(live) & holds(source < 0), other=0.0),
+            )
         else:
             stored = stored + (tl.zeros([o.block_d], conv_states.dtype.element_ty),)
 
@@ -129,7 +143,7 @@ def _tree_kernel(
         windows = windows_of(window_out, buffer, strides.window_out)
     for i in tl.static_range(o.nodes):
         t = node + i
-        inside = channels.exist & (t < seqlen)
+        inside = channels.exist & holds(t < seqlen)
         window = ()
         for j in tl.static_range(o.width):  # oldest first
             entry = _entry(sources, arrived, stored, (i + 1) * o.width - 1 - j, tl.float32)
@@ -144,7 +158,7 @@ def _tree_kernel(
                 dtype = window_out.dtype.element_ty
                 kept = _entry(sources, arrived, stored, (i + 1) * o.width - 2 - j, dtype)
                 place = windows.ptr + t * windows.t + j * windows.l + channels.index * windows.d
-                tl.store(place, kept, mask=inside & keeps)
+                tl.store(place, kept, mask=inside & holds(keeps))
 
 
 def prepare(call, sizes, config):

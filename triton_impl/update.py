@@ -20,7 +20,7 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
-from triton_impl.records import Channels, Items, at, constants, slot_of, strides_record, tokens_of
+from triton_impl.records import Channels, Items, at, constants, holds, slot_of, strides_record, tokens_of
 from triton_impl.rows import channel_block_and_place
 from triton_impl.slots import column, find_slot, store_window
 
@@ -78,14 +78,14 @@ def _update_kernel(
     taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
     tokens = ()
     for r in tl.static_range(o.rows):
-        inside = channels.exist & (first_row + r < batch)
+        inside = channels.exist & holds(first_row + r < batch)
         tokens = tokens + (tl.load(at(x, first_row + r, channels), mask=inside, other=0.0),)
     windows = ()
     for r in tl.static_range(o.rows):
         old = slot_of(conv_states, slots[r], strides.conv_states, 0, 0)
         window = ()
         for j in tl.static_range(o.width - 1):
-            entry = tl.load(column(old, j, channels, o), mask=channels.exist & live[r], other=0.0)
+            entry = tl.load(column(old, j, channels, o), mask=channels.exist & holds(live[r]), other=0.0)
             window = window + (entry,)
         windows = windows + (window,)
 
@@ -93,7 +93,7 @@ def _update_kernel(
     for r in tl.static_range(o.rows):
         value = activate(convolve(windows[r] + (tokens[r],), taps, start, o.width), o)
         value = round_to(tl.where(live[r], value, 0.0), out.ptr.dtype.element_ty)
-        tl.store(at(out, first_row + r, channels), value, mask=channels.exist & (first_row + r < batch))
+        tl.store(at(out, first_row + r, channels), value, mask=channels.exist & holds(first_row + r < batch))
 
     # state
     if o.width > 1:
@@ -101,7 +101,7 @@ def _update_kernel(
         for r in tl.static_range(o.rows):
             entries = windows[r][1:] + (recast(tokens[r], conv_states.dtype.element_ty),)
             new = slot_of(conv_states, slots[r], strides.conv_states, 0, 0)
-            store_window(new, entries, Channels(ch, channels.exist & live[r]), o.width - 1)
+            store_window(new, entries, Channels(ch, channels.exist & holds(live[r])), o.width - 1)
 
 
 def prepare(call, sizes, config):

@@ -30,6 +30,7 @@ from triton_impl.records import (
     at,
     behind,
     constants,
+    holds,
     slot_of,
     strides_record,
     tokens_of,
@@ -85,7 +86,7 @@ def _store_windows(entries, arrived, windows, t, wanted, channels, o: tl.constex
         entries = entries + (recast(arrived[i], windows.ptr.dtype.element_ty),)
         target = windows.ptr + (t + i) * windows.t + channels.index * windows.d
         for j in tl.static_range(o.width - 1):
-            tl.store(target + j * windows.l, entries[j + 1], mask=channels.exist & (t + i < wanted))
+            tl.store(target + j * windows.l, entries[j + 1], mask=channels.exist & holds(t + i < wanted))
         entries = entries[1:]
     return entries
 
@@ -145,19 +146,21 @@ def _verify_kernel(
     first = first_column(seqlens, counts, row, in_rows, state_len, o)
     arrived = ()
     for i in tl.static_range(o.group):
-        arrived = arrived + (tl.load(at(x, i, channels), mask=channels.exist & (i < length), other=0.0),)
+        arrived = arrived + (tl.load(at(x, i, channels), mask=channels.exist & holds(i < length), other=0.0),)
     taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
     old = slot_of(conv_states, slot, strides.conv_states, first, state_len)
     stored = ()
     for j in tl.static_range(o.width - 1):
-        stored = stored + (tl.load(column(old, j, channels, o), mask=channels.exist & live, other=0.0),)
+        stored = stored + (
+            tl.load(column(old, j, channels, o), mask=channels.exist & holds(live), other=0.0),
+        )
 
     # state
     moved = live & (length > 0)
     if track_indices is not None:
         indices = Items(track_indices, strides.track_indices)
         tracked, tracks = find_slot(indices, row, in_rows, num_slots, pad_slot_id)
-        some = Channels(channels.index, channels.exist & moved & tracks)
+        some = Channels(channels.index, channels.exist & holds(moved) & holds(tracks))
         final = load_window(x, old, length, some, live, o.width - 1, o)
         tl.debug_barrier()
         store_window(slot_of(conv_states, tracked, strides.conv_states, 0, 0), final, some, o.width - 1)
@@ -169,7 +172,7 @@ def _verify_kernel(
             write, stores = find_slot(indices, row, in_rows, num_slots, pad_slot_id)
             stores = stores & moved
         tl.debug_barrier()  # the window is read before anything is written
-        some = Channels(channels.index, channels.exist & stores)
+        some = Channels(channels.index, channels.exist & holds(stores))
         new = slot_of(conv_states, write, strides.conv_states, first, state_len)
         leave_state(x, length, old, new, some, live, write != slot, o)
 
@@ -178,7 +181,7 @@ def _verify_kernel(
     if window_out is not None:
         indices = Items(window_indices, strides.window_indices)
         buffer, known = find_slot(indices, row, in_rows, buffers, pad_buffer)
-        keeps = Channels(channels.index, channels.exist & live & known)
+        keeps = Channels(channels.index, channels.exist & holds(live) & holds(known))
         windows = windows_of(window_out, buffer, strides.window_out)
         for j in tl.static_range(o.width - 1):
             kept = kept + (recast(stored[j], window_out.dtype.element_ty),)
@@ -189,13 +192,13 @@ def _verify_kernel(
         residuals = ()
         if added is not None:
             for i in tl.static_range(o.group):
-                inside = channels.exist & (t + i < length)
+                inside = channels.exist & holds(t + i < length)
                 residuals = residuals + (tl.load(at(added, t + i, channels), mask=inside, other=0.0),)
         following = arrived
         if not o.once:
             following = ()
             for i in tl.static_range(o.group):
-                inside = channels.exist & (t + o.group + i < length)
+                inside = channels.exist & holds(t + o.group + i < length)
                 following = following + (tl.load(at(x, t + o.group + i, channels), mask=inside, other=0.0),)
         if window_out is not None:  # they wait for no arithmetic: under way while the outputs are computed
             kept = _store_windows(kept, arrived, windows, t, tl.minimum(length, steps), keeps, o)
@@ -205,7 +208,7 @@ def _verify_kernel(
             if added is not None:
                 value = add_residual(value, widen(residuals[i]), o)
             value = round_to(tl.where(live, value, 0.0), out.ptr.dtype.element_ty)
-            tl.store(at(out, t + i, channels), value, mask=channels.exist & (t + i < length))
+            tl.store(at(out, t + i, channels), value, mask=channels.exist & holds(t + i < length))
             window = window[1:]
         arrived = following
 
