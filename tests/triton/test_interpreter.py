@@ -1,0 +1,30 @@
+"""What Triton's interpreters of several versions ask of kernels, asked for under each of them (tests/conftest.py)."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from triton_impl.records import holds
+
+
+@triton.jit
+def _copy_kernel(x, out, count, bare: tl.constexpr):
+    lane = tl.arange(0, 4)
+    if bare:
+        mask = (lane < 3) & (count > 1)
+    else:
+        mask = (lane < 3) & holds(count > 1)
+    tl.store(out + lane, tl.load(x + lane, mask=mask, other=0.0), mask=lane < 4)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [0, 0, 0, 0]), (2, [1, 2, 3, 0])])
+def test_a_condition_on_a_scalar_masks_lanes(count, expected):
+    x, out = torch.tensor([1.0, 2, 3, 4]), torch.empty(4)
+    _copy_kernel[(1,)](x, out, count, False)
+    assert out.tolist() == expected
+
+
+def test_a_mask_of_integers_is_refused_under_every_version():
+    with pytest.raises(Exception, match="mask"):
+        _copy_kernel[(1,)](torch.ones(4), torch.empty(4), 2, True)
