@@ -90,9 +90,8 @@ def find_row(rows, block, block_t: tl.constexpr, search: tl.constexpr):
 def zero_tail(out, first, last, step, channels):
     """Zeros for tokens first, first + step, ... before `last`: of padding rows, and behind the last row."""
     zero = tl.zeros(channels.index.shape, out.ptr.dtype.element_ty)
-    target = at(
-        out, first, channels
-    )  # carried along: Triton 3.7 and later know no alignment that rests on a loop's index
+    # carried along: Triton 3.7.1 and later store element by element where the address is made from this loop's index
+    target = at(out, first, channels)
     for _ in range(first, last, step):
         tl.store(target, zero, mask=channels.exist)
         target += step * out.t

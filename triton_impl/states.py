@@ -112,12 +112,14 @@ def _states_kernel(
             limit = tl.where(block == 0, tl.maximum(near, 1), block + 1)
             targets = snapshot_indices + row * strides.snapshot_indices[0]
             indices = Items(targets, strides.snapshot_indices[1])
-            for m in range(begin, tl.minimum(limit, count)):
+            m = begin  # carried along, as in `rows.zero_tail`
+            for _ in range(begin, tl.minimum(limit, count)):
                 target, stores = find_slot(indices, passed + m, in_rows, num_slots, pad_slot_id)
                 new = slot_of(conv_states, target, strides.conv_states, 0, 0)
                 _keep_window(
                     arrived, ahead + m * o.block, old, new, Channels(ch, exist & holds(stores)), has_state, o
                 )
+                m += 1
         if block == 0:
             if track_indices is not None:
                 kept = length
