@@ -31,6 +31,7 @@ from triton_impl import ConvOutput, causal_conv1d, causal_conv1d_fn, causal_conv
 from triton_impl import commit_windows, context_parallel, short_conv, tree_parents_from_links
 from triton_impl.compat import PEERS, install, uninstall, validated
 from triton_impl.modules import CausalConv1d, ConvStatePool, PoolExhausted, dense_rows
+from triton_impl.short_conv import short_conv
 
 
 def serve(x: torch.Tensor, weight: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -81,6 +82,7 @@ from pallas_impl import commit_windows, context_parallel, sharding, short_conv, 
 from pallas_impl.modules import equinox as eqx
 from pallas_impl.modules import load_weight
 from pallas_impl.modules import nnx as flax_layers
+from pallas_impl.short_conv import short_conv
 
 
 def serve(x: jax.Array, weight: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
