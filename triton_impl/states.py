@@ -35,12 +35,13 @@ NO_SNAPSHOTS = 1 << 62  # a block no row fills
 
 
 class Options(NamedTuple):
-    """What the kernel is compiled for; block: tokens between snapshots; search: as of a `PrefillConfig`."""
+    """What the kernel is compiled for; block: tokens between snapshots, span: the same within int32; search: as of a `PrefillConfig`."""
 
     width: Any
     layout: Any
     apply_empty: Any
     block: Any
+    span: Any
     search: Any
     block_d: Any
 
@@ -81,7 +82,7 @@ def _states_kernel(
         row = program
         start, end, slot, flag = row_facts(rows, row)
     else:
-        row, start, end, slot, flag = find_row(rows, program, o.block, o.search)
+        row, start, end, slot, flag = find_row(rows, program, o.span, o.search)
     row, start, slot = row.to(tl.int64), start.to(tl.int64), slot.to(tl.int64)
     length = tl.maximum(end - start, 0)
     in_rows = row < batch
@@ -99,7 +100,7 @@ def _states_kernel(
 
         block = program * 0
         if snapshot_indices is not None:
-            block = program - start // o.block - row
+            block = program - start // o.span - row
             # boundary m of this call lies `ahead` + m * block tokens inside it and is boundary `passed` + m of the row
             consumed = _count(Items(num_computed_tokens, strides.num_computed_tokens), row, in_rows)
             passed = consumed // o.block
@@ -164,6 +165,7 @@ def prepare(call, sizes, config):
         layout=call.state_layout,
         apply_empty=call.empty_rows == "apply",
         block=block,
+        span=min(block, 2**31 - 1),  # no batch has more tokens
         search=32 if sizes.batch < 32 else 128,
         block_d=config.block_d,
     )
