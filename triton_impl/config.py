@@ -51,6 +51,15 @@ def walks(stride_t: int, stride_d: int) -> bool:
     return stride_d == 1 or stride_t != 1
 
 
+def crosses(shape: tuple, strides: tuple, x_strides: tuple) -> bool:
+    """Whether a gradient is channel-first where x is channel-last, or the reverse: a copy then takes less than reading it."""
+    stride_t, stride_d = strides[-2:]
+    # expanded, so little to read; or of one token or channel, so neither of both
+    if 0 in strides or 1 in shape[-2:]:
+        return False
+    return walks(*x_strides[-2:]) != (stride_d <= stride_t)
+
+
 def prefill_config(
     tokens: int,
     dim: int,

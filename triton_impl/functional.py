@@ -22,7 +22,7 @@ from triton_impl.call import (
     run_real,
     unit_stride,
 )
-from triton_impl.config import walks
+from triton_impl.config import crosses
 
 _ARGUMENTS = ", ".join(tracing.arguments(RowsCall, RowsCall._fields))
 tracing.library.define(f"causal_conv1d_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
@@ -183,20 +183,11 @@ def _backward(
     )
 
 
-def _crosses(dout, x):
-    """Whether dout is channel-first where x is channel-last, or the reverse: a copy then takes less than reading it."""
-    stride_t, stride_d = dout.stride()[-2:]
-    # expanded, so little to read; or of one token or channel, so neither of both
-    if 0 in dout.stride() or 1 in dout.shape[-2:]:
-        return False
-    return walks(*x.stride()[-2:]) != (stride_d <= stride_t)
-
-
 def _launch(
     dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial
 ):
     """Runs the kernels on x as it lies in memory, and on dout unless that lies across it."""
-    if _crosses(dout, x):
+    if crosses(dout.shape, dout.stride(), x.stride()):
         dout = torch.empty_like(x, dtype=dout.dtype).copy_(dout)
     sizes = _sizes(x, weight, starts if x.dim() == 2 else None)
     tokens, dim, batch, width = sizes.tokens, sizes.dim, sizes.batch, sizes.width
@@ -233,6 +224,9 @@ def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
     else:
         out = torch.empty_like(x.reshape(sizes.tokens, sizes.dim)).view(x.shape)
     return out, _fresh_states(x, initial_states, sizes)
+
+
+run_backward = _backward  # as a plain function, past the operator
 
 
 def _backward_fake(
