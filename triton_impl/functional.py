@@ -156,9 +156,20 @@ def _owned(result):
 
 
 def _backward(
-    dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend,
-    need_sums, need_initial,
-):  # fmt: skip
+    dout,
+    dfinal_states,
+    x,
+    weight,
+    bias,
+    initial_states,
+    query_start_loc,
+    activation,
+    max_seqlen,
+    schedule,
+    backend,
+    need_sums,
+    need_initial,
+):
     sizes = _sizes(x, weight, query_start_loc)
     if dout is None:
         dout = x.new_zeros(()).expand(x.shape)
@@ -166,15 +177,31 @@ def _backward(
     if resolve(backend, x.device) == "eager":
         packed = sizes.tokens, sizes.dim
         dx, dweight, dbias, dinitial = plain.backward(
-            dout.reshape(packed), dfinal_states, x.reshape(packed), weight, bias, initial_states, starts,
+            dout.reshape(packed),
+            dfinal_states,
+            x.reshape(packed),
+            weight,
+            bias,
+            initial_states,
+            starts,
             silu=activation is not None,
-        )  # fmt: skip
+        )
         dx = torch.empty_like(x).copy_(dx.view(x.shape))
     else:
         dx, dweight, dbias, dinitial = _launch(
-            dout, dfinal_states, x, weight, bias, initial_states, starts,
-            activation is not None, longest, schedule, need_sums, need_initial,
-        )  # fmt: skip
+            dout,
+            dfinal_states,
+            x,
+            weight,
+            bias,
+            initial_states,
+            starts,
+            activation is not None,
+            longest,
+            schedule,
+            need_sums,
+            need_initial,
+        )
     return (
         dx,
         dweight if need_sums else x.new_empty(0),
@@ -230,9 +257,20 @@ run_backward = _backward  # as a plain function, past the operator
 
 
 def _backward_fake(
-    dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend,
-    need_sums, need_initial,
-):  # fmt: skip
+    dout,
+    dfinal_states,
+    x,
+    weight,
+    bias,
+    initial_states,
+    query_start_loc,
+    activation,
+    max_seqlen,
+    schedule,
+    backend,
+    need_sums,
+    need_initial,
+):
     return (
         torch.empty_like(x),
         weight.new_empty(weight.shape) if need_sums else x.new_empty(0),

@@ -145,8 +145,12 @@ def _bits(*names):
 
 _BACKENDS = ("CPU", "CUDA", "Meta", "XPU", "MPS", "HPU", "XLA", "MTIA", "IPU", "PrivateUse1")
 _PLAIN = _bits(
-    "ADInplaceOrView", "BackendSelect", *_BACKENDS, *(f"Autograd{b}" for b in _BACKENDS), *(f"Autocast{b}" for b in _BACKENDS)
-)  # fmt: skip
+    "ADInplaceOrView",
+    "BackendSelect",
+    *_BACKENDS,
+    *(f"Autograd{b}" for b in _BACKENDS),
+    *(f"Autocast{b}" for b in _BACKENDS),
+)
 
 
 def is_seen(tensors):
@@ -255,10 +259,20 @@ def define_operators(direct, fake):
       direct, fake: functions of a record and all arguments in its order.
     """
     pooled = {
-        "conv_states", "cache_indices", "has_initial_state", "pad_slot_id", "state_layout", "cache_seqlens",
-        "write_indices", "empty_rows", "snapshot_indices", "snapshot_block_size", "num_computed_tokens", "track_indices",
+        "conv_states",
+        "cache_indices",
+        "has_initial_state",
+        "pad_slot_id",
+        "state_layout",
+        "cache_seqlens",
+        "write_indices",
+        "empty_rows",
+        "snapshot_indices",
+        "snapshot_block_size",
+        "num_computed_tokens",
+        "track_indices",
         "track_lengths",
-    }  # fmt: skip
+    }
     windows = {"window_out", "window_indices"}
     variants = {
         "causal_conv1d_fn_stateless": (FnCall, [f for f in FnCall._fields if f not in pooled]),
@@ -272,8 +286,11 @@ def define_operators(direct, fake):
     for name, (record, fields) in variants.items():
         fields = tuple(field for field in fields if field != "validate")
         define(
-            record, name, fields, lambda args, record=record: direct(record, args),
+            record,
+            name,
+            fields,
+            lambda args, record=record: direct(record, args),
             lambda args, record=record: fake(record, args),
-        )  # fmt: skip
+        )
         if record is not CommitCall:
             count_flops(name)

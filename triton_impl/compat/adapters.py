@@ -117,24 +117,56 @@ def sglang(device=None):
     """SGLang's Triton pair."""
 
     def fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=None, pad_slot_id=-1, max_seqlen=None,
-    ):  # fmt: skip
+        x,
+        weight,
+        bias,
+        conv_states,
+        query_start_loc,
+        cache_indices,
+        has_initial_state,
+        activation=None,
+        pad_slot_id=-1,
+        max_seqlen=None,
+    ):
         lengths = None if max_seqlen is None else [max_seqlen]
         return sg.causal_conv1d_fn_triton(
-            _channel_first(x), weight, bias, _channel_first(conv_states), query_start_loc, lengths, cache_indices,
-            has_initial_state, activation, pad_slot_id,
-        ).t()  # fmt: skip
+            _channel_first(x),
+            weight,
+            bias,
+            _channel_first(conv_states),
+            query_start_loc,
+            lengths,
+            cache_indices,
+            has_initial_state,
+            activation,
+            pad_slot_id,
+        ).t()
 
     def update(
-        x, weight, bias, conv_states, cache_indices, num_accepted_tokens=None, activation=None, pad_slot_id=-1,
-        window_out=None, window_indices=None,
-    ):  # fmt: skip
+        x,
+        weight,
+        bias,
+        conv_states,
+        cache_indices,
+        num_accepted_tokens=None,
+        activation=None,
+        pad_slot_id=-1,
+        window_out=None,
+        window_indices=None,
+    ):
         out = sg.causal_conv1d_update_triton(
-            _step(x), _channel_first(conv_states), weight, bias, activation, None, cache_indices,
-            num_accepted_tokens, _channel_first(window_out), window_indices,
+            _step(x),
+            _channel_first(conv_states),
+            weight,
+            bias,
+            activation,
+            None,
+            cache_indices,
+            num_accepted_tokens,
+            _channel_first(window_out),
+            window_indices,
             pad_slot_id=pad_slot_id,
-        )  # fmt: skip
+        )
         return _step(out)
 
     return PeerAdapter("sglang", fn, update, _NO_CHOICE | _NO_PACKED, device, ("window_out",))
@@ -144,14 +176,30 @@ def sglang_dispatcher(device=None):
     """SGLang's dispatcher pair, which overwrites x: it is given a copy."""
 
     def fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=None, pad_slot_id=-1, max_seqlen=None,
-    ):  # fmt: skip
+        x,
+        weight,
+        bias,
+        conv_states,
+        query_start_loc,
+        cache_indices,
+        has_initial_state,
+        activation=None,
+        pad_slot_id=-1,
+        max_seqlen=None,
+    ):
         lengths = {} if max_seqlen is None else {"seq_lens_cpu": [max_seqlen]}
         return sg.causal_conv1d_fn(
-            _channel_first(x.clone()), weight, bias, query_start_loc, cache_indices, has_initial_state,
-            _channel_first(conv_states), activation, pad_slot_id, **lengths,
-        ).t()  # fmt: skip
+            _channel_first(x.clone()),
+            weight,
+            bias,
+            query_start_loc,
+            cache_indices,
+            has_initial_state,
+            _channel_first(conv_states),
+            activation,
+            pad_slot_id,
+            **lengths,
+        ).t()
 
     def update(x, weight, bias, conv_states, cache_indices, activation=None, pad_slot_id=-1):
         mine = _step(x.clone())
@@ -173,26 +221,58 @@ def vllm(device=None):
     """vLLM's pair, with the padding slot as its null block."""
 
     def fn(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation=None, pad_slot_id=-1,
-    ):  # fmt: skip
+        x,
+        weight,
+        bias,
+        conv_states,
+        query_start_loc,
+        cache_indices,
+        has_initial_state,
+        activation=None,
+        pad_slot_id=-1,
+    ):
         return vl.causal_conv1d_fn(
-            _channel_first(x), weight, bias, _channel_first(conv_states), query_start_loc, cache_indices,
-            has_initial_state, activation, null_block_id=pad_slot_id,
-        ).t()  # fmt: skip
+            _channel_first(x),
+            weight,
+            bias,
+            _channel_first(conv_states),
+            query_start_loc,
+            cache_indices,
+            has_initial_state,
+            activation,
+            null_block_id=pad_slot_id,
+        ).t()
 
     def update(
-        x, weight, bias, conv_states, cache_indices, query_start_loc=None, num_accepted_tokens=None,
-        max_seqlen=None, activation=None, pad_slot_id=-1,
-    ):  # fmt: skip
+        x,
+        weight,
+        bias,
+        conv_states,
+        cache_indices,
+        query_start_loc=None,
+        num_accepted_tokens=None,
+        max_seqlen=None,
+        activation=None,
+        pad_slot_id=-1,
+    ):
         if cache_indices is not None and cache_indices.dim() != 1:
             # Two axes are a block table to vLLM, and what the contract refuses could not be told from one.
             raise ValueError(f"cache_indices: expected shape [batch], got {list(cache_indices.shape)}")
         x = _step(x)
         out = vl.causal_conv1d_update(
-            x, _channel_first(conv_states), weight, bias, activation, cache_indices, num_accepted_tokens,
-            query_start_loc, -1 if max_seqlen is None else max_seqlen, pad_slot_id, False, torch.empty_like(x),
-        )  # fmt: skip
+            x,
+            _channel_first(conv_states),
+            weight,
+            bias,
+            activation,
+            cache_indices,
+            num_accepted_tokens,
+            query_start_loc,
+            -1 if max_seqlen is None else max_seqlen,
+            pad_slot_id,
+            False,
+            torch.empty_like(x),
+        )
         return _step(out)
 
     unsupported = {"max_seqlen:*": "the prefill takes no host lengths"}
@@ -214,9 +294,15 @@ def causal_conv1d(device=None):
                 state = conv_states[slot, : weight.shape[1] - 1].t()[None]
             goes_on = has_initial_state is not None and bool(has_initial_state[row])
             result = dao.causal_conv1d_fn(
-                x[start:end].t()[None], weight, bias, None, state if goes_on else None, state is not None, state,
+                x[start:end].t()[None],
+                weight,
+                bias,
+                None,
+                state if goes_on else None,
+                state is not None,
+                state,
                 activation,
-            )  # fmt: skip
+            )
             out[start:end] = (result if state is None else result[0])[0].t()
         return out
 

@@ -225,7 +225,7 @@ def _prefill(x, weight, bias, window, output_final_state, cu_seqlens, bound, row
         return dense_rows(x, weight, bias, states, None, has_state, activation=activation), states
     y = packed_fn(
         x[0], weight, bias, states, cu_seqlens, None, has_state, activation=activation, max_seqlen=bound
-    ).out  # fmt: skip
+    ).out
     return y[None], states
 
 

@@ -129,9 +129,14 @@ class CausalConv1d(nn.Module):
         """
         if isinstance(x, torch.fx.Proxy):
             given = dict(
-                query_start_loc=query_start_loc, conv_states=conv_states, cache_indices=cache_indices,
-                has_initial_state=has_initial_state, pad_slot_id=pad_slot_id, max_seqlen=max_seqlen, decode=decode,
-            )  # fmt: skip
+                query_start_loc=query_start_loc,
+                conv_states=conv_states,
+                cache_indices=cache_indices,
+                has_initial_state=has_initial_state,
+                pad_slot_id=pad_slot_id,
+                max_seqlen=max_seqlen,
+                decode=decode,
+            )
             return self._as_leaf(x, given, serving)
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -142,9 +147,16 @@ class CausalConv1d(nn.Module):
                     f"has_initial_state: expected None with decode, got {type(has_initial_state).__name__}"
                 )
             return causal_conv1d_update(
-                x, self.weight, self.bias, conv_states, cache_indices, query_start_loc=query_start_loc,
-                max_seqlen=max_seqlen, **options, **serving,
-            ).out  # fmt: skip
+                x,
+                self.weight,
+                self.bias,
+                conv_states,
+                cache_indices,
+                query_start_loc=query_start_loc,
+                max_seqlen=max_seqlen,
+                **options,
+                **serving,
+            ).out
         if query_start_loc is None and x.dim() != 3:
             raise ValueError(
                 f"x: expected shape [batch, seqlen, dim] without query_start_loc, got {list(x.shape)}"
@@ -154,16 +166,30 @@ class CausalConv1d(nn.Module):
         if conv_states is None and cache_indices is None and has_initial_state is None and not serving:
             if asks_for_gradient(x, self.weight, self.bias):
                 return causal_conv1d(
-                    x, self.weight, self.bias, None, query_start_loc, activation=self.activation, max_seqlen=max_seqlen
-                ).out  # fmt: skip
+                    x,
+                    self.weight,
+                    self.bias,
+                    None,
+                    query_start_loc,
+                    activation=self.activation,
+                    max_seqlen=max_seqlen,
+                ).out
         if query_start_loc is None:
             return dense_rows(
                 x, self.weight, self.bias, conv_states, cache_indices, has_initial_state, **options
             )
         return causal_conv1d_fn(
-            x, self.weight, self.bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-            max_seqlen=max_seqlen, **options, **serving,
-        ).out  # fmt: skip
+            x,
+            self.weight,
+            self.bias,
+            conv_states,
+            query_start_loc,
+            cache_indices,
+            has_initial_state,
+            max_seqlen=max_seqlen,
+            **options,
+            **serving,
+        ).out
 
     def prefill(
         self,
@@ -193,9 +219,15 @@ class CausalConv1d(nn.Module):
           out, with x's shape.
         """
         return self(
-            x, query_start_loc, pool.layer(layer), _indices(pool, slots), has_initial_state,
-            pad_slot_id=pool.pad_slot_id, max_seqlen=max_seqlen, **serving,
-        )  # fmt: skip
+            x,
+            query_start_loc,
+            pool.layer(layer),
+            _indices(pool, slots),
+            has_initial_state,
+            pad_slot_id=pool.pad_slot_id,
+            max_seqlen=max_seqlen,
+            **serving,
+        )
 
     def step(
         self,
@@ -212,9 +244,14 @@ class CausalConv1d(nn.Module):
         """
         query_start_loc = serving.pop("query_start_loc", None)
         return self(
-            x, query_start_loc, pool.layer(layer), _indices(pool, slots), pad_slot_id=pool.pad_slot_id, decode=True,
+            x,
+            query_start_loc,
+            pool.layer(layer),
+            _indices(pool, slots),
+            pad_slot_id=pool.pad_slot_id,
+            decode=True,
             **serving,
-        )  # fmt: skip
+        )
 
     def _as_leaf(self, x, options, serving):
         """In torch.fx.symbolic_trace of a model: a call of this layer."""

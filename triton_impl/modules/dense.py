@@ -28,7 +28,16 @@ def dense_rows(
     batch, seqlen, dim = x.shape
     starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen
     out = causal_conv1d_fn(
-        x.reshape(batch * seqlen, dim), weight, bias, conv_states, starts, cache_indices, has_initial_state,
-        activation=activation, pad_slot_id=pad_slot_id, max_seqlen=seqlen, validate=bool(validate),
-    ).out  # fmt: skip
+        x.reshape(batch * seqlen, dim),
+        weight,
+        bias,
+        conv_states,
+        starts,
+        cache_indices,
+        has_initial_state,
+        activation=activation,
+        pad_slot_id=pad_slot_id,
+        max_seqlen=seqlen,
+        validate=bool(validate),
+    ).out
     return out.view(batch, seqlen, dim)
