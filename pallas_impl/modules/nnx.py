@@ -1,5 +1,6 @@
 """The convolution as a Flax NNX module."""
 
+import inspect
 from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_impl.modules.layer import (
     host_integer,
     load_weight,
 )
+from pallas_impl.short_conv import AxisNames, short_conv
 
 
 class CausalConv1d(nnx.Module):
@@ -131,3 +133,153 @@ class CausalConv1d(nnx.Module):
             self.weight[...], None if self.bias is None else self.bias[...], x, query_start_loc, conv_states,
             cache_indices, has_initial_state, activation=self.activation, decode=decode, backend=self.backend, options=options,
         )  # fmt: skip
+
+
+KERNEL_INIT, BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()  # nnx.Conv's
+
+
+class ShortConv(nnx.Module):
+    """`pallas_impl.short_conv` with the parameters of a depthwise nnx.Conv, so that checkpoints and sharding rules stay.
+
+    Attributes:
+      kernel: nnx.Param [width, 1, dim], with whatever metadata `kernel_init` gives it (`nnx.with_partitioning`).
+      bias: nnx.Param [dim], or None.
+      dtype: x and the parameters are cast to it first, as nnx.Conv does; None: to what they promote to.
+    """
+
+    def __init__(
+        self,
+        dim: SupportsIndex,
+        width: SupportsIndex,
+        *,
+        use_bias: bool = True,
+        activation: str | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: Any = KERNEL_INIT,
+        bias_init: Any = BIAS_INIT,
+        backend: str = "auto",
+        axes: tuple[AxisNames, AxisNames] | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Draws the parameters as nnx.Conv does."""
+        dim, width = check_layer(dim, width, activation)
+        self.activation, self.dtype, self.backend, self.axes = activation, dtype, backend, axes
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (width, 1, dim), param_dtype))
+        self.bias = nnx.Param(bias_init(rngs.params(), (dim,), param_dtype)) if use_bias else None
+
+    @classmethod
+    def of(
+        cls,
+        conv: nnx.Conv,
+        *,
+        activation: str | None = None,
+        backend: str = "auto",
+        axes: tuple[AxisNames, AxisNames] | None = None,
+    ) -> "ShortConv":
+        """The layer with a causal depthwise nnx.Conv's own parameters, the very variables."""
+        width, _, dim = conv.kernel.shape
+        options = dict(
+            use_bias=conv.bias is not None,
+            activation=activation,
+            dtype=conv.dtype,
+            backend=backend,
+            axes=axes,
+        )
+        layer = cls(dim, width, rngs=nnx.Rngs(0), **options)
+        layer.kernel = conv.kernel
+        if conv.bias is not None:
+            layer.bias = conv.bias
+        return layer
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        cache: ArrayLike | None = None,
+        *,
+        want_cache: bool | None = None,
+        cache_layout: str = "time",
+        segment_ids: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> Any:
+        """`out`, or (out, new cache) where a cache is given or wanted; arguments as in `pallas_impl.short_conv`."""
+        want_cache = cache is not None if want_cache is None else want_cache
+        result = _convolve(
+            self, x, cache=cache, want_cache=want_cache, cache_layout=cache_layout, segment_ids=segment_ids,
+            lengths=lengths, activation=self.activation, backend=self.backend, axes=self.axes,
+        )  # fmt: skip
+        return tuple(result) if want_cache else result.out
+
+
+def _convolve(conv, x, **options):
+    """`short_conv` with a layer's kernel and bias, all in its dtype, or in what they promote to."""
+    kernel, bias = conv.kernel[...], None if conv.bias is None else conv.bias[...]
+    given = [a for a in (jnp.asarray(x), kernel, bias) if a is not None]
+    dtype = jnp.result_type(*given) if conv.dtype is None else conv.dtype
+    x, kernel, bias = (a if a is None else jnp.asarray(a, dtype) for a in (x, kernel, bias))
+    return short_conv(x, kernel, bias, weight_layout="flax", **options)
+
+
+class CachedConv(nnx.Module):
+    """A layer around a depthwise nnx.Conv called `conv`, as mamba2-jax and bonsai have it, with a [batch, dim, width-1] cache."""
+
+    def __init__(
+        self, conv: nnx.Conv, *, backend: str = "auto", axes: tuple[AxisNames, AxisNames] | None = None
+    ) -> None:
+        self.conv, self.backend, self.axes = conv, backend, axes
+
+    def __call__(self, x: ArrayLike, conv_state: ArrayLike | None = None) -> tuple[Array, Array]:
+        """(out, new state)."""
+        options = dict(backend=self.backend, axes=self.axes)
+        return tuple(_convolve(self.conv, x, cache=conv_state, cache_layout="channels", **options))
+
+
+def swap(
+    model: nnx.Module, *, backend: str = "auto", axes: tuple[AxisNames, AxisNames] | None = None
+) -> dict[str, str]:
+    """Replaces every causal depthwise convolution in an NNX tree, in place; parameters stay the very variables.
+
+    Those are: an nnx.Conv with feature_group_count = in_features = out_features, one axis, no stride or dilation, and
+    padding "CAUSAL" or (width-1, 0); and a module that holds such an nnx.Conv as `conv`, pads for it, and is called
+    with (x, conv_state) for (out, new conv_state [batch, dim, width-1]).
+
+    Returns:
+      {path: the class that stood there}; empty where there is none.
+    """
+    found = {}
+    for path, module in list(nnx.iter_modules(model)):
+        for name, child in list(vars(module).items()):
+            if isinstance(child, nnx.Conv) and _is_causal(child):
+                new = ShortConv.of(child, backend=backend, axes=axes)
+            elif isinstance(child, nnx.Module) and _is_cached(child):
+                new = CachedConv(child.conv, backend=backend, axes=axes)
+            else:
+                continue
+            found[".".join(map(str, (*path, name)))] = type(child).__name__
+            setattr(module, name, new)
+    return found
+
+
+def _is_depthwise(conv):
+    width = conv.kernel_size if isinstance(conv.kernel_size, tuple) else (conv.kernel_size,)
+    once = all(set(jnp.atleast_1d(jnp.asarray(n or 1)).tolist()) == {1}
+               for n in (conv.strides, conv.input_dilation, conv.kernel_dilation))  # fmt: skip
+    return (
+        len(width) == 1 and 1 <= width[0] <= 8 and once and getattr(conv, "mask", None) is None
+        and conv.feature_group_count == conv.in_features == conv.out_features
+    )  # fmt: skip
+
+
+def _is_causal(conv):
+    padding, width = conv.padding, conv.kernel.shape[0]
+    return _is_depthwise(conv) and (
+        (isinstance(padding, str) and padding == "CAUSAL")
+        or (not isinstance(padding, str | int) and tuple(map(tuple, padding)) == ((width - 1, 0),))
+    )
+
+
+def _is_cached(module):
+    conv = getattr(module, "conv", None)
+    if not isinstance(conv, nnx.Conv) or not _is_depthwise(conv):
+        return False
+    return list(inspect.signature(type(module).__call__).parameters)[1:] == ["x", "conv_state"]

@@ -41,6 +41,7 @@ FILES_MAY_IMPORT = {
     # an adapter speaks the oracle's array type and its names of gradients; operations never do
     "triton_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
     "pallas_impl/adapter.py": {"oracle.numerics", "oracle.conformance.adapter"},
+    "pallas_impl/modules/linen.py": {"flax"},
     "pallas_impl/modules/nnx.py": {"flax"},
     "pallas_impl/modules/equinox.py": {"equinox"},
 }
