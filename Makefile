@@ -1,5 +1,5 @@
 # `make test` from a clean checkout needs Python 3.11 or later and nothing else: the environment, .venv, is made
-# here. Where a Python 3.12 is found, .venv312 holds the newer JAX and the Pallas tests run there too.
+# here. Where a Python 3.12 is found, .venv312 holds the newest JAX and the Pallas tests run there too.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -33,7 +33,7 @@ env: .venv/.installed env312 ## make or update the environments
 	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)flax$(comma)equinox$(comma)test$(comma)models$(comma)bench$(comma)lint$(comma)docs)
 	@touch $@
 
-# Never fails for want of an interpreter: the newer JAX is an addition.
+# Never fails for want of an interpreter: the newest JAX is an addition.
 env312: .venv/.installed
 	@if .venv312/bin/python -c '' 2>/dev/null; then $(MAKE) --no-print-directory --silent .venv312/.installed; exit; fi; \
 	python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
@@ -41,9 +41,9 @@ env312: .venv/.installed
 	echo "making .venv312 with $$("$$python" --version)"; "$$python" -m venv .venv312; \
 	$(MAKE) --no-print-directory --silent .venv312/.installed
 
-.venv312/.installed: pyproject.toml requirements/cpu-jax-0.11.txt
-	@echo "installing into .venv312 (requirements/cpu-jax-0.11.txt)"
-	@$(call install,.venv312,requirements/cpu-jax-0.11.txt,pallas$(comma)flax$(comma)equinox$(comma)test)
+.venv312/.installed: pyproject.toml requirements/cpu-jax-0.12.txt
+	@echo "installing into .venv312 (requirements/cpu-jax-0.12.txt)"
+	@$(call install,.venv312,requirements/cpu-jax-0.12.txt,pallas$(comma)flax$(comma)equinox$(comma)test)
 	@touch $@
 
 comma := ,
@@ -65,7 +65,7 @@ test-multi-gpu: ## sharded runs on two or more GPUs, one process and one communi
 	@python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
 	if [ -z "$$python" ]; then echo "make: expected a Python 3.12, found none" >&2; exit 1; fi; \
 	echo "making .venv-cuda with $$("$$python" --version)"; "$$python" -m venv .venv-cuda
-	@.venv-cuda/bin/python $(PIP_INSTALL) --constraint requirements/cpu-jax-0.11.txt --requirement $<
+	@.venv-cuda/bin/python $(PIP_INSTALL) --constraint $< --requirement $<
 	@touch $@
 
 test-compile: .venv-cuda/.installed ## Pallas kernels compiled to machine code for an H100, with no GPU

@@ -49,14 +49,13 @@ def differentiate(options, inputs, upstream):
     Args:
       options: (activation, max_seqlen, schedule, backend).
       inputs: x [tokens, dim], weight, bias, initial_states, query_start_loc.
-      upstream: the gradients of its two results, None or symbolic zeros where no loss depends on one.
+      upstream: the gradients of its two results, None where no loss depends on one.
 
     Returns:
       A gradient for each of `inputs`, None for query_start_loc.
     """
     activation, max_seqlen, schedule, backend = options
-    # what no loss depends on comes as a symbolic zero
-    dout, dfinal = (None if isinstance(a, jax.custom_derivatives.SymbolicZero) else a for a in upstream)
+    dout, dfinal = upstream
     if dout is None:
         dout = jnp.zeros_like(inputs[0])
 
@@ -89,9 +88,17 @@ def _padded(
 
     config = backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
     dx, dweight, dbias, dinitial = launch(
-        wide(dout), wide(dfinal), wide(x), jnp.pad(weight, ((0, extra), (0, 0))), wide(bias), wide(initial_states),
-        starts, silu=silu, config=config, interpret=interpreter(interpret),
-    )  # fmt: skip
+        wide(dout),
+        wide(dfinal),
+        wide(x),
+        jnp.pad(weight, ((0, extra), (0, 0))),
+        wide(bias),
+        wide(initial_states),
+        starts,
+        silu=silu,
+        config=config,
+        interpret=interpreter(interpret),
+    )
     return (
         dx[:, :dim],
         dweight[:dim],
@@ -152,9 +159,14 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, si
 
     found = run(
         functools.partial(_kernel, columns=columns, config=config, silu=silu, interpret=bool(interpret)),
-        "backward", blocks * columns, operands, outputs, scratch,
-        interpret=interpret, tokens=places * config.block_t,
-    )  # fmt: skip
+        "backward",
+        blocks * columns,
+        operands,
+        outputs,
+        scratch,
+        interpret=interpret,
+        tokens=places * config.block_t,
+    )
     found = dict(zip(outputs, found, strict=True))
     total = add_places(found["sums"], interpret)[:, :dim]
     dinitial = found.get("dinitial", initial_states)  # with width 1 it has no elements
@@ -279,9 +291,17 @@ def _kernel(refs, *, columns, config, silu, interpret):
             past, gs, sums = carry
             past = (*past, tile[t].astype(jnp.float32))
             g, *sums = _step(
-                past, taps, bias, upstream[t].astype(jnp.float32), sums, t < rest, t < length,
-                silu=silu, has_bias=refs.bias is not None, interpret=interpret,
-            )  # fmt: skip
+                past,
+                taps,
+                bias,
+                upstream[t].astype(jnp.float32),
+                sums,
+                t < rest,
+                t < length,
+                silu=silu,
+                has_bias=refs.bias is not None,
+                interpret=interpret,
+            )
             gs = (*gs, g)
             begin = zero
             if late is not None:
@@ -358,8 +378,10 @@ def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interp
             for flag in (here, counted)
         )
         g = map_registers(lambda g: arith.select(here, g, constant(g.type, 0.0)), g)
-        new = [map_registers(lambda x, g, s: arith.select(counted, math.fma(x, g, s), s), x, g, s)
-               for x, s in zip(past, sums, strict=False)]  # fmt: skip
+        new = [
+            map_registers(lambda x, g, s: arith.select(counted, math.fma(x, g, s), s), x, g, s)
+            for x, s in zip(past, sums, strict=False)
+        ]
         if has_bias:
             new.append(map_registers(lambda g, s: arith.select(counted, arith.addf(s, g), s), g, sums[width]))
         return g, *new

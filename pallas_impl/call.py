@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, check_backend, normalised
-from pallas_impl import commit, config, plain, prefill, states, trees, update, verify
+from pallas_impl import commit, config, parts, plain, prefill, states, trees, update, verify
+from pallas_impl.parts import BATCH, CHANNELS
 from pallas_impl.records import Arrays, Options
 from pallas_impl.tracing import refuse_transforms
 
@@ -23,13 +24,22 @@ BACKENDS = ("mosaic_gpu", "mosaic_gpu_interpret", "xla")
 def run_prefill(call):
     """Runs an `FnCall`. Returns a ConvOutput."""
     call, sizes, backend = _checked(call, call.x)
+    if (places := parts.places_of(call)) is not None:
+        found = _run_parts(run_prefill, call, places, _roles(call), ("x", "conv_states"))
+        if found is not None:
+            return ConvOutput(*found)
+    if parts.compiler_splits(backend, call.x):
+        return _partitioned(_run_prefill, call, _roles(call), ("x", "conv_states"))
+    return _run_prefill(call, sizes, backend)
+
+
+def _run_prefill(call, sizes, backend):
     options = _options(call, backend)._replace(
         apply_empty=call.empty_rows == "apply", snapshot_block_size=call.snapshot_block_size
     )
     if backend != "xla":
-        blocks = config.prefill_config(
-            sizes.tokens, sizes.dim, sizes.batch, call.max_seqlen, call.schedule
-        )  # fmt: skip
+        schedule = call.max_seqlen, call.schedule
+        blocks = config.prefill_config(sizes.tokens, sizes.dim, sizes.batch, *schedule)
         options = options._replace(kernel="prefill", config=blocks)
     return ConvOutput(*_prefill(_arrays(call), options))
 
@@ -37,6 +47,17 @@ def run_prefill(call):
 def run_update(call):
     """Runs an `UpdateCall`. Returns a ConvOutput, or with `window_out` a ConvWindowOutput."""
     call, sizes, backend = _checked(call, call.x)
+    results = ("x", "conv_states") + ("window_out",) * (call.window_out is not None)
+    if (places := parts.places_of(call)) is not None:
+        found = _run_parts(run_update, call, places, _row_roles(call, sizes), results)
+        if found is not None:
+            return ConvOutput(*found) if call.window_out is None else ConvWindowOutput(*found)
+    if parts.compiler_splits(backend, call.x):
+        return _partitioned(_run_update, call, _row_roles(call, sizes), results)
+    return _run_update(call, sizes, backend)
+
+
+def _run_update(call, sizes, backend):
     options = _options(call, backend)._replace(always_state=True, commit=call.commit)
     if backend != "xla":
         options = options._replace(kernel=config.kernel_of(call), seqlen=sizes.seqlen)
@@ -55,11 +76,69 @@ def run_update(call):
 def run_commit(call):
     """Runs a `CommitCall`. Returns the new pool."""
     call, _, backend = _checked(call, call.conv_states)
-    kernel = None if backend == "xla" else "commit"
+    roles = {"conv_states": (None, None, CHANNELS), "window_out": (None, None, None, CHANNELS)}
+    if (places := parts.places_of(call)) is not None:
+        found = parts.run_parts(_commit_only, call, places, roles, (roles["conv_states"],))
+        if found is not None:
+            return found[0]
+    if parts.compiler_splits(backend, call.conv_states):
+        return parts.partitioned(_run_commit, call, roles, (roles["conv_states"],))
+    return _run_commit(call)
+
+
+def _run_commit(call):
+    kernel = None if call.backend == "xla" else "commit"
     options = Options(
-        pad_slot_id=call.pad_slot_id, kernel=kernel, interpret=backend == "mosaic_gpu_interpret"
+        pad_slot_id=call.pad_slot_id, kernel=kernel, interpret=call.backend == "mosaic_gpu_interpret"
     )
     return _commit(_arrays(call), options)
+
+
+def _commit_only(call):
+    return (run_commit(call),)
+
+
+# Arrays that are split over a mesh.
+
+
+def _run_parts(run, call, places, roles, results):
+    return parts.run_parts(run, call, places, roles, tuple(roles[name] for name in results))
+
+
+def _partitioned(run, call, roles, results):
+    def again(call):  # of a part, the sizes are others
+        return run(call, call.check(), call.backend)
+
+    out, *others = (roles[name] for name in results if getattr(call, name) is not None)
+    leaves = (out,) * len(call.split_sizes or (1,)) + tuple(others)
+    return parts.partitioned(again, call, roles, leaves)
+
+
+def _roles(call):
+    """What each axis of a call's arrays is, where channels alone may be split."""
+    # A part of all channels would hold parts of all of these.
+    channels = None if call.channel_offset is not None or call.split_sizes is not None else CHANNELS
+    packed = (None,) * (len(call.x.shape) - 1) + (channels,)
+    states = {"conv_states": (None, None, channels), "window_out": (None, None, None, channels)}
+    return {"x": packed, "residual": packed, "weight": (channels, None), "bias": (channels,), **states}
+
+
+def _row_roles(call, sizes):
+    """As `_roles`; rows of equal length may be split too, where each has the slot and the buffer of its number."""
+    roles = _roles(call)
+    if sizes.seqlen is None:
+        return roles
+    names = ("x", "residual", "num_accepted_tokens", "cache_seqlens", "tree_parents")
+    if call.cache_indices is None and call.write_indices is None and call.track_indices is None:
+        names += ("conv_states",) * (sizes.num_slots == sizes.batch)
+    if call.window_out is not None and call.window_indices is None:
+        names += ("window_out",) * (call.window_out.shape[0] == sizes.batch)
+    written = ("conv_states",) if call.window_out is None else ("conv_states", "window_out")
+    if not set(written) <= set(names):
+        return roles
+    given = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
+    rows = {name: roles.get(name, (None,) * len(array.shape)) for name, array in given.items()}
+    return roles | {name: (BATCH, *role[1:]) for name, role in rows.items()}
 
 
 def _checked(call, on):
@@ -67,7 +146,7 @@ def _checked(call, on):
     sizes, backend = call.check(), resolve(call.backend, on)
     if call.validate:  # of the numbers that the caller gave
         call.check_values(sizes, on_host)
-    call = normalised(call)
+    call = normalised(call)._replace(backend=backend, validate=False)
     if backend != "xla":
         for name, size in sizes._asdict().items():
             if size is not None and not isinstance(size, int):
@@ -290,20 +369,30 @@ def padded(launch, arrays, options):
         windows = plain.read_windows(pool, slots, live, pool.shape[1])
     wide = functools.partial(_pad_last, extra=extra)
     copies = Arrays(
-        x=wide(given.x), weight=jnp.pad(arrays.weight, ((0, extra), (0, 0))), bias=wide(arrays.bias),
-        query_start_loc=starts, has_initial_state=arrays.has_initial_state, num_accepted_tokens=counts,
-        tree_parents=arrays.tree_parents, residual=wide(arrays.residual),
-    )  # fmt: skip
+        x=wide(given.x),
+        weight=jnp.pad(arrays.weight, ((0, extra), (0, 0))),
+        bias=wide(arrays.bias),
+        query_start_loc=starts,
+        has_initial_state=arrays.has_initial_state,
+        num_accepted_tokens=counts,
+        tree_parents=arrays.tree_parents,
+        residual=wide(arrays.residual),
+    )
     if pool is not None:
         rows = jnp.where(live, jnp.arange(batch, dtype=jnp.int32), -1)
         copies = copies._replace(conv_states=wide(windows), cache_indices=rows)
     out, new, _ = launch(
         _narrow(copies, batch, options),
         options._replace(
-            pad_slot_id=-1, channel=0, split_sizes=None, state_layout="front", apply_empty=False, own_state=own,
+            pad_slot_id=-1,
+            channel=0,
+            split_sizes=None,
+            state_layout="front",
+            apply_empty=False,
+            own_state=own,
             commit=own,
         ),
-    )  # fmt: skip
+    )
     out, window_out = out[:, :dim], plain.store_windows(given, live, windows, options)
     if own:
         pool = plain.write_windows(pool, jnp.where(clamped[1:] > clamped[:-1], slots, -1), new[:, :, :dim])

@@ -32,10 +32,15 @@ def launch(arrays, options):
     if windows.dtype != pool.dtype:
         scratch["rounded"] = plgpu.SMEM((history, block_d), pool.dtype)
     (pool,) = run(
-        functools.partial(_kernel, batch=batch, columns=columns, o=options), "commit_windows", batch * columns,
-        arrays.named("accepted_steps", "window_out", "cache_indices", "window_indices", "conv_states"), {}, scratch,
-        written=("conv_states",), interpret=options.interpret,
-    )  # fmt: skip
+        functools.partial(_kernel, batch=batch, columns=columns, o=options),
+        "commit_windows",
+        batch * columns,
+        arrays.named("accepted_steps", "window_out", "cache_indices", "window_indices", "conv_states"),
+        {},
+        scratch,
+        written=("conv_states",),
+        interpret=options.interpret,
+    )
     return pool
 
 

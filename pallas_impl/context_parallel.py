@@ -70,9 +70,20 @@ def causal_conv1d_fn(
       ValueError, TypeError, Unsupported: as `pallas_impl.causal_conv1d_fn`.
     """
     call = FnCall(
-        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state,
-        activation, pad_slot_id, max_seqlen, schedule, backend, validate,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        conv_states,
+        query_start_loc,
+        cache_indices,
+        has_initial_state,
+        activation,
+        pad_slot_id,
+        max_seqlen,
+        schedule,
+        backend,
+        validate,
+    )
     sizes, call = call.check(), normalised(call)
     pad_slot_id, max_seqlen = call.pad_slot_id, call.max_seqlen
     backend = resolve(backend, x)
@@ -96,10 +107,20 @@ def causal_conv1d_fn(
         """The first `count` tokens of the part, each row from its own window."""
         longest = None if max_seqlen is None else min(max_seqlen, count)
         return api.causal_conv1d_fn(
-            x[:count], weight, bias, windows, jnp.minimum(starts, count), rows, stateful,
-            activation=activation, pad_slot_id=-1, max_seqlen=longest, schedule=schedule, backend=backend,
+            x[:count],
+            weight,
+            bias,
+            windows,
+            jnp.minimum(starts, count),
+            rows,
+            stateful,
+            activation=activation,
+            pad_slot_id=-1,
+            max_seqlen=longest,
+            schedule=schedule,
+            backend=backend,
             validate=validate,
-        ).out  # fmt: skip
+        ).out
 
     if tokens == 0 or history == 0 or batch == 0:
         return ConvOutput(convolve(tokens, windows, stateful), conv_states)
@@ -240,9 +261,18 @@ def _forward(options, x, weight, bias, query_start_loc):
         activation, longest, schedule, backend = options.of(count)
         stateful = None if windows is None else jnp.ones((windows.shape[0],), bool)
         return api.causal_conv1d_fn(
-            x[:count], weight, bias, windows, jnp.minimum(starts, count), None, stateful,
-            activation=activation, max_seqlen=longest, schedule=schedule, backend=backend,
-        ).out  # fmt: skip
+            x[:count],
+            weight,
+            bias,
+            windows,
+            jnp.minimum(starts, count),
+            None,
+            stateful,
+            activation=activation,
+            max_seqlen=longest,
+            schedule=schedule,
+            backend=backend,
+        ).out
 
     if not (tokens and history):
         return convolve(tokens, None), (
@@ -349,9 +379,15 @@ def overwrite(whole, rows, first, backend):
         refs.whole[pl.ds(place + first * dim, WARPGROUP)] = refs.rows[pl.ds(place, WARPGROUP)]
 
     (flat,) = run(
-        kernel, "overwrite", cdiv(size, WARPGROUP), dict(rows=rows.reshape(-1), whole=whole.reshape(-1)), {}, {},
-        written=("whole",), interpret=interpreter(backend == "mosaic_gpu_interpret"),
-    )  # fmt: skip
+        kernel,
+        "overwrite",
+        cdiv(size, WARPGROUP),
+        dict(rows=rows.reshape(-1), whole=whole.reshape(-1)),
+        {},
+        {},
+        written=("whole",),
+        interpret=interpreter(backend == "mosaic_gpu_interpret"),
+    )
     return flat.reshape(whole.shape)
 
 

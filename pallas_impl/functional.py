@@ -1,15 +1,16 @@
 """The differentiable form for training: a pure function with gradients through both results."""
 
 import functools
-from typing import SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from oracle.contract import ConvOutput, RowsCall, normalised
-from pallas_impl import api, backward, plain
-from pallas_impl.call import resolve
+from oracle.contract import ConvOutput, FnCall, RowsCall, normalised
+from pallas_impl import backward, parts, plain
+from pallas_impl.call import resolve, run_prefill
+from pallas_impl.parts import BATCH, CHANNELS
 from pallas_impl.tracing import refuse_transforms, vary_alike
 
 
@@ -56,40 +57,69 @@ def causal_conv1d(
     call = RowsCall(
         x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend
     )
-    sizes, call = call.check(), normalised(call)
-    longest = x.shape[1] if query_start_loc is None else call.max_seqlen
-    options = activation, longest, schedule, resolve(backend, x)
-    return ConvOutput(*_run(options, sizes.batch, x, weight, bias, initial_states, query_start_loc))
+    call.check()
+    return _run_call(normalised(call)._replace(backend=resolve(backend, x)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(options, batch, x, weight, bias, initial_states, query_start_loc):
+def _run_call(call):
+    """Runs a checked call, on every device's own part where its arrays are split by rows or channels."""
+    if (places := parts.places_of(call)) is not None:
+        roles = _roles(call)
+        found = parts.run_parts(_run_call, call, places, roles, (roles["x"], roles["initial_states"]))
+        if found is not None:
+            return ConvOutput(*found)
+    return ConvOutput(*_run(*call))
+
+
+def _roles(call):
+    """What each axis of the arrays of a `RowsCall` or of its gradients is, for `parts`."""
+    rows = BATCH if call.query_start_loc is None else None
+    states = rows, None, CHANNELS
+    x = states if rows else (None, CHANNELS)
+    taps = {"weight": (CHANNELS, None), "bias": (CHANNELS,)}
+    return {"x": x, "dout": x, "initial_states": states, "dfinal": states, **taps}
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _run(x, weight, bias, initial_states, query_start_loc, *options):
     """As a program, also outside jit: then no constant of it is copied to the device in every call."""
     if query_start_loc is None and options[-1] == "xla":
         return plain.dense(options[0] is not None, *vary_alike(x, weight, bias, initial_states), None)
-    rows = x.reshape(-1, x.shape[-1])
-    if query_start_loc is None:
-        query_start_loc = plain.equal_rows(batch, rows.shape[0])
-    out, states = _convolve(options, *vary_alike(rows, weight, bias, initial_states, query_start_loc))
-    return out.reshape(x.shape), states
+    return _convolve(options, *vary_alike(x, weight, bias, initial_states, query_start_loc))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(options, x, weight, bias, initial_states, query_start_loc):
-    activation, max_seqlen, schedule, backend = options
-    batch, width = query_start_loc.shape[0] - 1, weight.shape[1]
-
-    if backend != "xla":
+    if options[-1] != "xla":
         x, weight, bias, initial_states = refuse_transforms(x, weight, bias, initial_states)
-    pool, has_state = initial_states, jnp.ones((batch,), bool)
-    if initial_states is None:  # rows of zero tokens keep their zeros
+    call = RowsCall(x, weight, bias, initial_states, query_start_loc, *options)
+    if parts.compiler_splits(call.backend, x):
+        roles = _roles(call)
+        return parts.partitioned(_forward, call, roles, (roles["x"], roles["initial_states"]))
+    return _forward(call)
+
+
+def _forward(call):
+    x, starts, longest = _packed(call)
+    batch, width = starts.shape[0] - 1, call.weight.shape[1]
+    pool, has_state = call.initial_states, jnp.ones((batch,), bool)
+    if pool is None:  # rows of zero tokens keep their zeros
         pool, has_state = jnp.zeros((batch, width - 1, x.shape[1]), x.dtype), None
-    return tuple(
-        api.causal_conv1d_fn(
-            x, weight, bias, pool, query_start_loc, None, has_state,
-            activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend,
+    rows = FnCall(x, call.weight, call.bias, pool, starts, None, has_state)
+    out, states = run_prefill(
+        rows._replace(
+            activation=call.activation, max_seqlen=longest, schedule=call.schedule, backend=call.backend
         )
-    )  # fmt: skip
+    )
+    return out.reshape(call.x.shape), states
+
+
+def _packed(call):
+    """(x [tokens, dim], its offsets, a bound of the longest row)."""
+    if call.query_start_loc is not None:
+        return call.x, call.query_start_loc, call.max_seqlen
+    x = call.x.reshape(-1, call.x.shape[-1])
+    return x, plain.equal_rows(call.x.shape[0], x.shape[0]), call.x.shape[1]
 
 
 def _keep_inputs(options, *primals):
@@ -97,4 +127,57 @@ def _keep_inputs(options, *primals):
     return _convolve(options, *inputs), inputs
 
 
-_convolve.defvjp(_keep_inputs, backward.differentiate, symbolic_zeros=True)
+class _Gradients(NamedTuple):
+    """A `RowsCall` with the gradients of its results, None where no loss depends on one."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    initial_states: Any
+    query_start_loc: Any
+    dout: Any
+    dfinal: Any
+    options: tuple
+
+    max_seqlen = property(lambda self: self.options[1])
+    ARRAYS = "x", "weight", "bias", "initial_states", "query_start_loc", "dout", "dfinal"
+
+
+def _differentiate(options, inputs, upstream):
+    # What no loss depends on comes as a symbolic zero.
+    upstream = [None if isinstance(a, jax.custom_derivatives.SymbolicZero) else a for a in upstream]
+    call = _Gradients(*inputs, *upstream, options)
+    if not parts.compiler_splits(options[-1], call.x):
+        return (*_backward(call), None)
+    # Float32 copies of weight and bias, which change no product, so that the sums over devices are rounded once.
+    weight, bias = call.weight, call.bias
+    precise = call._replace(weight=weight.astype(jnp.float32))
+    if bias is not None:
+        precise = precise._replace(bias=bias.astype(jnp.float32))
+    roles = _roles(call)
+    names = [name for name in call.ARRAYS[:4] if getattr(call, name) is not None]
+    sums = [names.index(name) for name in ("weight", "bias") if name in names]
+    dx, dweight, dbias, dinitial = parts.partitioned(
+        _backward, precise, roles, tuple(roles[name] for name in names), sums
+    )
+    return (
+        dx,
+        dweight.astype(weight.dtype),
+        None if bias is None else dbias.astype(bias.dtype),
+        dinitial,
+        None,
+    )
+
+
+def _backward(call):
+    activation, _, schedule, backend = call.options
+    x, starts, longest = _packed(call)
+    dout = None if call.dout is None else call.dout.reshape(x.shape)
+    inputs = x, call.weight, call.bias, call.initial_states, starts
+    dx, *others, _ = backward.differentiate(
+        (activation, longest, schedule, backend), inputs, (dout, call.dfinal)
+    )
+    return dx.reshape(call.x.shape), *others
+
+
+_convolve.defvjp(_keep_inputs, _differentiate, symbolic_zeros=True)

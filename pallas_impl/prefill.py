@@ -61,16 +61,28 @@ def launch(arrays, options):
         scratch["added"] = plgpu.SMEM((config.block_t, config.block_d), arrays.residual.dtype)
         scratch["added_ready"] = plgpu.Barrier()
     operands = arrays.named(
-        "x", "weight", "query_start_loc", "bias", "cache_indices", "has_initial_state", "residual", "cache_seqlens"
-    )  # fmt: skip
+        "x",
+        "weight",
+        "query_start_loc",
+        "bias",
+        "cache_indices",
+        "has_initial_state",
+        "residual",
+        "cache_seqlens",
+    )
     *outs, new_pool = run(
         functools.partial(
             _kernel, num_slots=None if pool is None else pool.shape[0], batch=batch, grid=grid, o=options
         ),
-        "prefill", grid.blocks * grid.columns, operands | dict(conv_states=pool if pooled else None),
-        parts(x.dtype, tokens, dim, options.split_sizes), scratch,
-        written=("conv_states",), interpret=options.interpret, tokens=grid.blocks * config.block_t,
-    )  # fmt: skip
+        "prefill",
+        grid.blocks * grid.columns,
+        operands | dict(conv_states=pool if pooled else None),
+        parts(x.dtype, tokens, dim, options.split_sizes),
+        scratch,
+        written=("conv_states",),
+        interpret=options.interpret,
+        tokens=grid.blocks * config.block_t,
+    )
     return joined(outs, options.split_sizes), new_pool if pooled else pool
 
 
@@ -85,9 +97,13 @@ def _kernel(refs, *, num_slots, batch, grid, o):
     has_edges = history > 0 and tokens > block_t
     # One token is not worth the waits for TMA; but loads and stores of registers do not clip.
     in_registers = (
-        config.flat and len(outs) == 1 and added is None and o.state_layout == "front" and o.own_state
+        config.flat
+        and len(outs) == 1
+        and added is None
+        and o.state_layout == "front"
+        and o.own_state
         and dim % block_d == 0
-    )  # fmt: skip
+    )
 
     program = lax.axis_index("program")
     block, column = div(program, grid.columns), rem(program, grid.columns)

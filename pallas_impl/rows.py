@@ -63,10 +63,12 @@ def find_row(query_start_loc, block, block_t, batch, tokens, *, interpret):
             votes.append(arith.andi(at_most(probe, constant(batch)), at_most(first, block)))
         for ballot in votes:
             found = llvm.inline_asm(
-                int32, [arith.extui(int32, ballot)],
+                int32,
+                [arith.extui(int32, ballot)],
                 "{ .reg .pred p; setp.ne.u32 p, $1, 0; barrier.cta.red.popc.aligned.u32 $0, 0, p; }",
-                "=r,r", has_side_effects=True,
-            )  # fmt: skip
+                "=r,r",
+                has_side_effects=True,
+            )
             row = arith.addi(row, found)
         return mgpu.FragmentedArray.splat(row, (), is_signed=True)
 

@@ -1,9 +1,9 @@
 """The operations over a mesh of devices: channels, sequences and tokens split by `jax.shard_map`.
 
-A compiler cannot split a kernel: given sharded arrays outside `shard_map`, it would gather them first. These
-wrappers run the operation on every device's own part. Splitting channels (tensor parallel) or sequences (data
-parallel) needs no communication at all; splitting tokens (context parallel) sends width-1 tokens to the neighbour
-and every row's new window to all.
+Arrays that are split by channels, or by rows of equal length, need nothing from here: a call runs where they lie (see
+`pallas_impl.parts`). These functions also split sequences with their slots, and tokens. Splitting channels (tensor
+parallel) or sequences (data parallel) needs no communication at all; splitting tokens (context parallel) sends width-1
+tokens to the neighbour and every row's new window to all.
 
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     axes = dict(batch_axis="data", channel_axis="model")
@@ -25,11 +25,12 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, UpdateCall
-from pallas_impl import api, context_parallel
+from oracle.contract import ConvOutput, ConvWindowOutput, RowsCall, Unsupported, UpdateCall
+from pallas_impl import api, context_parallel, functional
 
 
 def causal_conv1d_fn(
@@ -82,7 +83,72 @@ def causal_conv1d_fn(
     if token_axis is not None:
         operation = functools.partial(context_parallel.causal_conv1d_fn, axis_name=token_axis)
         call = _only_of(context_parallel.causal_conv1d_fn, call, f"tokens are split over {token_axis!r}")
-    return _split(operation, call, mesh, partition_specs(channel_axis, batch_axis, token_axis))
+    return _split_pool(operation, call, mesh, partition_specs(channel_axis, batch_axis, token_axis))
+
+
+def causal_conv1d(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    initial_states: ArrayLike | None = None,
+    query_start_loc: ArrayLike | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    channel_axis: str | None = None,
+    batch_axis: str | None = None,
+    token_axis: str | None = None,
+    **options: Any,
+) -> ConvOutput:
+    """`causal_conv1d`, the training form, with its arguments split over `mesh`; works in and outside `jit`.
+
+    Reverse-mode derivatives as those of `pallas_impl.causal_conv1d`; those of weight and bias are added up over the
+    devices that split rows and tokens. On Explicit axes a gradient is split as its argument is.
+
+    Args:
+      x, weight, bias, initial_states, query_start_loc: as in `pallas_impl.causal_conv1d`. With `batch_axis`, dense rows
+        [batch, seqlen, dim] are split by rows; packed ones hold a batch for each device, one after another, each with
+        offsets from 0, as in `causal_conv1d_fn` above. `initial_states` is split with the rows.
+      mesh, channel_axis, batch_axis: as in `causal_conv1d_fn`.
+      token_axis: mesh axis that splits the tokens of packed rows, or seqlen of dense ones, into equal parts, or None (see
+        `pallas_impl.context_parallel`). Rows then begin with zeros: `initial_states` is None.
+      **options: the keyword arguments of `pallas_impl.causal_conv1d`.
+
+    Returns:
+      ConvOutput(out, conv_states), split as x and initial_states are; with `token_axis` conv_states is None.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `causal_conv1d_fn` above.
+    """
+    call = _bind(functional.causal_conv1d, (x, weight, bias, initial_states, query_start_loc), options)
+    RowsCall(**call).check()
+    specs = partition_specs(channel_axis, batch_axis, token_axis)
+    dense = query_start_loc is None
+    if dense:
+        specs["x"] = specs["out"] = PartitionSpec(batch_axis, token_axis, channel_axis)
+    if token_axis is None:
+        where = specs["out"], specs["initial_states"]
+        return ConvOutput(*_split(functional.causal_conv1d, call, mesh, specs, where))
+    if initial_states is not None:
+        raise Unsupported(
+            f"initial_states: expected None, since tokens are split over {token_axis!r}, got shape "
+            f"{list(initial_states.shape)}"
+        )
+
+    def run(x, weight, bias, initial_states, query_start_loc, **options):
+        rows = x.reshape(-1, x.shape[-1])
+        if dense:  # a part has as many tokens of each row: one row after another, each over all devices
+            one = functools.partial(
+                context_parallel.causal_conv1d, axis_name=token_axis, backend=options["backend"],
+                activation=options["activation"], schedule=options["schedule"],
+            )  # fmt: skip
+            ends = jnp.array([0, jax.lax.axis_size(token_axis) * x.shape[1]], jnp.int32)
+            return (jnp.stack([one(row, weight, bias, ends) for row in x]),)
+        out = context_parallel.causal_conv1d(
+            rows, weight, bias, query_start_loc, axis_name=token_axis, **options
+        )
+        return (out,)
+
+    return ConvOutput(*_split(run, call, mesh, specs, (specs["out"],)), None)
 
 
 def causal_conv1d_update(
@@ -123,7 +189,7 @@ def causal_conv1d_update(
     specs = partition_specs(channel_axis, batch_axis)
     if len(x.shape) == 3:
         specs["x"] = specs["out"] = specs["residual"] = PartitionSpec(batch_axis, None, channel_axis)
-    return _split(api.causal_conv1d_update, call, mesh, specs)
+    return _split_pool(api.causal_conv1d_update, call, mesh, specs)
 
 
 def partition_specs(
@@ -139,6 +205,7 @@ def partition_specs(
         weight=PartitionSpec(channel_axis, None),
         bias=PartitionSpec(channel_axis),
         conv_states=PartitionSpec(batch_axis, None, channel_axis),
+        initial_states=PartitionSpec(batch_axis, None, channel_axis),
         query_start_loc=batch,
         cache_indices=batch,
         has_initial_state=batch,
@@ -194,8 +261,8 @@ def _check_channels(channel_axis, call):
             )
 
 
-def _split(operation, call, mesh, specs):
-    """Runs `operation` on every device's part of the call's arrays, those that `specs` names."""
+def _split(operation, call, mesh, specs, out_specs):
+    """Runs `operation` on every device's part of the call's arrays, those that `specs` names. Returns a tuple."""
     arguments = {name: value for name, value in call.items() if name in specs and value is not None}
     options = {name: value for name, value in call.items() if name not in specs}
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -203,23 +270,28 @@ def _split(operation, call, mesh, specs):
     if AxisType.Explicit in mesh.axis_types:  # there a mismatch is an error, elsewhere JAX moves the array
         arguments = {name: jax.reshard(a, NamedSharding(mesh, specs[name])) for name, a in arguments.items()}
     names = tuple(arguments)
+    absent = {name: None for name, value in call.items() if name in specs and value is None}
 
     def run(*parts):
-        given = dict(zip(names, parts, strict=True))
-        result = operation(**{"bias": None, "conv_states": None} | given | options)
+        result = operation(**absent, **dict(zip(names, parts, strict=True)), **options)
         return tuple(value for value in result if value is not None)
 
-    split_sizes = call.get("split_sizes")
-    out = specs["out"] if split_sizes is None else (specs["out"],) * len(split_sizes)
-    states = tuple(specs[name] for name in ("conv_states", "window_out") if name in arguments)
-    result = jax.shard_map(
+    return jax.shard_map(
         run,
         mesh=mesh,
         in_specs=tuple(specs[name] for name in names),
-        out_specs=(out, *states),
-        check_vma=False,  # a kernel's results carry no type that says over which axes they vary
+        out_specs=out_specs,
+        check_vma=False,  # results may be the same over an axis that splits some argument
     )(*arguments.values())
-    if "window_out" in arguments:
+
+
+def _split_pool(operation, call, mesh, specs):
+    """As `_split`, of an operation with a pool. Returns a ConvOutput or a ConvWindowOutput."""
+    split_sizes = call.get("split_sizes")
+    out = specs["out"] if split_sizes is None else (specs["out"],) * len(split_sizes)
+    states = tuple(specs[name] for name in ("conv_states", "window_out") if call.get(name) is not None)
+    result = _split(operation, call, mesh, specs, (out, *states))
+    if len(states) == 2:
         return ConvWindowOutput(*result)
     return ConvOutput(*result) if states else ConvOutput(*result, None)
 

@@ -47,8 +47,13 @@ def launch(arrays, options, *, after):
     columns = cdiv(dim, block_d)
     operands = arrays.named("x", "query_start_loc") | dict(after=after)
     operands |= arrays.named(
-        "cache_indices", "has_initial_state", "write_indices", "cache_seqlens", "track_indices", "track_lengths"
-    )  # fmt: skip
+        "cache_indices",
+        "has_initial_state",
+        "write_indices",
+        "cache_seqlens",
+        "track_indices",
+        "track_lengths",
+    )
     groups, group_t, moves = batch, None, COLUMNS
     if arrays.snapshot_indices is not None and arrays.snapshot_indices.shape[1]:
         computed, size = arrays.num_computed_tokens, options.snapshot_block_size
@@ -66,9 +71,14 @@ def launch(arrays, options, *, after):
         scratch["arrived"] = plgpu.SMEM((moves, block_d), x.dtype)
     (pool,) = run(
         functools.partial(_kernel, batch=batch, columns=columns, group_t=group_t, history=history, o=options),
-        "states", groups * columns, operands | dict(conv_states=pool), {}, scratch,
-        written=("conv_states",), interpret=options.interpret,
-    )  # fmt: skip
+        "states",
+        groups * columns,
+        operands | dict(conv_states=pool),
+        {},
+        scratch,
+        written=("conv_states",),
+        interpret=options.interpret,
+    )
     return pool
 
 

@@ -51,10 +51,14 @@ def launch(arrays, options):
     operands = arrays.named("x", "weight", "bias", "cache_indices", "residual")
     *outs, new_pool = run(
         functools.partial(body, columns=columns, num_slots=pool.shape[0], o=options._replace(config=config)),
-        "update", cdiv(batch, config.rows) * columns, operands | dict(conv_states=pool if width > 1 else None),
-        parts(x.dtype, batch, dim, options.split_sizes), scratch,
-        written=("conv_states",), interpret=options.interpret,
-    )  # fmt: skip
+        "update",
+        cdiv(batch, config.rows) * columns,
+        operands | dict(conv_states=pool if width > 1 else None),
+        parts(x.dtype, batch, dim, options.split_sizes),
+        scratch,
+        written=("conv_states",),
+        interpret=options.interpret,
+    )
     return joined(outs, options.split_sizes), pool if new_pool is None else new_pool
 
 
@@ -157,9 +161,10 @@ def _in_shared_memory(refs, *, columns, num_slots, o):
 
     plgpu.commit_smem()
     part_of_out(
-        refs.outs, channels,
+        refs.outs,
+        channels,
         lambda out, part: copy_out(tile, lambda channels: out.at[rows, channels], part, out.shape[1]),
-    )  # fmt: skip
+    )
     if history:
         for r in range(config.rows):
 

@@ -35,9 +35,19 @@ from pallas_impl.slots import (
 )
 
 OPERANDS = (
-    "x", "weight", "bias", "query_start_loc", "cache_indices", "num_accepted_tokens", "cache_seqlens", "write_indices",
-    "track_indices", "window_indices", "tree_parents", "residual",
-)  # fmt: skip
+    "x",
+    "weight",
+    "bias",
+    "query_start_loc",
+    "cache_indices",
+    "num_accepted_tokens",
+    "cache_seqlens",
+    "write_indices",
+    "track_indices",
+    "window_indices",
+    "tree_parents",
+    "residual",
+)
 
 
 class Place(NamedTuple):
@@ -107,9 +117,11 @@ def block_scratch(arrays, options):
     block_t, history = block_of(arrays, options), arrays.weight.shape[1] - 1
     tile = lambda rows, dtype: plgpu.SMEM((rows, options.block_d), dtype)  # noqa: E731
     scratch = dict(
-        tile=tile(block_t, arrays.x.dtype), window=tile(max(history, 1), arrays.conv_states.dtype),
-        tile_ready=plgpu.Barrier(), window_ready=plgpu.Barrier(num_barriers=max(history, 1)),
-    )  # fmt: skip
+        tile=tile(block_t, arrays.x.dtype),
+        window=tile(max(history, 1), arrays.conv_states.dtype),
+        tile_ready=plgpu.Barrier(),
+        window_ready=plgpu.Barrier(num_barriers=max(history, 1)),
+    )
     if arrays.residual is not None:
         scratch |= dict(added=tile(block_t, arrays.residual.dtype), added_ready=plgpu.Barrier())
     return scratch
@@ -134,10 +146,15 @@ def run_rows(body, name, arrays, options, scratch, *, stores=False, tail_program
     operands = arrays.named(*OPERANDS)
     operands |= dict(conv_states=pool if stores or width > 1 else None, window_out=windows)
     found = run(
-        program, name, (batch + tail_programs) * columns, operands,
-        parts(x.dtype, tokens, dim, options.split_sizes), scratch,
-        written=("conv_states", "window_out") if stores else ("window_out",), interpret=options.interpret,
-    )  # fmt: skip
+        program,
+        name,
+        (batch + tail_programs) * columns,
+        operands,
+        parts(x.dtype, tokens, dim, options.split_sizes),
+        scratch,
+        written=("conv_states", "window_out") if stores else ("window_out",),
+        interpret=options.interpret,
+    )
     outs, pool = (found[:-2], found[-2]) if stores else (found[:-1], pool)
     return joined(outs, options.split_sizes), pool, arrays.window_out if windows is None else found[-1]
 
@@ -176,9 +193,15 @@ def _kernel(refs, place, *, block_t, num_slots, state_len, stores, o):
                 move = Mover(refs, place.slot, place.channels, o.channel, interpret)
                 seqlen = None if refs.cache_seqlens is None else refs.cache_seqlens[place.here]
                 leave_state(
-                    move, target, place.start, place.end - place.start, seqlen, jnp.bool_(True), history=history,
+                    move,
+                    target,
+                    place.start,
+                    place.end - place.start,
+                    seqlen,
+                    jnp.bool_(True),
+                    history=history,
                     layout=o.state_layout,
-                )  # fmt: skip
+                )
 
     store_padding(refs, place, block_t, interpret)
 

@@ -3,8 +3,8 @@
     python tests/run_groups.py [--gpu] [GROUP ...]
 
 A file has its own process because torch and jax must not share one, and because a crash then takes one file
-with it. Groups: core (neither framework), triton, pallas, and pallas-0.11, the kernels' files once more under the
-newer JAX of .venv312 where that environment exists (see SECOND_JAX in conftest.py). With `--gpu`, the tests marked gpu run instead: one
+with it. Groups: core (neither framework), triton, pallas, and pallas-newest, the kernels' files once more under the
+newest JAX of .venv312 where that environment exists (see SECOND_JAX in conftest.py). With `--gpu`, the tests marked gpu run instead: one
 process a framework, one after the other, in the interpreter that runs this script.
 
 The run fails if a process fails, if a file holds no test, or if nothing in a group was executed and passed.
@@ -35,7 +35,7 @@ SLOWEST = (  # files that take 40 seconds or more: they begin first, so that no 
 )  # fmt: skip
 ONE_JAX = (  # files of tests/pallas about plain jax.numpy, modules and tools: judged under the JAX of .venv alone
     "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition", "test_models", "test_swap",
-    "test_modules", "test_sharding_serving", "test_sharding", "test_tracing", "test_multi_gpu",
+    "test_modules", "test_sharding_serving", "test_sharding", "test_sharding_training", "test_tracing", "test_multi_gpu",
 )  # fmt: skip
 LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
 RUNNING: set[subprocess.Popen] = (
@@ -95,8 +95,8 @@ def find_parts(root: Path, python: str, gpu: bool) -> dict[str, list[Part]]:
     newer = root / NEWER_JAX
     if newer.exists():
         kernels = [file for file in files["pallas"] if file.stem not in ONE_JAX]
-        again = [Part("pallas-0.11", str(newer), (file,)) for file in kernels]
-        groups = {"pallas": groups["pallas"], "pallas-0.11": again, **groups}
+        again = [Part("pallas-newest", str(newer), (file,)) for file in kernels]
+        groups = {"pallas": groups["pallas"], "pallas-newest": again, **groups}
     else:
         print(f"no {NEWER_JAX}: the Pallas tests run under one JAX only", flush=True)
     return groups

@@ -76,8 +76,13 @@ class CausalConv1d(equinox.Module):
         weight = load_weight(weight, layout=layout)
         dim, width = weight.shape
         module = cls(
-            dim, width, use_bias=bias is not None, activation=activation, backend=backend, key=jax.random.key(0)
-        )  # fmt: skip
+            dim,
+            width,
+            use_bias=bias is not None,
+            activation=activation,
+            backend=backend,
+            key=jax.random.key(0),
+        )
         return module.load(weight, bias)
 
     def load(
@@ -131,6 +136,15 @@ class CausalConv1d(equinox.Module):
           ValueError, TypeError, Unsupported: as the operations do.
         """
         return call_layer(
-            self.weight, self.bias, x, query_start_loc, conv_states, cache_indices, has_initial_state,
-            activation=self.activation, decode=decode, backend=self.backend, options=options,
-        )  # fmt: skip
+            self.weight,
+            self.bias,
+            x,
+            query_start_loc,
+            conv_states,
+            cache_indices,
+            has_initial_state,
+            activation=self.activation,
+            decode=decode,
+            backend=self.backend,
+            options=options,
+        )

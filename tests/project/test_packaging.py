@@ -52,7 +52,7 @@ def pins(file):
             "cpu-jax-0.10.txt",
             ("triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint", "docs"),
         ),
-        ("cpu-jax-0.11.txt", ("pallas", "flax", "equinox", "test")),
+        ("cpu-jax-0.12.txt", ("pallas", "flax", "equinox", "test")),
     ],
 )
 def test_every_requirement_is_pinned_inside_its_range(file, extras):

@@ -154,8 +154,8 @@ def test_the_pallas_files_run_again_under_the_newer_jax(project, capfd):
     newer.parent.mkdir(parents=True)
     newer.symlink_to(sys.executable)
     parts = run_groups.find_parts(root, sys.executable, gpu=False)
-    assert [part.name for part in parts["pallas-0.11"]] == ["pallas-0.11-test_a"]
-    assert parts["pallas-0.11"][0].python == str(newer)
+    assert [part.name for part in parts["pallas-newest"]] == ["pallas-newest-test_a"]
+    assert parts["pallas-newest"][0].python == str(newer)
 
 
 def test_the_slowest_files_begin_first(project, capfd):

@@ -1,0 +1,255 @@
+"""Arrays that are split over a mesh, given to the operations as they are: types follow the arguments, nothing is gathered."""
+
+import functools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_impl
+from oracle.contract import Unsupported
+from pallas_impl import backward, call, plain
+
+if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
+    jax.config.update("jax_num_cpu_devices", 2)
+
+INTERPRETER = "mosaic_gpu_interpret", 1  # on several devices its callbacks wait for each other
+WRAPS = {"outside jit": lambda f: f, "inside jit": jax.jit}
+KINDS = [AxisType.Explicit, AxisType.Auto]
+COLLECTIVE = re.compile(
+    r"(all-gather|all-to-all|collective-permute|all_gather|all_to_all|collective_permute)"
+)
+BATCH, SEQLEN, DIM, WIDTH = 2, 5, 8, 3
+
+
+def mesh_of(devices, kind):
+    return jax.make_mesh((devices,), ("d",), axis_types=(kind,), devices=jax.devices("cpu")[:devices])
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def index(*values):
+    return jnp.asarray(values, jnp.int32)
+
+
+def put(mesh, specs, arrays):
+    return {name: jax.device_put(a, NamedSharding(mesh, specs.get(name, P()))) for name, a in arrays.items()}
+
+
+def training(**options):
+    return functools.partial(pallas_impl.causal_conv1d, activation="silu", **options)
+
+
+X, WEIGHT, BIAS = normal(0, BATCH, SEQLEN, DIM), normal(1, DIM, WIDTH), normal(2, DIM)
+DENSE = dict(x=X, weight=WEIGHT, bias=BIAS, initial_states=normal(3, BATCH, WIDTH - 1, DIM))
+PACKED = dict(
+    x=normal(4, 10, DIM), weight=WEIGHT, bias=BIAS, conv_states=normal(5, 4, WIDTH, DIM), query_start_loc=index(0, 3, 8),
+    cache_indices=index(2, 0), has_initial_state=jnp.array([True, False]),
+)  # fmt: skip
+STEP = dict(x=normal(6, BATCH, DIM), weight=WEIGHT, bias=BIAS, conv_states=normal(7, BATCH, WIDTH, DIM))
+COMMIT = dict(
+    conv_states=STEP["conv_states"], window_out=normal(8, 2, 3, WIDTH - 1, DIM), accepted_steps=index(0, 2)
+)
+CHANNELS = dict(
+    weight=P("d"), bias=P("d"), conv_states=P(None, None, "d"), window_out=P(None, None, None, "d"),
+    initial_states=P(None, None, "d"),
+)  # fmt: skip
+DENSE_CHANNELS, PACKED_CHANNELS = CHANNELS | dict(x=P(None, None, "d")), CHANNELS | dict(x=P(None, "d"))
+ROWS = dict(x=P("d"), initial_states=P("d"), conv_states=P("d"))
+CALLS = {
+    "training, rows": (training, DENSE, ROWS),
+    "training, channels": (training, DENSE, DENSE_CHANNELS),
+    "training, channels of x alone": (training, DENSE, dict(x=P(None, None, "d"))),
+    "packed, channels": (functools.partial(functools.partial, pallas_impl.causal_conv1d_fn), PACKED, PACKED_CHANNELS),
+    "update, rows": (functools.partial(functools.partial, pallas_impl.causal_conv1d_update), STEP, ROWS),
+    "update, channels": (functools.partial(functools.partial, pallas_impl.causal_conv1d_update), STEP, PACKED_CHANNELS),
+    "commit, channels": (functools.partial(functools.partial, pallas_impl.commit_windows), COMMIT, CHANNELS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("name", CALLS)
+def test_split_as_the_arguments_are(name, kind, wrap):
+    check_split(name, kind, wrap, "xla", 2)
+
+
+def check_split(name, kind, wrap, backend, devices):
+    make, arrays, specs = CALLS[name]
+    run = make(backend=backend)
+    wanted = run(**arrays)
+    placed = put(mesh_of(devices, kind), specs, arrays)
+    got = wrap(run)(**placed)
+    for found, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+        if devices > 1 and (kind is AxisType.Explicit or wrap is not jax.jit):
+            sizes = sorted(
+                n // m for n, m in zip(found.shape, found.sharding.shard_shape(found.shape), strict=True)
+            )
+            assert sizes == [1] * (found.ndim - 1) + [2]
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("training")])
+def test_kernels_on_explicit_axes(name):
+    check_split(name, AxisType.Explicit, jax.jit, *INTERPRETER)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "devices", "wrap"),
+    [
+        ("training, rows", "xla", 2, "outside jit"),
+        ("training, rows", "xla", 2, "inside jit"),
+        ("training, channels", "xla", 2, "inside jit"),
+        ("training, channels of x alone", "xla", 2, "inside jit"),
+        ("training, rows", *INTERPRETER, "inside jit"),
+    ],
+)
+def test_gradients_on_explicit_axes(name, backend, devices, wrap):
+    make, arrays, specs = CALLS[name]
+    specs = specs | dict(weight=P("d"), bias=P("d")) if "channels" in name else specs
+
+    def loss(arrays):
+        out, states = make(backend=backend)(**arrays)
+        return (out**2).sum() + (states**2).sum()
+
+    wanted = jax.grad(loss)(arrays)
+    mesh = mesh_of(devices, AxisType.Explicit)
+    placed = put(mesh, specs, arrays)
+    with jax.set_mesh(mesh):  # plain jax.numpy wants it too for a gradient outside jit
+        gradients = WRAPS[wrap](jax.grad(loss))(placed)
+    for name, found in gradients.items():
+        np.testing.assert_allclose(found, wanted[name], rtol=1e-4, atol=1e-4)
+        assert jax.typeof(found).sharding.spec == jax.typeof(placed[name]).sharding.spec
+
+
+def test_what_depends_on_each_other_is_refused():
+    mesh = mesh_of(2, AxisType.Explicit)
+    four = STEP | dict(conv_states=PACKED["conv_states"])  # row 1 has slot 1, which is on the first device
+    refused = [
+        (
+            pallas_impl.causal_conv1d,
+            DENSE | dict(x=DENSE["x"][:, :4]),
+            dict(x=P(None, "d")),
+            "x: expected axis 1 whole",
+        ),
+        (pallas_impl.causal_conv1d_fn, PACKED, dict(x=P("d")), "x: expected axis 0 whole .* split over 'd'"),
+        (
+            pallas_impl.causal_conv1d_fn,
+            PACKED,
+            dict(cache_indices=P("d")),
+            "cache_indices: expected axis 0 whole",
+        ),
+        (pallas_impl.causal_conv1d_update, four, ROWS, "x: expected axis 0 whole"),
+        (
+            pallas_impl.causal_conv1d,
+            DENSE,
+            dict(x=P("d"), weight=P("d")),
+            "weight: expected channels split over other",
+        ),
+        (pallas_impl.commit_windows, COMMIT, dict(conv_states=P("d")), "conv_states: expected axis 0 whole"),
+    ]
+    for run, arrays, specs, message in refused:
+        placed = put(mesh, specs, arrays)
+        for wrap in WRAPS.values():
+            with pytest.raises(Unsupported, match=message):
+                wrap(run)(**placed)
+    halves = functools.partial(pallas_impl.causal_conv1d_update, split_sizes=(4, 4))
+    with pytest.raises(Unsupported, match="x: expected axis 1 whole"):
+        halves(**put(mesh, PACKED_CHANNELS, STEP))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_lower_for_two_gpus(name):
+    """Explicit axes: one kernel a device (and the second of a prefill), on its own part."""
+    make, arrays, specs = CALLS[name]
+    mesh = AbstractMesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    wide = {n: jnp.repeat(a, 64, 0 if n in ("weight", "bias") else -1) if a.shape[-1] == DIM or n == "weight" else a
+            for n, a in arrays.items()}  # fmt: skip
+    shapes = {
+        n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, specs.get(n, P()))) for n, a in wide.items()
+    }  # fmt: skip
+    text = jax.jit(make(backend="mosaic_gpu")).trace(**shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @mosaic_gpu" in text
+    assert not COLLECTIVE.search(text)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_gathered(name):
+    make, arrays, specs = CALLS[name]
+    placed = put(mesh_of(2, AxisType.Explicit), specs, arrays)
+    assert not COLLECTIVE.search(jax.jit(make(backend="xla")).lower(**placed).compile().as_text())
+
+
+AUTO = {"training, rows", "training, channels", "packed, channels", "update, rows", "update, channels"}
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """Plain array code in the place of the kernels: the interpreter's callbacks on several devices wait for each other."""
+
+    def run(arrays, options):
+        if arrays.query_start_loc is None:
+            starts = plain.equal_rows(arrays.x.shape[0] // options.seqlen, arrays.x.shape[0])
+            arrays = arrays._replace(query_start_loc=starts)
+        return plain.run(arrays, options)
+
+    def differentiate(options, inputs, upstream):
+        return real((*options[:-1], "xla"), inputs, upstream)
+
+    real = backward.differentiate
+    monkeypatch.setattr(call, "_launch_prefill", run)
+    monkeypatch.setattr(call, "_launch_update", run)
+    monkeypatch.setattr(backward, "differentiate", differentiate)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", sorted(AUTO))
+def test_the_compiler_splits_kernels_on_auto_axes(name, plain_kernels):
+    make, arrays, specs = CALLS[name]
+    placed = put(mesh_of(2, AxisType.Auto), specs, arrays)
+    run = jax.jit(make(backend="mosaic_gpu_interpret"))
+    wanted = make(backend="xla")(**arrays)
+    assert "CustomSPMDPartitioning" in run.lower(**placed).as_text()
+    assert not COLLECTIVE.search(run.lower(**placed).compile().as_text())
+    for found, want in zip(jax.tree.leaves(run(**placed)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+        assert not found.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("name", ["training, rows", "training, channels"])
+def test_gradients_on_auto_axes(name, plain_kernels):
+    make, arrays, specs = CALLS[name]
+    loss = lambda backend, arrays: sum((a**2).sum() for a in make(backend=backend)(**arrays))  # noqa: E731
+    wanted = jax.grad(functools.partial(loss, "xla"))(arrays)
+    placed = put(mesh_of(2, AxisType.Auto), specs, arrays)
+    run = jax.jit(jax.grad(functools.partial(loss, "mosaic_gpu_interpret")))
+    assert not COLLECTIVE.search(run.lower(placed).compile().as_text())
+    for name, found in run(placed).items():
+        np.testing.assert_allclose(found, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_compiler_gathers_nothing_for_a_kernel(plain_kernels):
+    mesh = mesh_of(2, AxisType.Auto)
+    refused = [
+        (
+            training,
+            DENSE | dict(x=DENSE["x"][:, :4]),
+            dict(x=P(None, "d")),
+            "x: expected axis 1 whole .* over 'd'",
+        ),
+        (CALLS["packed, channels"][0], PACKED, dict(x=P("d")), "x: expected axis 0 whole"),
+    ]
+    for make, arrays, specs, message in refused:
+        with pytest.raises(
+            Exception, match=f"Unsupported: {message}"
+        ):  # by way of XLA, which raises its own class
+            jax.jit(make(backend="mosaic_gpu_interpret")).lower(**put(mesh, specs, arrays)).compile()
