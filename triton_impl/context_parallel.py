@@ -7,8 +7,11 @@ tokens. So `dx` is summed in one place, in the order of one device, and rounded 
 would add up rounded sums. It costs as many bytes as a float32 gradient would.
 
 The main kernel waits for neither. It runs at once, wrong at the cut, and the width-1 tokens at the cut are then computed
-again. All are plain calls of the operation, so the bits are those of one device. On a GPU the communication has a stream
-of its own, beside the kernel.
+again, by the operation's own arithmetic: the bits are those of one device. On a GPU the communication has a stream of
+its own, beside the kernel.
+
+On kernels (`exchange`) a pass is: one small launch that fills a message, the main kernel, beside it one collective, one
+small launch that mends the cut. Without Triton the tokens travel point to point and plain calls do the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +27,18 @@ from torch import Tensor
 
 from oracle.contract import ConvOutput, FnCall, RowsCall, Unsupported, normalised
 from triton_impl import api
-from triton_impl.call import check, tied
+from triton_impl.call import (
+    Prepared,
+    check,
+    kernels,
+    launch_on,
+    recall,
+    remember,
+    resolve,
+    tied,
+    unit_stride,
+)
+from triton_impl.config import prefill_config, walks
 from triton_impl.tracing import asks_for_gradient, refuse_second_gradient
 
 
@@ -77,10 +91,18 @@ def causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id,
         max_seqlen, schedule, backend,
     )  # fmt: skip
-    sizes = check(call)
-    lengths = _check_parts(part_lengths, sizes.tokens, group)
-    call, equal = normalised(call), part_lengths is None
-    run = lambda record, args: _prefill(record(*args), sizes, lengths, group, equal)  # noqa: E731
+    facts = dist.get_rank(group), dist.get_world_size(group), _host_ints(part_lengths)
+    if (split := recall("context_parallel", (*call, *facts))) is None:
+        sizes = check(call)
+        lengths, equal = _check_parts(facts, sizes.tokens), part_lengths is None
+        if resolve(backend, x.device) == "triton":
+            split = _Split(normalised(call), sizes, facts[0], lengths, equal)
+            remember("context_parallel", (*call, *facts), split)
+    if split is not None:
+        run = lambda record, args: split(args, group)[0]  # noqa: E731
+    else:
+        call = normalised(call)
+        run = lambda record, args: _prefill(record(*args), sizes, lengths, group, equal)  # noqa: E731
     if asks_for_gradient(x, weight, bias, conv_states):
         out = tied(FnCall, tuple(call), run)
     else:
@@ -137,11 +159,15 @@ def causal_conv1d(
     call = RowsCall(x, weight, bias, None, query_start_loc, activation, max_seqlen, schedule, backend)
     check(call)
     call = normalised(call)
-    lengths = _check_parts(part_lengths, x.shape[0], group)
+    facts = dist.get_rank(group), dist.get_world_size(group), _host_ints(part_lengths)
+    lengths = _check_parts(facts, x.shape[0])
+    if resolve(backend, x.device) == "triton":
+        part = _KernelPart(group, facts, lengths, call[5:])
+        return _ConvolutionOnKernels.apply(x, weight, bias, query_start_loc, part, bool(sum_weight_gradients))
     begins = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     offsets = query_start_loc.long().clamp(0, begins[-1])
     offsets[0] = 0
-    part = _Part(dist.get_rank(group), begins, group, call[5:], part_lengths is None)
+    part = _Part(facts[0], begins, group, call[5:], part_lengths is None)
     return _Convolution.apply(x, weight, bias, offsets, part, bool(sum_weight_gradients))
 
 
@@ -228,9 +254,14 @@ def _prefill(call, sizes, lengths, group, equal):
     return out
 
 
-def _check_parts(part_lengths, tokens, group):
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    lengths = [tokens] * size if part_lengths is None else [operator.index(n) for n in part_lengths]
+def _host_ints(part_lengths):
+    return None if part_lengths is None else tuple(operator.index(n) for n in part_lengths)
+
+
+def _check_parts(facts, tokens):
+    """The tokens of every rank; facts: this rank, the number of ranks, what the caller says of their tokens or None."""
+    rank, size, given = facts
+    lengths = [tokens] * size if given is None else list(given)
     if len(lengths) != size or min(lengths) < 0:
         raise ValueError(f"part_lengths: expected {size} lengths, one a rank, all >= 0, got {lengths}")
     if lengths[rank] != tokens:
@@ -257,14 +288,18 @@ def _check_equal(x, group):
     dist.all_gather(found, mine, group=group)
     found = torch.cat(found)
     if x.device.type == "cpu":
-        if (lengths := found.tolist()) != [x.shape[0]] * len(found):
-            raise ValueError(
-                f"part_lengths: expected the tokens of each rank, since they differ, {lengths}, got None"
-            )
+        _refuse_unequal(found.tolist())
     else:
         torch._assert_async(
             (found == mine).all(),
             "part_lengths: expected the tokens of each rank, since they differ, got None",
+        )
+
+
+def _refuse_unequal(lengths):
+    if lengths != lengths[:1] * len(lengths):
+        raise ValueError(
+            f"part_lengths: expected the tokens of each rank, since they differ, {lengths}, got None"
         )
 
 
@@ -488,5 +523,207 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         return _backward_part(*arguments)
+
+    backward = staticmethod(refuse_second_gradient)
+
+
+# On kernels.
+
+
+class _Beside:
+    """What is queued inside runs beside what the current stream gets after this was made, until `join`.
+
+    Its stream has priority: a collective that began behind a kernel that fills the device would end behind it too.
+    Memory of the side stream needs no record of its use: the next work there waits for the current stream.
+    """
+
+    def __init__(self, device):
+        self.side = None
+        if device.type == "cuda":
+            if device not in _streams:
+                _streams[device] = torch.cuda.Stream(device, priority=-1)
+            self.side, self.current = _streams[device], torch.cuda.current_stream(device)
+            self.begin = self.current.record_event()
+            self.context = torch.cuda.stream(self.side)
+
+    def __enter__(self):
+        if self.side is not None:
+            self.side.wait_event(self.begin)
+            self.context.__enter__()
+
+    def __exit__(self, *error):
+        if self.side is not None:
+            self.context.__exit__(*error)
+
+    def join(self):
+        if self.side is not None:
+            self.current.wait_stream(self.side)
+
+
+class _Split:
+    """A checked `FnCall` on a part of the tokens, on kernels, with everything but its tensors and the group decided."""
+
+    def __init__(self, call, sizes, rank, lengths, equal):
+        exchange = kernels("exchange")
+        part = exchange.Part(rank, tuple(lengths), equal)
+        self.device, self.ranks, self.equal = call.x.device, len(lengths), equal
+        call = call._replace(query_start_loc=unit_stride(call.query_start_loc))
+        self.size, self.tell, self.cut = exchange.prepare(call, sizes, part)
+        self.sends = self.ranks > 1 and (equal or (sizes.width > 1 and sum(lengths) > 0))
+        outputs = None, ()
+        if call.x.numel():
+            longest = None if call.max_seqlen is None else min(call.max_seqlen, sizes.tokens)
+            config = prefill_config(
+                sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*call.x.stride()), longest, call.schedule,
+                kernels("launch").warp_size(),
+            )  # fmt: skip
+            kernel = kernels("prefill")
+            outputs = kernel.prepare(call, sizes, config, stores=False), kernel.ARRAYS
+        self.main = Prepared(call, outputs, memory=torch.empty_like(call.x, device="meta"))
+
+    def __call__(self, args, group):
+        """Returns `out`, the rows' offsets into the part, and the sum of the ranks' messages."""
+        return launch_on(self.device, self._run, args, group)
+
+    def _run(self, args, group):
+        x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, *options = args
+        offsets = unit_stride(offsets)
+        message = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+        starts = torch.empty_like(offsets)
+        self.tell(x, offsets, message, starts)
+        beside = _Beside(self.device)
+        # It leaves no windows: the slots are read again at the cut.
+        out = self.main((x, weight, bias, conv_states, starts, cache_indices, has_initial_state, *options))
+        if self.sends:
+            with beside:
+                dist.all_reduce(message, group=group)
+            beside.join()
+            if self.equal and self.device.type == "cpu":
+                _refuse_unequal(message[: 8 * self.ranks].view(torch.int64).tolist())
+        self.cut(x, weight, bias, conv_states, offsets, cache_indices, has_initial_state, message, out)
+        return out, starts, message
+
+
+class _KernelPart(NamedTuple):
+    """This rank's part in a differentiable call, and the call's options.
+
+    `facts`: the rank, the number of ranks, the lengths that the caller named, or None.
+    """
+
+    group: object
+    facts: tuple
+    lengths: list
+    options: tuple
+
+    def forward(self, x, weight, bias, query_start_loc):
+        activation, max_seqlen, schedule, backend = self.options
+        call = FnCall(
+            x, weight, bias, None, query_start_loc, None, None, activation, -1, max_seqlen, schedule, backend
+        )
+        args = (*call, *self.facts)
+        if (split := recall("context_parallel", args)) is None:
+            split = _Split(call, call.check(), self.facts[0], self.lengths, self.facts[2] is None)
+            remember("context_parallel", args, split)
+        return split(call, self.group)
+
+    def backward(self, tensors, needs_x, needs_sums, sum_weight_gradients):
+        """(dx, dweight, dbias), None for what is not needed; tensors: dout, then what the forward pass kept."""
+        return launch_on(tensors[0].device, self._backward, tensors, needs_x, needs_sums, sum_weight_gradients)
+
+    def _backward(self, tensors, needs_x, needs_sums, sum_weight_gradients):
+        dout, x, weight, bias, offsets, starts, told = tensors
+        activation, max_seqlen, schedule, backend = self.options
+        tokens, history = len(x), weight.shape[1] - 1
+        tail = min(tokens, history) if needs_x else 0
+        kept = (x, weight, dout, offsets, activation, *self.facts, tail)
+        if (prepared := recall("context_parallel backward", kept)) is None:
+            exchange = kernels("exchange")
+            call = RowsCall(x, weight, bias, None, offsets, activation, max_seqlen, schedule, backend)
+            part = exchange.Part(self.facts[0], tuple(self.lengths), False)
+            prepared = exchange.prepare_backward(call, dout, call.check(), part, tail)
+            remember("context_parallel backward", kept, prepared)
+        size, tell, around = prepared
+
+        message = torch.empty(size, dtype=torch.uint8, device=x.device)
+        windows = x.new_empty(len(offsets) - 1, history, x.shape[1])
+        tell(x, dout, offsets, told, message, windows)
+        beside = _Beside(x.device)
+        # Float32 copies of weight and bias, which change no product, so that gradients to be added come unrounded.
+        taps, start = weight, bias
+        if needs_sums and sum_weight_gradients:
+            taps, start = weight.float(), None if bias is None else bias.float()
+        longest = None if max_seqlen is None else min(max_seqlen, tokens)
+        backward = torch.ops.twinconv.causal_conv1d_backward.default
+        dx, dweight, dbias, _ = backward(
+            dout, None, x, taps, start, windows, starts, activation, longest, schedule, backend, needs_sums, False
+        )
+        if needs_x and history:
+            with beside:
+                if len(self.lengths) > 1:
+                    dist.all_reduce(message, group=self.group)
+                if tail:
+                    last = self._last_dx((x, dout, weight, bias, offsets, told, message), around, tail)
+            beside.join()
+            if tail:
+                dx[tokens - tail :].copy_(last)
+        if needs_sums and sum_weight_gradients:
+            dweight, dbias = self._sums(dweight, dbias, weight, bias)
+        return dx if needs_x else None, dweight, dbias
+
+    def _last_dx(self, tensors, around, tail):
+        """dx of the part's last tokens, at most width-1: a plain call over them, as many before and as many after.
+
+        g of a token reads the width-1 tokens before it, dx the width-1 values of g after it.
+        """
+        x, dout, weight, bias, offsets, told, message = tensors
+        activation, max_seqlen, schedule, backend = self.options
+        history = weight.shape[1] - 1
+        x_around, dout_around = x.new_empty(2, tail + 2 * history, x.shape[1]).unbind(0)
+        starts = torch.empty_like(offsets)
+        around(x, dout, offsets, told, message, x_around, dout_around, starts)
+        longest = None if max_seqlen is None else min(max_seqlen, len(x_around))
+        dx = torch.ops.twinconv.causal_conv1d_backward.default(
+            dout_around, None, x_around, weight, bias, None, starts, activation, longest, schedule, backend, False, False
+        )[0]
+        return dx[history : history + tail]
+
+    def _sums(self, dweight, dbias, weight, bias):
+        """The float32 sums of all ranks, added in the order of the ranks and rounded to the dtypes of weight and bias."""
+        ranks, weights = len(self.lengths), dweight.numel()
+        mine = dweight.flatten() if bias is None else torch.cat([dweight.flatten(), dbias])
+        every = mine.new_empty(ranks * len(mine))
+        dist.all_gather_into_tensor(every, mine, group=self.group)
+        kept = every, weight, bias
+        if (add := recall("context_parallel sums", kept)) is None:
+            add = kernels("exchange").prepare_sums(weights, len(mine) - weights, ranks)
+            remember("context_parallel sums", kept, add)
+        dweight = weight.new_empty(weight.shape)
+        dbias = None if bias is None else bias.new_empty(bias.shape)
+        add(every, dweight, dbias)
+        return dweight, dbias
+
+
+class _ConvolutionOnKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, offsets, part, sum_weight_gradients):
+        offsets = unit_stride(offsets)
+        out, starts, message = part.forward(x, weight, bias, offsets)
+        ctx.save_for_backward(x, weight, bias, offsets, starts, message)
+        ctx.part, ctx.sum_weight_gradients = part, sum_weight_gradients
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = _GradientsOnKernels.apply(
+            ctx.part, needs_x, needs_weight or needs_bias, ctx.sum_weight_gradients, dout, *ctx.saved_tensors
+        )
+        return dx, dweight if needs_weight else None, dbias if needs_bias else None, None, None, None
+
+
+class _GradientsOnKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, needs_x, needs_sums, sum_weight_gradients, *tensors):
+        return part.backward(tensors, needs_x, needs_sums, sum_weight_gradients)
 
     backward = staticmethod(refuse_second_gradient)
