@@ -336,8 +336,9 @@ def main(argv):
     parser.add_argument("framework", choices=["torch", "jax"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--split", choices=SPLITS, action="append", help="only these; default: all")
     options = parser.parse_args(argv)
-    sizes = dict.fromkeys(SPLITS, (64, 256)) if options.dry_run else SPLITS
+    sizes = {name: (64, 256) if options.dry_run else SPLITS[name] for name in options.split or SPLITS}
     calls, samples = (1, 1) if options.dry_run else (CALLS, SAMPLES)
     records = []
     if options.framework == "jax":

@@ -529,6 +529,8 @@ class _Gradients(torch.autograd.Function):
 
 # On kernels.
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+
 
 class _Beside:
     """What is queued inside runs beside what the current stream gets after this was made, until `join`.
@@ -692,7 +694,7 @@ class _KernelPart(NamedTuple):
         ranks, weights = len(self.lengths), dweight.numel()
         mine = dweight.flatten() if bias is None else torch.cat([dweight.flatten(), dbias])
         every = mine.new_empty(ranks * len(mine))
-        dist.all_gather_into_tensor(every, mine, group=self.group)
+        _all_gather_single(every, mine, group=self.group)
         kept = every, weight, bias
         if (add := recall("context_parallel sums", kept)) is None:
             add = kernels("exchange").prepare_sums(weights, len(mine) - weights, ranks)
