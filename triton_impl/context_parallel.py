@@ -38,7 +38,7 @@ from triton_impl.call import (
     tied,
     unit_stride,
 )
-from triton_impl.config import prefill_config, walks
+from triton_impl.config import crosses, prefill_config, walks
 from triton_impl.tracing import asks_for_gradient, refuse_second_gradient
 
 
@@ -529,7 +529,9 @@ class _Gradients(torch.autograd.Function):
 
 # On kernels.
 
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+_all_gather_single = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # before torch 2.13
 
 
 class _Beside:
@@ -609,7 +611,9 @@ class _Split:
 class _KernelPart(NamedTuple):
     """This rank's part in a differentiable call, and the call's options.
 
-    `facts`: the rank, the number of ranks, the lengths that the caller named, or None.
+    Attributes:
+      facts: the rank, the number of ranks, the lengths that the caller named, or None.
+      lengths: tokens of every rank.
     """
 
     group: object
@@ -630,79 +634,108 @@ class _KernelPart(NamedTuple):
 
     def backward(self, tensors, needs_x, needs_sums, sum_weight_gradients):
         """(dx, dweight, dbias), None for what is not needed; tensors: dout, then what the forward pass kept."""
-        return launch_on(tensors[0].device, self._backward, tensors, needs_x, needs_sums, sum_weight_gradients)
+        return launch_on(
+            tensors[0].device, self._backward, tensors, needs_x, needs_sums, sum_weight_gradients
+        )
 
     def _backward(self, tensors, needs_x, needs_sums, sum_weight_gradients):
         dout, x, weight, bias, offsets, starts, told = tensors
-        activation, max_seqlen, schedule, backend = self.options
-        tokens, history = len(x), weight.shape[1] - 1
-        tail = min(tokens, history) if needs_x else 0
-        kept = (x, weight, dout, offsets, activation, *self.facts, tail)
-        if (prepared := recall("context_parallel backward", kept)) is None:
-            exchange = kernels("exchange")
-            call = RowsCall(x, weight, bias, None, offsets, activation, max_seqlen, schedule, backend)
-            part = exchange.Part(self.facts[0], tuple(self.lengths), False)
-            prepared = exchange.prepare_backward(call, dout, call.check(), part, tail)
-            remember("context_parallel backward", kept, prepared)
-        size, tell, around = prepared
+        if crosses(dout.shape, dout.stride(), x.stride()):
+            dout = torch.empty_like(x).copy_(dout)
+        kept = (x, weight, dout, offsets, bias, *self.options, *self.facts, needs_x, needs_sums)
+        if (split := recall("context_parallel backward", kept)) is None:
+            call = RowsCall(x, weight, bias, None, offsets, *self.options)
+            split = _SplitBackward(call, dout, self.facts[0], self.lengths, needs_x, needs_sums)
+            remember("context_parallel backward", kept, split)
 
-        message = torch.empty(size, dtype=torch.uint8, device=x.device)
-        windows = x.new_empty(len(offsets) - 1, history, x.shape[1])
-        tell(x, dout, offsets, told, message, windows)
+        message = torch.empty(split.size, dtype=torch.uint8, device=x.device)
+        windows = x.new_empty(split.windows)
+        split.tell(x, dout, offsets, told, message, windows)
         beside = _Beside(x.device)
-        # Float32 copies of weight and bias, which change no product, so that gradients to be added come unrounded.
-        taps, start = weight, bias
-        if needs_sums and sum_weight_gradients:
-            taps, start = weight.float(), None if bias is None else bias.float()
-        longest = None if max_seqlen is None else min(max_seqlen, tokens)
-        backward = torch.ops.twinconv.causal_conv1d_backward.default
-        dx, dweight, dbias, _ = backward(
-            dout, None, x, taps, start, windows, starts, activation, longest, schedule, backend, needs_sums, False
-        )
-        if needs_x and history:
+        dx = torch.empty_like(x)
+        dweight = dbias = sums = workspace = None
+        if needs_sums:
+            workspace = x.new_empty(split.workspace, dtype=torch.float32)
+            if sum_weight_gradients:  # they come unrounded, one behind the other
+                sums = x.new_empty(
+                    weight.numel() + (0 if bias is None else bias.numel()), dtype=torch.float32
+                )
+                dweight = sums
+                dbias = None if bias is None else sums[weight.numel() :]
+            else:
+                dweight = weight.new_empty(weight.shape)
+                dbias = None if bias is None else bias.new_empty(bias.shape)
+        split.walk(dout, None, x, weight, bias, windows, starts, dx, None, workspace)
+        if needs_sums:
+            split.reduce(workspace, dweight, dbias)
+        if split.sends:
+            x_around, dout_around, dx_around = x.new_empty(split.around_shape).unbind(0)
+            starts_around = torch.empty_like(offsets)
             with beside:
                 if len(self.lengths) > 1:
                     dist.all_reduce(message, group=self.group)
-                if tail:
-                    last = self._last_dx((x, dout, weight, bias, offsets, told, message), around, tail)
+                if split.tail:
+                    split.around(x, dout, offsets, told, message, x_around, dout_around, starts_around)
+                    split.walk_around(
+                        dout_around, None, x_around, weight, bias, None, starts_around, dx_around, None, None
+                    )
             beside.join()
-            if tail:
-                dx[tokens - tail :].copy_(last)
-        if needs_sums and sum_weight_gradients:
-            dweight, dbias = self._sums(dweight, dbias, weight, bias)
+            if split.tail:
+                dx[-split.tail :].copy_(dx_around[split.history : split.history + split.tail])
+        if sums is not None:
+            dweight, dbias = self._sums(sums, weight, bias)
         return dx if needs_x else None, dweight, dbias
 
-    def _last_dx(self, tensors, around, tail):
-        """dx of the part's last tokens, at most width-1: a plain call over them, as many before and as many after.
-
-        g of a token reads the width-1 tokens before it, dx the width-1 values of g after it.
-        """
-        x, dout, weight, bias, offsets, told, message = tensors
-        activation, max_seqlen, schedule, backend = self.options
-        history = weight.shape[1] - 1
-        x_around, dout_around = x.new_empty(2, tail + 2 * history, x.shape[1]).unbind(0)
-        starts = torch.empty_like(offsets)
-        around(x, dout, offsets, told, message, x_around, dout_around, starts)
-        longest = None if max_seqlen is None else min(max_seqlen, len(x_around))
-        dx = torch.ops.twinconv.causal_conv1d_backward.default(
-            dout_around, None, x_around, weight, bias, None, starts, activation, longest, schedule, backend, False, False
-        )[0]
-        return dx[history : history + tail]
-
-    def _sums(self, dweight, dbias, weight, bias):
+    def _sums(self, mine, weight, bias):
         """The float32 sums of all ranks, added in the order of the ranks and rounded to the dtypes of weight and bias."""
-        ranks, weights = len(self.lengths), dweight.numel()
-        mine = dweight.flatten() if bias is None else torch.cat([dweight.flatten(), dbias])
-        every = mine.new_empty(ranks * len(mine))
+        ranks, numbers, weights = len(self.lengths), mine.numel(), weight.numel()
+        every = mine.new_empty(ranks * numbers)
         _all_gather_single(every, mine, group=self.group)
         kept = every, weight, bias
         if (add := recall("context_parallel sums", kept)) is None:
-            add = kernels("exchange").prepare_sums(weights, len(mine) - weights, ranks)
+            add = kernels("exchange").prepare_sums(weights, numbers - weights, ranks)
             remember("context_parallel sums", kept, add)
         dweight = weight.new_empty(weight.shape)
         dbias = None if bias is None else bias.new_empty(bias.shape)
         add(every, dweight, dbias)
         return dweight, dbias
+
+
+class _SplitBackward:
+    """The backward pass of a part of the tokens, on kernels, with everything but its tensors decided.
+
+    dx of the part's last tokens, at most width-1, is that of a plain pass over them, as many before and as many after:
+    g of a token reads the width-1 tokens before it, dx the width-1 values of g after it.
+    """
+
+    def __init__(self, call, dout, rank, lengths, needs_x, needs_sums):
+        exchange, sizes = kernels("exchange"), call.check()
+        part = exchange.Part(rank, tuple(lengths), False)
+        self.history = sizes.width - 1
+        self.sends = needs_x and self.history > 0
+        self.tail = min(sizes.tokens, self.history) if needs_x else 0
+        self.size, self.tell, self.around = exchange.prepare_backward(call, dout, sizes, part, self.tail)
+        self.windows = sizes.batch, self.history, sizes.dim
+        self.around_shape = 3, self.tail + 2 * self.history, sizes.dim
+        windows, around = (
+            call.x.new_empty(shape, device="meta") for shape in (self.windows, self.around_shape[1:])
+        )
+        places, self.walk, self.reduce = self._plain(call, sizes, (dout, call.x, windows), needs_sums)
+        self.workspace = places, sizes.width + (call.bias is not None), sizes.dim
+        _, self.walk_around, _ = self._plain(call, sizes, (around, around, None), False)
+
+    @staticmethod
+    def _plain(call, sizes, tensors, needs_sums):
+        backward, (dout, x, windows) = kernels("backward"), tensors
+        longest = None if call.max_seqlen is None else min(call.max_seqlen, len(x))
+        config = backward.backward_config(
+            len(x), sizes.dim, sizes.batch, sizes.width, backward.run_of(x), longest, call.schedule,
+            kernels("launch").warp_size(),
+        )  # fmt: skip
+        return backward.prepare(
+            dout, None, x, call.weight, call.bias, windows, call.query_start_loc, call.activation is not None,
+            needs_sums, False, config,
+        )  # fmt: skip
 
 
 class _ConvolutionOnKernels(torch.autograd.Function):

@@ -14,7 +14,6 @@ Tokens that do not exist are zeros. All offsets are into the whole and are clamp
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -62,16 +61,12 @@ class Part(NamedTuple):
     def ahead(self, most):
         """Tokens between the end of this part and the begin of each later one, at most `most`; `most` for others."""
         lengths, rank = self.lengths, self.rank
-        return tuple(
-            min(sum(lengths[rank + 1 : r]), most) if r > rank else most for r in range(len(lengths))
-        )
+        return tuple(min(sum(lengths[rank + 1 : r]), most) if r > rank else most for r in range(len(lengths)))
 
     def behind(self, most):
         """Tokens between the end of each earlier part and the begin of this one, likewise."""
         lengths, rank = self.lengths, self.rank
-        return tuple(
-            min(sum(lengths[r + 1 : rank]), most) if r < rank else most for r in range(len(lengths))
-        )
+        return tuple(min(sum(lengths[r + 1 : rank]), most) if r < rank else most for r in range(len(lengths)))
 
     def header(self):
         """Bytes before a message's vectors, which are aligned to 16."""
@@ -183,7 +178,16 @@ def _entry(vectors, i, position, start, dim, held, has_state, channels, o: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "whole", "begin", "batch", "num_slots", "pad_slot_id", "rank", "channel_blocks"]
+    do_not_specialize=[
+        "tokens",
+        "whole",
+        "begin",
+        "batch",
+        "num_slots",
+        "pad_slot_id",
+        "rank",
+        "channel_blocks",
+    ]
 )
 def _cut_kernel(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, message, out, strides,
@@ -304,7 +308,7 @@ def _around_kernel(
         tl.store(dout_around + target, tl.where(here, own, after), mask=channels.exist)
     else:
         row = (place - count).to(tl.int64)
-        start, end = _bounds(query_start_loc, row, batch, whole)
+        _, end = _bounds(query_start_loc, row, batch, whole)
         _store_start(starts, row + 1, end, begin + first, count, block == 0)
     tl.store(starts, tl.zeros([], starts.dtype.element_ty), mask=(place == 0) & (block == 0))
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_impl
 from oracle.contract import Unsupported
 from triton_impl import context_parallel
+from triton_impl.launch import Launch
 
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_torch.py"
 # Imports once, and becomes as many ranks: imports took half of the time.
@@ -77,6 +79,29 @@ def test_a_wrong_exchange_is_seen(name, tmp_path):
     assert any("differ" in text for text in texts), "\n".join(texts)
 
 
+KERNEL_MUTANTS = {
+    "no message arrives": "c.dist.all_reduce = lambda *args, **options: None",
+    "no rank tells what is before the others' parts": (
+        "from triton_impl import exchange\n"
+        "exchange.Part.ahead = lambda part, most: (most,) * len(part.lengths)"
+    ),
+    "the cut is not mended": (
+        "from triton_impl import exchange as e\n"
+        "real = e.prepare\n"
+        "e.prepare = lambda *args: (*real(*args)[:2], lambda *tensors: None)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
+def test_a_wrong_exchange_is_seen_on_kernels(name, tmp_path):
+    """The first batch shows it."""
+    damage = "from triton_impl import context_parallel as c\n" + KERNEL_MUTANTS[name]
+    codes, texts = run_ranks(WORKER, 2, tmp_path, "triton", first=damage)
+    assert any(codes)
+    assert any("case 0" in text and "differ" in text for text in texts), "\n".join(texts)
+
+
 @pytest.fixture
 def alone(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
@@ -96,6 +121,41 @@ def test_a_group_of_one(alone):
     got = context_parallel.causal_conv1d_fn(**arguments())
     assert got.out.tolist() == wanted.out.tolist()
     assert got.conv_states.tolist() == wanted.conv_states.tolist()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what the host asks of PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_call_on_kernels_is_few_operations_of_the_host(alone, monkeypatch):
+    """Launches and operations, on a GPU each several microseconds of the host; with more than one rank a collective comes to it,
+    in the backward pass two."""
+    launches = []
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: launches.append(launch))
+    monkeypatch.setattr(context_parallel, "_refuse_unequal", lambda lengths: None)
+    given, starts = arguments(), torch.tensor([0, 3])
+    leaves = [torch.ones(shape, requires_grad=True) for shape in ((3, 2), (2, 4), (2,))]
+    options = dict(sum_weight_gradients=True, backend="triton")
+    train = lambda: context_parallel.causal_conv1d(*leaves, starts, **options)  # noqa: E731
+    out = train()
+    for call, operations, launched in (
+        (lambda: context_parallel.causal_conv1d_fn(**given, backend="triton"), 3, 3),
+        (train, 3, 3),
+        (lambda: torch.autograd.grad(out, leaves, torch.ones(3, 2), retain_graph=True), 17, 6),
+    ):
+        call()
+        launches.clear()
+        with Operations() as seen:
+            call()
+        assert (seen.count <= operations, len(launches)) == (True, launched), seen.count
 
 
 def test_bad_arguments(alone):
