@@ -136,8 +136,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_call_on_kernels_is_few_operations_of_the_host(alone, monkeypatch):
-    """Launches and operations, on a GPU each several microseconds of the host; with more than one rank a collective comes to it,
-    in the backward pass two."""
+    """Each takes several microseconds of the host on a GPU. With more than one rank a collective comes to it."""
     launches = []
     monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: launches.append(launch))
     monkeypatch.setattr(context_parallel, "_refuse_unequal", lambda lengths: None)
