@@ -578,9 +578,15 @@ class _Split:
         if call.x.numel():
             longest = None if call.max_seqlen is None else min(call.max_seqlen, sizes.tokens)
             config = prefill_config(
-                sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*call.x.stride()), longest, call.schedule,
+                sizes.tokens,
+                sizes.dim,
+                sizes.batch,
+                sizes.width,
+                walks(*call.x.stride()),
+                longest,
+                call.schedule,
                 kernels("launch").warp_size(),
-            )  # fmt: skip
+            )
             kernel = kernels("prefill")
             outputs = kernel.prepare(call, sizes, config, stores=False), kernel.ARRAYS
         self.main = Prepared(call, outputs, memory=torch.empty_like(call.x, device="meta"))
@@ -729,13 +735,28 @@ class _SplitBackward:
         backward, (dout, x, windows) = kernels("backward"), tensors
         longest = None if call.max_seqlen is None else min(call.max_seqlen, len(x))
         config = backward.backward_config(
-            len(x), sizes.dim, sizes.batch, sizes.width, backward.run_of(x), longest, call.schedule,
+            len(x),
+            sizes.dim,
+            sizes.batch,
+            sizes.width,
+            backward.run_of(x),
+            longest,
+            call.schedule,
             kernels("launch").warp_size(),
-        )  # fmt: skip
+        )
         return backward.prepare(
-            dout, None, x, call.weight, call.bias, windows, call.query_start_loc, call.activation is not None,
-            needs_sums, False, config,
-        )  # fmt: skip
+            dout,
+            None,
+            x,
+            call.weight,
+            call.bias,
+            windows,
+            call.query_start_loc,
+            call.activation is not None,
+            needs_sums,
+            False,
+            config,
+        )
 
 
 class _ConvolutionOnKernels(torch.autograd.Function):

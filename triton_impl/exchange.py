@@ -134,9 +134,20 @@ def _store_start(starts, i, bound, base, tokens, first):
 
 @triton.jit(do_not_specialize=["tokens", "whole", "begin", "batch", "rank", "channel_blocks"])
 def _tell_kernel(
-    x, query_start_loc, message, starts, strides, tokens, whole, begin, dim, batch, rank, channel_blocks,
+    x,
+    query_start_loc,
+    message,
+    starts,
+    strides,
+    tokens,
+    whole,
+    begin,
+    dim,
+    batch,
+    rank,
+    channel_blocks,
     o: tl.constexpr,
-):  # fmt: skip
+):
     """Fills a forward message, and the offsets of the rows into the part."""
     vectors = _vectors(message, x, o)
     x = tokens_of(x, strides.x)
@@ -190,9 +201,27 @@ def _entry(vectors, i, position, start, dim, held, has_state, channels, o: tl.co
     ]
 )
 def _cut_kernel(
-    x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, message, out, strides,
-    tokens, whole, begin, dim, batch, num_slots, pad_slot_id, rank, channel_blocks, o: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    conv_states,
+    query_start_loc,
+    cache_indices,
+    has_initial_state,
+    message,
+    out,
+    strides,
+    tokens,
+    whole,
+    begin,
+    dim,
+    batch,
+    num_slots,
+    pad_slot_id,
+    rank,
+    channel_blocks,
+    o: tl.constexpr,
+):
     """What a part cannot know without its message: the first outputs of the row that crosses the cut, and new windows."""
     vectors = _vectors(message, x, o)
     x, out = tokens_of(x, strides.x), tokens_of(out, strides.out)
@@ -252,9 +281,22 @@ def _cut_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "whole", "begin", "batch", "rank", "channel_blocks"])
 def _tell_back_kernel(
-    x, dout, query_start_loc, before, message, windows, strides, tokens, whole, begin, dim, batch, rank,
-    channel_blocks, o: tl.constexpr,
-):  # fmt: skip
+    x,
+    dout,
+    query_start_loc,
+    before,
+    message,
+    windows,
+    strides,
+    tokens,
+    whole,
+    begin,
+    dim,
+    batch,
+    rank,
+    channel_blocks,
+    o: tl.constexpr,
+):
     """Fills a backward message, and the initial windows of the part's rows: of what the forward message told."""
     vectors, halo = _vectors(message, x, o), _vectors(before, x, o)
     x, dout = tokens_of(x, strides.x), tokens_of(dout, strides.dout)
@@ -281,9 +323,25 @@ def _tell_back_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "whole", "begin", "batch", "rank", "count", "channel_blocks"])
 def _around_kernel(
-    x, dout, query_start_loc, before, message, x_around, dout_around, starts, strides, tokens, whole, begin, dim,
-    batch, rank, count, channel_blocks, o: tl.constexpr,
-):  # fmt: skip
+    x,
+    dout,
+    query_start_loc,
+    before,
+    message,
+    x_around,
+    dout_around,
+    starts,
+    strides,
+    tokens,
+    whole,
+    begin,
+    dim,
+    batch,
+    rank,
+    count,
+    channel_blocks,
+    o: tl.constexpr,
+):
     """The `count` tokens around the part's last ones, width-1 of them behind it; their gradients; the rows' offsets."""
     vectors, halo = _vectors(message, x, o), _vectors(before, x, o)
     x, dout = tokens_of(x, strides.x), tokens_of(dout, strides.dout)
