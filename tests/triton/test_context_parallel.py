@@ -80,7 +80,6 @@ def test_a_wrong_exchange_is_seen(name, tmp_path):
 
 
 KERNEL_MUTANTS = {
-    "no message arrives": "c.dist.all_reduce = lambda *args, **options: None",
     "no rank tells what is before the others' parts": (
         "from triton_impl import exchange\n"
         "exchange.Part.ahead = lambda part, most: (most,) * len(part.lengths)"
