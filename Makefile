@@ -24,13 +24,14 @@ help: ## this list
 
 env: .venv/.installed env312 ## make or update the environments
 
-.venv/.installed: pyproject.toml requirements/cpu-jax-0.10.txt
+.venv/.installed: pyproject.toml requirements/cpu-jax-0.10.txt requirements/jax-models.txt
 	@if ! .venv/bin/python -c '' 2>/dev/null; then \
 	  python="$$($(call find_python,python3.11 python3 python3.12 python3.13,sys.version_info >= (3$(comma) 11)))"; \
 	  if [ -z "$$python" ]; then echo "make: expected Python 3.11 or later with venv on PATH, found none" >&2; exit 1; fi; \
 	  echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "installing into .venv (requirements/cpu-jax-0.10.txt)"
 	@$(call install,.venv,requirements/cpu-jax-0.10.txt,triton$(comma)pallas$(comma)flax$(comma)equinox$(comma)test$(comma)models$(comma)bench$(comma)lint$(comma)docs)
+	@.venv/bin/python $(PIP_INSTALL) --no-deps --requirement requirements/jax-models.txt
 	@touch $@
 
 # Never fails for want of an interpreter: the newest JAX is an addition.
