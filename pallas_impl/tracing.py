@@ -85,7 +85,7 @@ def mappable(operation, rule):
 
 
 @discharge.register_discharge_rule(custom_vmap_p)
-def _inline_custom_vmap(in_avals, out_avals, *args, call, **_):
+def _inline_custom_vmap(*given, call, **_):
     """What JAX 0.10 to 0.12 leave out: a kernel, which writes to references, inside `custom_vmap`. No vmap follows here."""
-    results = jaxpr_as_fun(discharge.discharge_state(call))(*args)
-    return [None] * len(in_avals), results
+    args = given[len(given) - len(call.in_avals) :]  # behind a context, or in JAX 0.10 two lists of types
+    return [None] * len(args), jaxpr_as_fun(discharge.discharge_state(call))(*args)
