@@ -188,6 +188,18 @@ def _moved(array, offset):
 
 
 @triton.jit
+def _zero_tokens(dx, first, last, channels, count: tl.constexpr):
+    """Zeros for tokens [first, last), `count` at a time; the pointers are carried along, as in `rows.zero_tail`."""
+    token = first + tl.arange(0, count)[:, None]
+    target = dx.ptr + token * dx.t + channels.index[None, :] * dx.d
+    zero = tl.zeros(target.shape, dx.ptr.dtype.element_ty)
+    for _ in range(first, last, count):
+        tl.store(target, zero, mask=channels.exist[None, :] & (token < last))
+        token += count
+        target += count * dx.t
+
+
+@triton.jit
 def _taps_of(weights, o: tl.constexpr):
     taps, start = load_taps(weights, o)
     flipped = ()
@@ -492,12 +504,15 @@ def _tile_back(arrays, offsets, weights, span, channels, o: tl.constexpr):
         steps = (last - first + (o.group - 1 + SLACK)) // o.group
     low = tl.minimum((tl.maximum(HALO + SLACK - first, 0) + (o.group - 1)) // o.group, steps)
     high = tl.minimum(tl.maximum(tl.maximum(length - HALO - first, 0) // o.group, low), steps)
+    inner = (high - low) * o.group
+    t = first + tl.where(low == 0, inner, 0)  # carried along, as in `rows.zero_tail`
     for step in range(low + steps - high):
-        t = first + tl.where(step < low, step, step - low + high) * o.group
         sums = _tile_step(runs, wide, length, t, token, channels, sums, True, o)
-    for step in tl.range(low, high, num_stages=o.stages):
-        t = first + step * o.group
+        t += o.group + tl.where(step + 1 == low, inner, 0)
+    t = first + low * o.group
+    for _ in tl.range(low, high, num_stages=o.stages):
         sums = _tile_step(runs, wide, length, t, token, channels, sums, False, o)
+        t += o.group
     totals = ()
     for j in tl.static_range(o.width + o.bias):
         totals = totals + (tl.sum(sums[j], axis=0),)
@@ -579,13 +594,7 @@ def _backward_kernel(
                 sums = _walk_back(here, taps, span, channels, sums, o)
         else:
             zeros: tl.constexpr = o.group if o.levels else 1  # tokens at a time
-            for t in range(first, span.last, zeros):
-                token = t + tl.arange(0, zeros)[:, None]
-                tl.store(
-                    dx.ptr + offsets[2] + token * dx.t + ch[None, :] * dx.d,
-                    tl.zeros([zeros, o.block_d], dx.ptr.dtype.element_ty),
-                    mask=channels.exist[None, :] & (token < span.last),
-                )
+            _zero_tokens(_moved(dx, offsets[2]), first, span.last, channels, zeros)
         if o.sums:
             place = partial + (number + block) * (o.width + o.bias) * wide_dim + ch
             for j in tl.static_range(o.width + o.bias):
