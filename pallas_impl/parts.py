@@ -62,10 +62,13 @@ def _run_parts(arrays, run, call, mesh, in_specs, out_specs):
     return jax.shard_map(part, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)(arrays)
 
 
+# Not the interpreter: its callbacks are ordered effects, which no partitioned operation may have.
+PARTITIONED = ("mosaic_gpu",)
+
+
 def compiler_splits(backend, x):
     """Whether a call on x is traced into a program in which the compiler may find its kernels' arrays split."""
-    # (the interpreter's callbacks are ordered effects, which no partitioned operation may have)
-    if backend != "mosaic_gpu" or jax.device_count() == 1 or not isinstance(x, jax.core.Tracer):
+    if backend not in PARTITIONED or jax.device_count() == 1 or not isinstance(x, jax.core.Tracer):
         return False
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.manual_axes and AxisType.Explicit not in mesh.axis_types

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_impl
 from oracle.contract import Unsupported
-from pallas_impl import backward, call, plain
+from pallas_impl import backward, call, parts, plain
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
     jax.config.update("jax_num_cpu_devices", 2)
@@ -207,6 +207,7 @@ def plain_kernels(monkeypatch):
     monkeypatch.setattr(call, "_launch_prefill", run)
     monkeypatch.setattr(call, "_launch_update", run)
     monkeypatch.setattr(backward, "differentiate", differentiate)
+    monkeypatch.setattr(parts, "PARTITIONED", ("mosaic_gpu", "mosaic_gpu_interpret"))
     jax.clear_caches()
     yield
     jax.clear_caches()
