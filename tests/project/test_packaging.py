@@ -30,7 +30,18 @@ def test_metadata():
     assert PROJECT["scripts"] == {"twinconv": "twinconv:main"}
     assert "Typing :: Typed" in PROJECT["classifiers"]
     assert [Requirement(text).name for text in PROJECT["dependencies"]] == ["numpy"]
-    assert set(EXTRAS) == {"triton", "pallas", "flax", "equinox", "test", "models", "bench", "lint", "docs"}
+    assert set(EXTRAS) == {
+        "triton",
+        "pallas",
+        "flax",
+        "equinox",
+        "test",
+        "models",
+        "bench",
+        "lint",
+        "docs",
+        "jax-models",
+    }
     assert not {Requirement(text).name for text in EXTRAS["triton"]} & {"jax", "jaxlib"}
     assert not {Requirement(text).name for text in EXTRAS["pallas"]} & {"torch", "triton"}
 
