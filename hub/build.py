@@ -19,6 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("oracle", "triton_impl")
 START = "hub.layers"
+# What `triton_impl.call.kernels` imports by name, where Triton is installed.
+KERNELS = tuple(
+    f"triton_impl.{name}" for name in ("prefill", "states", "update", "verify", "trees", "commit", "backward")
+)
 NAME, VERSION, BACKENDS = "twinconv", 1, ("cuda", "rocm", "cpu")
 ENTRY = '''"""The causal conv1d of Mamba, Gated DeltaNet, KDA and LFM2 layers: {version}."""
 
@@ -71,7 +75,7 @@ def build(folder):
 
 def modules(start=START):
     """Returns {module: file} of all modules of ours that `start` imports, itself among them."""
-    found, open_ends = {}, [start]
+    found, open_ends = {}, [start, *KERNELS]
     while open_ends:
         module = open_ends.pop()
         file = ROOT.joinpath(*module.split(".")).with_suffix(".py")

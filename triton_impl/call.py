@@ -484,7 +484,7 @@ def kernels(name):
       Unsupported: Triton is not installed.
     """
     try:
-        return importlib.import_module(f"triton_impl.{name}")
+        return importlib.import_module(f"{__package__}.{name}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
