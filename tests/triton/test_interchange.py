@@ -16,7 +16,7 @@ def run(device, mutate=""):
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, device],
-        cwd=SCRIPT.parent.parent,
+        cwd=SCRIPT.parents[2],
         env=environment,
         capture_output=True,
         text=True,
