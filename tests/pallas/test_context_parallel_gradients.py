@@ -1,7 +1,6 @@
 """Gradients of context parallel training in JAX: tokens split over virtual CPU devices, against one device's."""
 
 import functools
-import inspect
 import os
 import re
 
@@ -18,6 +17,7 @@ from pallas_impl import context_parallel
 from pallas_impl.context_parallel import causal_conv1d
 from tests.tools.context_parallel_cases import build, cases, judge
 from tests.tools.kernel_results import written_into_kernels
+from tests.tools.signatures import parameters
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
     jax.config.update("jax_num_cpu_devices", 8)
@@ -278,12 +278,6 @@ def test_bad_arguments():
         run(x, weight, None, starts, backend="triton")
     with pytest.raises(TypeError, match="x: expected"):
         run(x.astype(jnp.int32), weight, None, starts)
-
-
-def parameters(function):
-    """Its parameters without annotations, which each file spells its own way."""
-    found = inspect.signature(function).parameters
-    return {name: p.replace(annotation=inspect.Parameter.empty) for name, p in found.items()}
 
 
 def test_the_signature_adds_the_axis_and_has_no_states():

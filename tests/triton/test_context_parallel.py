@@ -1,6 +1,5 @@
 """Context parallel prefill in Torch, on a CPU: several processes, gloo, every bit as on one device."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_impl
 from oracle.contract import Unsupported
+from tests.tools.signatures import parameters
 from triton_impl import context_parallel
 from triton_impl.launch import Launch
 
@@ -174,12 +174,6 @@ def test_bad_arguments(alone):
     }.items():
         with pytest.raises(TypeError, match=name):
             context_parallel.causal_conv1d_fn(**arguments(), **{name: value})
-
-
-def parameters(function):
-    """Its parameters without annotations, which each file spells its own way."""
-    found = inspect.signature(function).parameters
-    return {name: p.replace(annotation=inspect.Parameter.empty) for name, p in found.items()}
 
 
 def test_the_signature_adds_the_group():

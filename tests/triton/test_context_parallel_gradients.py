@@ -1,6 +1,5 @@
 """Gradients of context parallel training in Torch, on a CPU: several processes, gloo, dx in every bit as on one device."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch.distributed as dist
 
 import triton_impl
 from oracle.contract import Unsupported
+from tests.tools.signatures import parameters
 from tests.triton.test_context_parallel import run_ranks
 from triton_impl.context_parallel import causal_conv1d
 
@@ -144,12 +144,6 @@ def test_bad_arguments(alone):
         causal_conv1d(**arguments(weight=torch.ones(2, 9)))
     with pytest.raises(TypeError, match="x: expected"):
         causal_conv1d(**arguments(x=torch.ones(6, 2, dtype=torch.float64)))
-
-
-def parameters(function):
-    """Its parameters without annotations, which each file spells its own way."""
-    found = inspect.signature(function).parameters
-    return {name: p.replace(annotation=inspect.Parameter.empty) for name, p in found.items()}
 
 
 def test_the_signature_adds_the_group_and_has_no_states():
