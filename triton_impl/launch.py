@@ -136,11 +136,6 @@ def strides_of(call, names):
     return [a if a is None else a.stride() if a.dim() > 1 else a.stride(0) for a in arrays]
 
 
-def stride(tensor, axis):
-    """A stride in elements; 0 for an absent tensor."""
-    return 0 if tensor is None else tensor.stride(axis)
-
-
 def like_result(call):
     """A tensor without memory, laid out as the result of a call will be: flat where it is split."""
     out = torch.empty_like(call.x, device="meta")
