@@ -727,7 +727,7 @@ def prepare(
         ptx=native_ptx(),
     )
     values = (strides, tokens, dim, batch, constants(options))
-    walk = Launch(_backward_kernel, grid, values, {}, num_warps=config.num_warps)
+    walk = Launch(_backward_kernel, grid, values, num_warps=config.num_warps)
     sums = Sums(width, bias is not None, rows=32, block_d=min(next_power_of_2(dim), 64))
     grid = (triton.cdiv(dim, sums.block_d), width + sums.bias, 1)
-    return places, walk, Launch(_reduce_kernel, grid, (places, dim, constants(sums)), {}, num_warps=4)
+    return places, walk, Launch(_reduce_kernel, grid, (places, dim, constants(sums)), num_warps=4)

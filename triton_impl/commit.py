@@ -69,4 +69,4 @@ def prepare(call, sizes, config):
         dim_blocks,
         constants(Options(sizes.history, config.block_d)),
     )
-    return Launch(_commit_kernel, (sizes.batch * dim_blocks, 1, 1), values, {}, num_warps=config.num_warps)
+    return Launch(_commit_kernel, (sizes.batch * dim_blocks, 1, 1), values, num_warps=config.num_warps)

@@ -423,11 +423,11 @@ def prepare(call, sizes, part):
     size = part.header() + vectors * sizes.dim * call.x.element_size()
     strides = Strides(*strides_of(call, FORWARD), out=like_result(call).stride())
     place = sizes.tokens, sum(part.lengths), part.begin, sizes.dim, sizes.batch
-    tell = Launch(_tell_kernel, grid, (strides, *place, part.rank, blocks, constants(options)), {})
+    tell = Launch(_tell_kernel, grid, (strides, *place, part.rank, blocks, constants(options)))
     slots = sizes.num_slots, known_pad(call.pad_slot_id, sizes.num_slots)
     checked = dict(debug=True, sanitize_overflow=False) if options.checks else {}
     cut = (strides, *place, *slots, part.rank, blocks, constants(options))
-    return size, tell, Launch(_cut_kernel, grid, cut, {}, **checked)
+    return size, tell, Launch(_cut_kernel, grid, cut, **checked)
 
 
 def prepare_backward(call, dout, sizes, part, tail):
@@ -451,13 +451,13 @@ def prepare_backward(call, dout, sizes, part, tail):
     place = sizes.tokens, sum(part.lengths), part.begin, sizes.dim, sizes.batch, part.rank
     behind = part.behind(history)
     options, grid, blocks = _options(call, sizes, part, behind, 1 + sizes.batch)
-    tell = Launch(_tell_back_kernel, grid, (strides, *place, blocks, constants(options)), {})
+    tell = Launch(_tell_back_kernel, grid, (strides, *place, blocks, constants(options)))
     options, grid, blocks = _options(call, sizes, part, behind, count + sizes.batch)
-    around = Launch(_around_kernel, grid, (strides, *place, count, blocks, constants(options)), {})
+    around = Launch(_around_kernel, grid, (strides, *place, count, blocks, constants(options)))
     return size, tell, around
 
 
 def prepare_sums(weights, biases, ranks):
     """Prepares the sum of the ranks' float32 gradients: a Launch of them [ranks, weights+biases], dweight and dbias."""
     numbers = weights + biases
-    return Launch(_sum_kernel, (triton.cdiv(numbers, 1024), 1, 1), (weights, numbers, ranks), {"block": 1024})
+    return Launch(_sum_kernel, (triton.cdiv(numbers, 1024), 1, 1), (weights, numbers, ranks, 1024))

@@ -21,16 +21,14 @@ class Launch:
     Args:
       kernel: the `triton.jit` function; its tensor parameters come first.
       grid: three ints.
-      values: the run-time arguments after the tensors.
-      constants: the constexpr arguments by name, in the kernel's order.
+      values: the arguments after the tensors, constants included.
       options: num_warps and other compiler options; None means the default.
     """
 
-    def __init__(self, kernel, grid, values, constants, **options):
-        self._kernel, self._grid, self._values, self._constants = kernel, grid, values, constants
+    def __init__(self, kernel, grid, values, **options):
+        self._kernel, self._grid, self._values = kernel, grid, values
         self._options = {name: value for name, value in options.items() if value is not None}
-        self._rest = (*values, *constants.values())
-        self._again = self._entry = self.result = None
+        self._again = self._entry = None
 
     def __call__(self, *tensors):
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -41,18 +39,18 @@ class Launch:
         if aligned and self._again is not None:
             hooked = _HOOKS.launch_enter_hook is not _ENTER or _HOOKS.launch_exit_hook is not _EXIT
             if self._entry is None or hooked or _ENTER.calls or _EXIT.calls:
-                self._again(*addresses, *self._rest)
+                self._again(*addresses, *self._values)
                 return
             launch, before, current_stream, device, after, packed = self._entry
             if packed:
-                launch(*before, current_stream(device), *after, (*addresses, *self._rest))
+                launch(*before, current_stream(device), *after, (*addresses, *self._values))
             else:
-                launch(*before, current_stream(device), *after, *addresses, *self._rest)
+                launch(*before, current_stream(device), *after, *addresses, *self._values)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._values, **self._constants, **self._options)
+        compiled = self._kernel[self._grid](*tensors, *self._values, **self._options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
             self._again = compiled[self._grid]
-            self._entry = launcher_entry(compiled, self._grid, (*addresses, *self._rest))
+            self._entry = launcher_entry(compiled, self._grid, (*addresses, *self._values))
 
 
 class Entry(NamedTuple):

@@ -405,7 +405,7 @@ def prepare(call, sizes, config, stores):
         blocks if folded else None,
         constants(options),
     )
-    return Launch(_prefill_kernel, grid, values, {}, num_warps=config.num_warps)
+    return Launch(_prefill_kernel, grid, values, num_warps=config.num_warps)
 
 
 def levels(x):

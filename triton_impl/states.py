@@ -181,4 +181,4 @@ def prepare(call, sizes, config):
         dim_blocks,
         constants(options),
     )
-    return Launch(_states_kernel, (programs * dim_blocks, 1, 1), values, {}, num_warps=config.num_warps)
+    return Launch(_states_kernel, (programs * dim_blocks, 1, 1), values, num_warps=config.num_warps)

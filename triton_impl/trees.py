@@ -198,7 +198,7 @@ def prepare(call, sizes, config):
         constants(options),
     )
     grid = (sizes.batch * triton.cdiv(sizes.seqlen, nodes) * dim_blocks, 1, 1)
-    return Launch(_tree_kernel, grid, values, {}, num_warps=config.num_warps)
+    return Launch(_tree_kernel, grid, values, num_warps=config.num_warps)
 
 
 def parents_from_links(next_token, next_sibling):

@@ -135,4 +135,4 @@ def prepare(call, sizes, config):
         known_pad(call.pad_slot_id, sizes.num_slots),
         constants(options),
     )
-    return Launch(_update_kernel, grid, values, {}, num_warps=config.num_warps)
+    return Launch(_update_kernel, grid, values, num_warps=config.num_warps)

@@ -265,7 +265,7 @@ def prepare(call, sizes, config):
         tail if packed else None,
         constants(options),
     )
-    return Launch(_verify_kernel, grid, values, {}, num_warps=config.num_warps)
+    return Launch(_verify_kernel, grid, values, num_warps=config.num_warps)
 
 
 def _of_rows(tensor, packed):

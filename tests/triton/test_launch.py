@@ -119,7 +119,7 @@ class Kernel:
         self.compiled = compiled
 
     def __getitem__(self, grid):
-        return lambda *args, **constants: self.compiled
+        return lambda *args, **options: self.compiled
 
 
 def launched(make, calls=3):
@@ -127,7 +127,7 @@ def launched(make, calls=3):
     received = []
     launcher = make(lambda *args: received.append(args))
     compiled = Compiled(launcher)
-    prepared = launch.Launch(Kernel(compiled), (5, 6, 1), (11, (8, 1)), {"o": ("silu", 4)}, num_warps=4)
+    prepared = launch.Launch(Kernel(compiled), (5, 6, 1), (11, (8, 1), ("silu", 4)), num_warps=4)
     tensors = [torch.zeros(8) for _ in range(2)]
     prepared(*tensors, None)
     assert not received, "trying a launcher launches nothing"
@@ -155,7 +155,7 @@ def test_a_known_launcher_is_entered_with_what_it_would_hand_over(launcher, monk
 def test_each_launch_takes_the_stream_of_that_moment(launcher, monkeypatch):
     received = []
     prepared = launch.Launch(
-        Kernel(Compiled(launcher(lambda *args: received.append(args)))), (5, 6, 1), (11,), {}
+        Kernel(Compiled(launcher(lambda *args: received.append(args)))), (5, 6, 1), (11,)
     )
     x = torch.zeros(8)
     prepared(x)
@@ -192,7 +192,7 @@ def test_an_unaligned_call_goes_through_triton():
     received = []
     compiled = Compiled(OneByOne(lambda *args: received.append(args)))
     kernel = Kernel(compiled)
-    prepared = launch.Launch(kernel, (1, 1, 1), (), {})
+    prepared = launch.Launch(kernel, (1, 1, 1), ())
     prepared(torch.zeros(8))
     prepared(torch.zeros(8)[1:])
     assert not received
@@ -204,7 +204,7 @@ def test_an_unaligned_call_goes_through_triton():
 def test_hooks_take_the_public_way():
     received = []
     compiled = Compiled(OneByOne(lambda *args: received.append(args)))
-    prepared = launch.Launch(Kernel(compiled), (1, 1, 1), (), {})
+    prepared = launch.Launch(Kernel(compiled), (1, 1, 1), ())
     x, hook = torch.zeros(8), triton.knobs.runtime.launch_enter_hook
     prepared(x)
     watcher = lambda metadata: None  # noqa: E731
