@@ -83,6 +83,7 @@ from oracle.contract_checks import (
     check_weight,
     check_window_out,
     dtype_name,
+    host_float,
     host_int,
     shape_of,
     shown,
@@ -124,6 +125,7 @@ __all__ = [
     "LinksCall",
     "LinksSizes",
     "Memory",
+    "OnHost",
     "RowSizes",
     "RowsCall",
     "ShortConvCall",
@@ -140,6 +142,7 @@ __all__ = [
     "dtype_name",
     "given_arrays",
     "normalised",
+    "record",
 ]
 
 CONTRACT_VERSION = 1
@@ -231,7 +234,8 @@ class RowSizes(NamedTuple):
 
 # What a field of a record is. In the records below "array" is read, never kept on the host; "index array" holds
 # offsets, slots, counts or flags, which `check_values` reads; "written array" is updated by the call; "integer" is a
-# host integer; "size" and "sizes" are host integers that may be a tracer's symbols; others are Python's own types.
+# host integer; "size" and "sizes" are host integers that may be a tracer's symbols; "float" is a number on the host;
+# others are Python's own types.
 Array: TypeAlias = Annotated[Any, "array"]
 IndexArray: TypeAlias = Annotated[Any, "index array"]
 WrittenArray: TypeAlias = Annotated[Any, "written array"]
@@ -241,11 +245,13 @@ Sizes: TypeAlias = Annotated[Any, "sizes"]
 
 RECORDS: dict[str, Any] = {}  # the record of each operation, by the operation's name
 
-_Record = TypeVar("_Record", bound=Any)
+Record = TypeVar("Record", bound=Any)
 OnHost: TypeAlias = Callable[[str, Any], Any]
 
 
-def _record(operation: str, *, positional: int) -> Callable[[_Record], _Record]:
+def record(
+    operation: str, *, positional: int, registry: dict[str, Any] = RECORDS
+) -> Callable[[Record], Record]:
     """Registers a record and says, from the annotations of its fields, which arguments of the call are what.
 
     The record gets these attributes, all but the first two tuples of field names in the signature's order:
@@ -253,10 +259,11 @@ def _record(operation: str, *, positional: int) -> Callable[[_Record], _Record]:
       OPERATION: the operation's name.
       POSITIONAL: how many arguments are positional; the others are keyword only.
       ARRAYS: every array; WRITTEN: those that the call updates; INDICES: those that `check_values` reads.
-      OPTIONS: everything else; INTEGERS: those that are host integers.
+      OPTIONS: everything else; INTEGERS: those that are host integers; FLOATS: those that are numbers on the host.
       OPTIONAL: fields that may be None.
+      REQUIRED: keywords without a default: fields that may not be None, but are where nothing is given.
       KINDS: not a tuple but {field: kind}, a kind being "array", "index array", "written array", "integer", "size",
-        "sizes", "str" or "bool".
+        "sizes", "float", "str" or "bool".
     """
 
     def register(record: Any) -> Any:
@@ -275,13 +282,18 @@ def _record(operation: str, *, positional: int) -> Callable[[_Record], _Record]:
         record.INDICES = tuple(name for name, kind in kinds.items() if kind == "index array")
         record.OPTIONS = tuple(name for name in kinds if name not in record.ARRAYS)
         record.INTEGERS = tuple(name for name, kind in kinds.items() if kind in ("integer", "size", "sizes"))
-        RECORDS[operation] = record
+        record.FLOATS = tuple(name for name, kind in kinds.items() if kind == "float")
+        defaults = record._field_defaults
+        record.REQUIRED = tuple(
+            name for name in defaults if defaults[name] is None and name not in record.OPTIONAL
+        )
+        registry[operation] = record
         return record
 
     return register
 
 
-@_record("causal_conv1d_fn", positional=7)
+@record("causal_conv1d_fn", positional=7)
 class FnCall(NamedTuple):
     """A packed prefill.
 
@@ -411,7 +423,7 @@ class FnCall(NamedTuple):
         check_rows("num_computed_tokens", self.num_computed_tokens, batch)
 
 
-@_record("causal_conv1d_update", positional=5)
+@record("causal_conv1d_update", positional=5)
 class UpdateCall(NamedTuple):
     """A decode step. Every row continues from its slot (there is no `has_initial_state`).
 
@@ -571,7 +583,7 @@ class UpdateCall(NamedTuple):
         contract_values.check_update(_on_host(self, on_host), sizes)
 
 
-@_record("commit_windows", positional=5)
+@record("commit_windows", positional=5)
 class CommitCall(NamedTuple):
     """A commit of accepted windows.
 
@@ -620,7 +632,7 @@ class CommitCall(NamedTuple):
         contract_values.check_commit(_on_host(self, on_host), sizes)
 
 
-@_record("tree_parents_from_links", positional=2)
+@record("tree_parents_from_links", positional=2)
 class LinksCall(NamedTuple):
     """A conversion of links to parents.
 
@@ -649,7 +661,7 @@ class LinksCall(NamedTuple):
         return LinksSizes(batch, nodes)
 
 
-@_record("causal_conv1d", positional=5)
+@record("causal_conv1d", positional=5)
 class RowsCall(NamedTuple):
     """The differentiable form.
 
@@ -709,8 +721,10 @@ class RowsCall(NamedTuple):
         return RowSizes(tokens, dim, width, batch)
 
 
-def normalised(call: _Record) -> _Record:
+def normalised(call: Record) -> Record:
     """A checked call as implementations take it: its host integers are plain ints, or symbols; sizes are a tuple.
+
+    Numbers are plain floats.
 
     A `pad_slot_id` that does not fit into an int64, and so is no slot's number, becomes -1.
     """
@@ -723,6 +737,9 @@ def normalised(call: _Record) -> _Record:
             plain[name] = tuple(host_int(name, size) for size in value)
         else:
             plain[name] = host_int(name, value)
+    for name in call.FLOATS:
+        if getattr(call, name) is not None:
+            plain[name] = host_float(name, getattr(call, name))
     if "pad_slot_id" in plain and not -(2**63) <= plain["pad_slot_id"] < 2**63:
         plain["pad_slot_id"] = -1
     return call._replace(**plain)
@@ -746,7 +763,7 @@ def check_memory(call: Any, where: Callable[[Any], Memory]) -> None:
     contract_memory.check(layouts, written)
 
 
-def _on_host(call: _Record, on_host: OnHost) -> _Record:
+def _on_host(call: Record, on_host: OnHost) -> Record:
     """The call with lists for its index arrays."""
     arrays = {name: getattr(call, name) for name in call.INDICES}
     return call._replace(**{name: on_host(name, a) for name, a in arrays.items() if a is not None})

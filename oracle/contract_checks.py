@@ -260,6 +260,13 @@ def host_int(name: str, value: Any) -> Any:
         raise TypeError(f"{name}: expected an integer known on the host, got {shown(value)}") from None
 
 
+def host_float(name: str, value: Any) -> float:
+    """The plain float that a number on the host stands for."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number known on the host, got {shown(value)}")
+    return float(value)
+
+
 def is_symbol(value: Any) -> bool:
     """Whether this is a tracer's symbol for a size: asking `torch.SymInt` for its number would fix it."""
     dimension = hasattr(value, "dimension_as_value") and not hasattr(

@@ -31,6 +31,7 @@ SIGNATURES = {
     "contract.py",
     "reference.py",
     "reference_grad.py",
+    "reference_prologue.py",
 }
 FMT_SKIP_LIMIT = 60  # in both twins together
 

@@ -19,11 +19,23 @@ OPERATIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 FUNCTIONAL = ("causal_conv1d",)  # the differentiable form
 SPECULATION = ("commit_windows", "tree_parents_from_links")
 DENSE = ("short_conv",)
+FRONTS = (
+    "gated_delta_prologue_fn", "gated_delta_prologue_update", "gated_short_conv_fn", "gated_short_conv_update",
+)  # fmt: skip
+FUNCTIONAL_FRONTS = ("gated_delta_prologue", "gated_short_conv")
 
 # What each package's files may import beside the standard library.
 MAY_IMPORT = {
     "oracle": {"numpy", "oracle"},
-    "triton_impl": {"numpy", "torch", "triton", "triton_impl", "oracle.contract", "oracle.__version__"},
+    "triton_impl": {
+        "numpy",
+        "torch",
+        "triton",
+        "triton_impl",
+        "oracle.contract",
+        "oracle.contract_prologue",
+        "oracle.__version__",
+    },
     "pallas_impl": {
         "numpy",
         "jax",
@@ -32,6 +44,7 @@ MAY_IMPORT = {
         "ml_dtypes",
         "pallas_impl",
         "oracle.contract",
+        "oracle.contract_prologue",
         "oracle.__version__",
     },
 }
@@ -62,7 +75,10 @@ def signatures(source, operations=OPERATIONS):
 
 
 def records(source):
-    """The same of the contract's records: classes decorated by `@_record(operation, positional=...)`."""
+    """The same of the contract's records: classes decorated by `@record(operation, positional=...)`.
+
+    A field that may not be None, but has it as its default, is a keyword that must be given.
+    """
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.decorator_list:
@@ -72,11 +88,15 @@ def records(source):
                 (
                     field.target.id,
                     "positional" if i < positional.value.value else "keyword only",
-                    None if field.value is None else ast.unparse(field.value),
+                    None if field.value is None or required(field) else ast.unparse(field.value),
                 )
                 for i, field in enumerate(fields)
             ]
     return found
+
+
+def required(field):
+    return ast.unparse(field.value) == "None" and "None" not in ast.unparse(field.annotation)
 
 
 def parameters(args):
@@ -125,6 +145,7 @@ def exports(source):
 
 
 RECORDS = records(read("oracle/contract.py"))
+FRONT_RECORDS = records(read("oracle/contract_prologue.py"))
 REFERENCE = read("oracle/reference.py")
 
 
@@ -141,6 +162,13 @@ def test_signatures_are_the_contracts(path, operations):
 
 def test_every_record_is_looked_at():
     assert set(RECORDS) == {*OPERATIONS, *FUNCTIONAL, *SPECULATION}
+    assert set(FRONT_RECORDS) == {*FRONTS, *FUNCTIONAL_FRONTS}
+
+
+def test_signatures_of_fronts_are_the_contracts():
+    found = signatures(read("oracle/reference_prologue.py"), FRONTS)
+    assert found == {operation: FRONT_RECORDS[operation] for operation in FRONTS}
+    assert ("num_k_heads", "keyword only", None) in found["gated_delta_prologue_fn"]
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -197,6 +225,7 @@ STANDARD_LIBRARY = {
         "oracle.contract_values",
     },
     "oracle/contract_checks.py": set(),
+    "oracle/contract_prologue.py": {"oracle.contract", "oracle.contract_checks"},
     "oracle/contract_short.py": {"oracle.contract_checks"},
     "oracle/contract_memory.py": set(),
     "oracle/contract_values.py": {"oracle.contract"},

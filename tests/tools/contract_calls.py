@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from oracle import contract
+from oracle import contract, contract_prologue
 from oracle.contract import CommitSizes, FnSizes, UpdateSizes
 
 
@@ -206,6 +206,48 @@ def memory(module, **fields):
     )
 
 
+# The fronts: two heads of q and k with 8 channels, four of v with 8.
+HEADS = dict(num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=8)
+GATES = dict(a=a(33, 4), b=a(33, 4), A_log=a(4, dtype=F32), dt_bias=a(4, dtype=F32))
+CHANNEL_GATE = dict(a=a(33, 4, 8), dt_bias=a(4, 8))
+STEP_GATES = GATES | dict(a=a(5, 4), b=a(5, 4))
+GATED_FN = {"bcx": a(33, 192)} | {name: value for name, value in FN.items() if name != "x"}
+GATED_UPDATE = {"bcx": a(5, 192)} | {name: value for name, value in UPDATE.items() if name != "x"}
+GATED_ROWS = {"bcx": a(33, 192)} | {name: value for name, value in ROWS.items() if name != "x"}
+
+
+def prologue_of(module):
+    """The contract of the fronts; a damaged contract may have one of its own."""
+    return getattr(module, "contract_prologue", contract_prologue)
+
+
+def check_front(record, module, **fields):
+    """What a check of a front returns, as a plain tuple in which the convolution's sizes have their name."""
+    return getattr(prologue_of(module), record)(**fields).check()
+
+
+class Scaled(NamedTuple):
+    """A record of an operation that takes numbers."""
+
+    x: contract.Array
+    scale: float
+    most: "float | None" = None
+
+
+def normalised_numbers(module, **given):
+    """As text: NumPy's numbers equal Python's."""
+    record = module.record("scaled", positional=1, registry={})(Scaled)
+    return repr(tuple(module.normalised(record(None, **given))))
+
+
+def front_values(module, *, record, sizes, **fields):
+    """The value checks of a front, of which the arrays that are no index data stay None."""
+    made = getattr(prologue_of(module), record)
+    missing = {name: None for name in made._fields if name not in made._field_defaults}
+    call = made(**missing | fields)
+    return call.check_values(prologue_of(module).PrologueSizes(sizes, 2, 4, 8, 8, None), lambda _, v: list(v))
+
+
 def check(record, module, **fields):
     return getattr(module, record)(**fields).check()
 
@@ -235,7 +277,34 @@ OPERATIONS = {
     "normalised": (lambda module, **given: repr(module.normalised(module.FnCall(**FN | given))[7:]), {}),
     "given": (lambda module, **given: module.given_arrays(module.FnCall(**FN | given)), {}),
     "memory": (memory, dict(window_out=30)),
-}
+    "numbers": (normalised_numbers, dict(scale=1)),
+    "front_fn": (partial(check_front, "PrologueFnCall"), FN | HEADS),
+    "front_update": (partial(check_front, "PrologueUpdateCall"), UPDATE | HEADS),
+    "front_rows": (partial(check_front, "PrologueCall"), ROWS | HEADS),
+    "gated_fn": (partial(check_front, "GatedConvFnCall"), GATED_FN),
+    "gated_update": (partial(check_front, "GatedConvUpdateCall"), GATED_UPDATE),
+    "gated_rows": (partial(check_front, "GatedConvCall"), GATED_ROWS),
+    "front_values": (
+        front_values,
+        dict(record="PrologueFnCall", sizes=FnSizes(6, 64, 4, 3, 5, 3), conv_states=a(5, 3, 64),
+             query_start_loc=[0, 1, 1, 4], cache_indices=[4, 4, 2]),
+    ),
+    "front_step_values": (
+        front_values,
+        dict(record="PrologueUpdateCall", sizes=UpdateSizes(3, 1, 64, 4, 5, 3, 3), conv_states=a(5, 3, 64),
+             cache_indices=[4, 0, 2]),
+    ),
+    "gated_values": (
+        front_values,
+        dict(record="GatedConvFnCall", sizes=FnSizes(6, 64, 4, 3, 5, 3), conv_states=a(5, 3, 64),
+             query_start_loc=[0, 1, 1, 4], cache_indices=[4, 4, 2]),
+    ),
+    "gated_step_values": (
+        front_values,
+        dict(record="GatedConvUpdateCall", sizes=UpdateSizes(3, 1, 64, 4, 5, 3, 3), conv_states=a(5, 3, 64),
+             cache_indices=[4, 0, 2]),
+    ),
+}  # fmt: skip
 
 
 def call(module, operation, overrides):

@@ -12,17 +12,24 @@ import inspect
 import operator
 import types
 
-from oracle import contract, contract_checks, contract_values
+from oracle import contract, contract_checks, contract_prologue, contract_values
 from tests.oracle.contract import (
     test_contract_commit,
     test_contract_fn,
     test_contract_links,
+    test_contract_prologue,
     test_contract_records,
     test_contract_rows,
     test_contract_update,
 )  # fmt: skip
-from tests.oracle.contract.test_contract_records import ROLES, SIGNATURES, roles, signatures
-from tests.tools.contract_calls import Guard, call
+from tests.oracle.contract.test_contract_records import (
+    ROLES,
+    SIGNATURES,
+    roles,
+    signatures,
+    signatures_of,
+)
+from tests.tools.contract_calls import Guard, call, prologue_of
 
 FILES = {
     test_contract_fn: "fn",
@@ -30,6 +37,7 @@ FILES = {
     test_contract_rows: "rows",
     test_contract_commit: "commit",
     test_contract_links: "links",
+    test_contract_prologue: "prologue",
     test_contract_records: "",
 }
 
@@ -104,21 +112,23 @@ def damaged_contracts():
     """
     source = inspect.getsource(contract)
     for name, description, tree in mutants(source):
-        if name == "_record":
+        if name == "record":
             body = [tree.body[0] if getattr(n, "name", "") == name else n for n in ast.parse(source).body]
             try:
                 module = load(ast.unparse(ast.Module(body, [])))
             except Exception:  # that is noticed
                 continue
             yield name, description, module
-    module, checks, values = map(load, map(inspect.getsource, (contract, contract_checks, contract_values)))
-    module.contract_values = values
+    originals = contract, contract_checks, contract_values, contract_prologue
+    copies = module, checks, values, fronts = [load(inspect.getsource(original)) for original in originals]
+    module.contract_values, module.contract_prologue = values, fronts
     rebind(module, checks)
-    for damaged, original in ((module, contract), (checks, contract_checks), (values, contract_values)):
+    for damaged, original in zip(copies, originals, strict=True):
         for name, description, tree in mutants(inspect.getsource(original)):
-            if name == "_record":
+            if name == "record":
                 continue
-            sound, records = getattr(damaged, name), dict(module.RECORDS)
+            sound = getattr(damaged, name)
+            records = [(kept, dict(kept)) for kept in (module.RECORDS, fronts.RECORDS)]
             code = compile(tree, "<damaged>", "exec", __future__.annotations.compiler_flag, dont_inherit=True)
             exec(code, damaged.__dict__)
             rebind(module, checks)
@@ -126,7 +136,8 @@ def damaged_contracts():
             yield name, description, module
             setattr(damaged, name, sound)
             rebind(module, checks)
-            module.RECORDS.update(records)
+            for kept, before in records:
+                kept.update(before)
 
 
 def rebind(module, checks):
@@ -158,6 +169,7 @@ def notices(module, name=""):
     return (
         signatures(module) != SIGNATURES
         or roles(module) != ROLES
+        or signatures_of(prologue_of(module).RECORDS) != test_contract_prologue.SIGNATURES
         or not all(same(module, *row) for file in files for row in file.ACCEPTED)
         or not all(rejected(module, *row) for file in files for row in file.REJECTED)
     )

@@ -84,26 +84,31 @@ ROLES = {
 
 
 def roles(module):
-    return {
-        operation: (
-            " ".join(record.WRITTEN),
-            " ".join(record.INDICES),
-            " ".join(f"{name}:{record.KINDS[name]}" for name in record.OPTIONS),
-            " ".join(record.OPTIONAL),
-        )
-        for operation, record in module.RECORDS.items()
-    }
+    return {operation: roles_of(record) for operation, record in module.RECORDS.items()}
+
+
+def roles_of(record):
+    return (
+        " ".join(record.WRITTEN),
+        " ".join(record.INDICES),
+        " ".join(f"{name}:{record.KINDS[name]}" for name in record.OPTIONS),
+        " ".join(record.OPTIONAL),
+    )
 
 
 def signatures(module):
+    return signatures_of(module.RECORDS)
+
+
+def signatures_of(records):
     """The fields of each record with their defaults, behind how many of them are positional."""
 
     def text(record):
-        defaults = record._field_defaults
+        defaults = {k: v for k, v in record._field_defaults.items() if k not in record.REQUIRED}
         fields = [f"{name}={defaults[name]!r}" if name in defaults else name for name in record._fields]
         return f"{record.POSITIONAL}: {', '.join(fields)}"
 
-    return {operation: text(record) for operation, record in module.RECORDS.items()}
+    return {operation: text(record) for operation, record in records.items()}
 
 
 FN_OPTIONS = tuple(FnCall._field_defaults[name] for name in FnCall._fields[7:])
