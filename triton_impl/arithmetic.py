@@ -4,6 +4,8 @@ One formula in one order everywhere is what makes prefill, decode, both schedule
 agree bit for bit.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -210,3 +212,75 @@ def add_residual(value, residual, o: tl.constexpr):
     else:
         total = value + residual
     return total
+
+
+class Norm(NamedTuple):
+    """What becomes of a value behind the activation, beyond rounding; constants.
+
+    Attributes:
+      lanes: of a head, side by side; a power of two. Channels behind a head's last one are zeros.
+      eps, scale: float; the scale is left out where it is 1.
+      stored: whether the value is rounded to the result's dtype before.
+      l2: whether heads are normalised at all.
+    """
+
+    lanes: Any
+    eps: Any
+    scale: Any
+    stored: Any
+    l2: Any
+
+
+@triton.jit
+def _square(value, o: tl.constexpr):
+    """The product of a float32 block with itself, never fused with the sum behind it."""
+    if o.ptx:
+        product = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        product = value * value
+    return product
+
+
+@triton.jit
+def inverse_norms(y, lanes: tl.constexpr, eps: tl.constexpr, o: tl.constexpr):
+    """1 / sqrt(sum(y * y) + eps) of each head of a vector of heads side by side, float32.
+
+    The sum is a tree of neighbours: a reduction over two is one addition, so its order holds in any layout.
+    """
+    total = _square(y, o)
+    size: tl.constexpr = y.shape[0]
+    for level in tl.static_range(16):
+        if (2 << level) <= lanes:
+            total = tl.sum(tl.reshape(total, (size >> (level + 1), 2)), axis=1)
+    if o.ptx:
+        inverse = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; sqrt.rn.f32 t, $1; rcp.rn.f32 $0, t; }", "=f,f", [total + eps], tl.float32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(total + eps))
+    return inverse
+
+
+@triton.jit
+def normalise(y, norm: tl.constexpr, dtype: tl.constexpr, o: tl.constexpr):
+    """A float32 vector of heads as `Norm` says, before the rounding at the store."""
+    if norm.stored:
+        y = widen(round_to(y, dtype))
+    if norm.l2:
+        inverse = inverse_norms(y, norm.lanes, norm.eps, o)
+        heads: tl.constexpr = y.shape[0] // norm.lanes
+        y = tl.reshape(tl.reshape(y, (heads, norm.lanes)) * inverse[:, None], y.shape)
+    if norm.scale != 1.0:
+        y = y * norm.scale
+    return y
+
+
+@triton.jit
+def finish(value, dtype: tl.constexpr, o: tl.constexpr):
+    """What is rounded and stored of an activated float32 vector."""
+    if o.norm is not None:
+        value = normalise(value, o.norm, dtype, o)
+    return value

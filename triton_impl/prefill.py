@@ -22,6 +22,7 @@ from triton_impl.arithmetic import (
     activate,
     add_residual,
     convolve,
+    finish,
     join_columns,
     load_taps,
     load_weights,
@@ -71,6 +72,7 @@ class Options(NamedTuple):
       stores: whether the kernel leaves the new windows, in front of the slots that it reads.
       sizes, align: `slots.split_blocks`.
       levels: log2 of the tokens in a run of 16 bytes; aligned: whether runs begin and end on their boundaries.
+      norm: an `arithmetic.Norm`, or None.
     """
 
     width: Any
@@ -92,6 +94,7 @@ class Options(NamedTuple):
     aligned: Any
     ptx: Any
     hip: Any
+    norm: Any = None
 
 
 @triton.jit
@@ -138,6 +141,7 @@ def _group(source, added, target, steps, window, weights, exist, left, o: tl.con
         value = activate(convolve(e, taps, start, o.width), o)
         if added is not None:
             value = add_residual(value, widen(residuals[i]), o)
+        value = finish(value, target.dtype.element_ty, o)
         tl.store(target, round_to(value, target.dtype.element_ty), mask=exist & holds(i < left))
         target += steps[2]
         window = e[1:]
@@ -276,7 +280,8 @@ def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
     value = activate(convolve(entries, taps, start, o.width), o)
     if residual is not None:
         value = add_residual(value, widen(added), o)
-    tl.store(at(out, row.start, channels), round_to(value, out.ptr.dtype.element_ty), mask=channels.exist)
+    value = round_to(finish(value, out.ptr.dtype.element_ty, o), out.ptr.dtype.element_ty)
+    tl.store(at(out, row.start, channels), value, mask=channels.exist)
 
     # state
     if o.stores and o.width > 1:
@@ -284,7 +289,7 @@ def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
 
 
 @triton.jit
-def _block(x, residual, out, row, first, channels, weights, o: tl.constexpr):
+def block_of_row(x, residual, out, row, first, channels, weights, o: tl.constexpr):
     """The block of a row that begins at token `first`: outputs, and where it is the first, the new window."""
     last = first + tl.minimum(row.end - first, o.block_t)
     if row.live:
@@ -307,6 +312,31 @@ def _block(x, residual, out, row, first, channels, weights, o: tl.constexpr):
         zero_tail(out, tl.maximum(first, row.start), last, 1, channels)
 
 
+@triton.jit
+def row_of_program(rows, place, o: tl.constexpr):
+    """The row that a program works on, its facts, and the first of its blocks that the program has."""
+    if o.flat:
+        row, start, end, slot, flag = find_row(rows, place, o.block_t, o.search)
+        block = place - start // o.block_t - row
+    else:
+        row = place
+        start, end, slot, flag = row_facts(rows, row)
+        block = tl.program_id(2)
+    return row, start, end, slot, flag, block
+
+
+@triton.jit
+def slot_in_layout(conv_states, slot, strides, cache_seqlens, row, in_rows, state_len, o: tl.constexpr):
+    """`Slot` number `slot` as a prefill reads it; `first` is 0 but in a ring."""
+    held = slot_of(conv_states, slot, strides, 0, 0)
+    if o.layout == "back":
+        held = Slot(held.ptr + (state_len - (o.width - 1)) * held.l, held.l, held.d, 0, 0)
+    elif o.layout == "ring":
+        first = first_column(cache_seqlens, None, row, in_rows, state_len, o)
+        held = Slot(held.ptr, held.l, held.d, first, state_len)
+    return held
+
+
 @triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "channel_blocks"])
 def _prefill_kernel(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
@@ -323,13 +353,7 @@ def _prefill_kernel(
     block_d, place = channel_block_and_place(channel_blocks, o.folded)
     channels, out = part_of_out(block_d, out, dim, tokens, o)
     weights = load_weights(weight, bias, strides, channels, o)
-    if o.flat:
-        row, start, end, slot, flag = find_row(rows, place, o.block_t, o.search)
-        block = place - start // o.block_t - row
-    else:
-        row = place
-        start, end, slot, flag = row_facts(rows, row)
-        block = tl.program_id(2)
+    row, start, end, slot, flag, block = row_of_program(rows, place, o)
     base = start if o.walk else start - start % (1 << o.levels)
     last_block = (end - base - 1) // o.block_t
     if (block < 0) | (end <= start) | (block > last_block):
@@ -339,23 +363,18 @@ def _prefill_kernel(
     if conv_states is not None:
         slot = slot.to(tl.int64)
         live = live & is_slot(slot, num_slots, pad_slot_id)
-        held = slot_of(conv_states, slot, strides.conv_states, 0, 0)
-        if o.layout == "back":
-            held = Slot(held.ptr + (state_len - (o.width - 1)) * held.l, held.l, held.d, 0, 0)
-        elif o.layout == "ring":
-            seqlens = Items(cache_seqlens, strides.cache_seqlens)
-            first = first_column(seqlens, None, row, row < batch, state_len, o)
-            held = Slot(held.ptr, held.l, held.d, first, state_len)
+        seqlens = Items(cache_seqlens, strides.cache_seqlens)
+        held = slot_in_layout(conv_states, slot, strides.conv_states, seqlens, row, row < batch, state_len, o)
     past = None
     if has_initial_state is not None:
         past = held
     this = Row(start, end, live, flag != 0, held, past)
 
     if o.flat:
-        _block(x, residual, out, this, base + block * o.block_t, channels, weights, o)
+        block_of_row(x, residual, out, this, base + block * o.block_t, channels, weights, o)
     else:
         for k in range(block, last_block + 1, tl.num_programs(2)):
-            _block(x, residual, out, this, base + k * o.block_t, channels, weights, o)
+            block_of_row(x, residual, out, this, base + k * o.block_t, channels, weights, o)
 
 
 def prepare(call, sizes, config, stores):
