@@ -44,6 +44,14 @@ class Rows(NamedTuple):
     tokens: Any
 
 
+class Pool(NamedTuple):
+    """[num_slots, state_len, dim] in device memory; slot `pad_slot_id` is nobody's."""
+
+    ptr: Any
+    num_slots: Any
+    pad_slot_id: Any
+
+
 class Slot(NamedTuple):
     """[state_len, dim] in device memory; the row's window begins in column `first`, before a ring is closed."""
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton_impl.arithmetic import (
     activate,
     convolve,
+    finish,
     load_taps,
     load_weights,
     native_ptx,
@@ -20,7 +21,17 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
-from triton_impl.records import Channels, Items, at, constants, holds, slot_of, strides_record, tokens_of
+from triton_impl.records import (
+    Channels,
+    Items,
+    Pool,
+    at,
+    constants,
+    holds,
+    slot_of,
+    strides_record,
+    tokens_of,
+)
 from triton_impl.rows import channel_block_and_place
 from triton_impl.slots import column, find_slot, store_window
 
@@ -29,7 +40,7 @@ Strides = strides_record(*ARRAYS, "out")  # of x and out those of row and channe
 
 
 class Options(NamedTuple):
-    """What the kernel is compiled for; rows: of a program."""
+    """What the kernel is compiled for; rows: of a program; norm: an `arithmetic.Norm`, or None."""
 
     width: Any
     silu: Any
@@ -39,6 +50,53 @@ class Options(NamedTuple):
     block_d: Any
     ptx: Any
     layout: Any = "front"
+    norm: Any = None
+
+
+@triton.jit
+def update_rows(
+    x, out, weight, bias, pool, indices, strides, first_row, batch, channels, o: tl.constexpr
+):  # fmt: skip
+    """One token of `o.rows` rows from `first_row` on, some of their channels: outputs and new windows."""
+    # slots
+    live = ()
+    slots = ()
+    for r in tl.static_range(o.rows):
+        row = first_row + r
+        slot, found = find_slot(indices, row, row < batch, pool.num_slots, pool.pad_slot_id)
+        live = live + (found,)
+        slots = slots + (slot,)
+
+    # what does not depend on a slot is asked for first, then the windows of all rows
+    taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
+    tokens = ()
+    for r in tl.static_range(o.rows):
+        inside = channels.exist & holds(first_row + r < batch)
+        tokens = tokens + (tl.load(at(x, first_row + r, channels), mask=inside, other=0.0),)
+    windows = ()
+    for r in tl.static_range(o.rows):
+        old = slot_of(pool.ptr, slots[r], strides.conv_states, 0, 0)
+        window = ()
+        for j in tl.static_range(o.width - 1):
+            entry = tl.load(column(old, j, channels, o), mask=channels.exist & holds(live[r]), other=0.0)
+            window = window + (entry,)
+        windows = windows + (window,)
+
+    # taps, store
+    for r in tl.static_range(o.rows):
+        value = activate(convolve(windows[r] + (tokens[r],), taps, start, o.width), o)
+        value = finish(tl.where(live[r], value, 0.0), out.ptr.dtype.element_ty, o)
+        value = round_to(value, out.ptr.dtype.element_ty)
+        tl.store(at(out, first_row + r, channels), value, mask=channels.exist & holds(first_row + r < batch))
+
+    # state
+    if o.width > 1:
+        tl.debug_barrier()  # all reads of the slots precede all writes, whichever thread holds which channel
+        for r in tl.static_range(o.rows):
+            entries = windows[r][1:] + (recast(tokens[r], pool.ptr.dtype.element_ty),)
+            new = slot_of(pool.ptr, slots[r], strides.conv_states, 0, 0)
+            some = Channels(channels.index, channels.exist & holds(live[r]))
+            store_window(new, entries, some, o.width - 1)
 
 
 @triton.jit(do_not_specialize=["batch", "num_slots", "pad_slot_id"])
@@ -60,48 +118,11 @@ def _update_kernel(
 
     # mapping of programs
     block_d, place = channel_block_and_place(tl.cdiv(dim, o.block_d), o.folded)
-    first_row = place.to(tl.int64) * o.rows
     ch = block_d * o.block_d + tl.arange(0, o.block_d)
-    channels = Channels(ch, ch < dim)
-
-    # slots
     indices = Items(cache_indices, strides.cache_indices)
-    live = ()
-    slots = ()
-    for r in tl.static_range(o.rows):
-        row = first_row + r
-        slot, found = find_slot(indices, row, row < batch, num_slots, pad_slot_id)
-        live = live + (found,)
-        slots = slots + (slot,)
-
-    # what does not depend on a slot is asked for first, then the windows of all rows
-    taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
-    tokens = ()
-    for r in tl.static_range(o.rows):
-        inside = channels.exist & holds(first_row + r < batch)
-        tokens = tokens + (tl.load(at(x, first_row + r, channels), mask=inside, other=0.0),)
-    windows = ()
-    for r in tl.static_range(o.rows):
-        old = slot_of(conv_states, slots[r], strides.conv_states, 0, 0)
-        window = ()
-        for j in tl.static_range(o.width - 1):
-            entry = tl.load(column(old, j, channels, o), mask=channels.exist & holds(live[r]), other=0.0)
-            window = window + (entry,)
-        windows = windows + (window,)
-
-    # taps, store
-    for r in tl.static_range(o.rows):
-        value = activate(convolve(windows[r] + (tokens[r],), taps, start, o.width), o)
-        value = round_to(tl.where(live[r], value, 0.0), out.ptr.dtype.element_ty)
-        tl.store(at(out, first_row + r, channels), value, mask=channels.exist & holds(first_row + r < batch))
-
-    # state
-    if o.width > 1:
-        tl.debug_barrier()  # all reads of the slots precede all writes, whichever thread holds which channel
-        for r in tl.static_range(o.rows):
-            entries = windows[r][1:] + (recast(tokens[r], conv_states.dtype.element_ty),)
-            new = slot_of(conv_states, slots[r], strides.conv_states, 0, 0)
-            store_window(new, entries, Channels(ch, channels.exist & holds(live[r])), o.width - 1)
+    pool = Pool(conv_states, num_slots, pad_slot_id)
+    first_row = place.to(tl.int64) * o.rows
+    update_rows(x, out, weight, bias, pool, indices, strides, first_row, batch, Channels(ch, ch < dim), o)
 
 
 def prepare(call, sizes, config):
