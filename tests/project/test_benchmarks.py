@@ -47,11 +47,11 @@ def test_least_bytes_by_hand():
     assert pool.least_bytes - wl.WORKLOADS["main/8x2048-d8192"].least_bytes == 2 * 8 * 3 * 8192 * 2
 
 
-def test_the_limit_copies_whole_lines():
+def test_the_limit_copies_whole_pages():
     for w in wl.WORKLOADS.values():
         copied = w.limit_elements * wl.ITEMSIZE[w.dtype]
-        assert copied % 512 == 0
-        assert 0 <= copied - w.least_bytes // 2 < 512
+        assert copied % 4096 == 0
+        assert 0 <= copied - w.least_bytes // 2 < 4096
         assert w.limit_elements >= w.tokens * w.dim, "it begins with x"
 
 
