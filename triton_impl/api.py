@@ -6,8 +6,14 @@ from typing import Any, SupportsIndex
 from torch import Tensor
 
 from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, LinksCall, UpdateCall
+from oracle.contract_prologue import (
+    PrologueFnCall,
+    PrologueOutput,
+    PrologueUpdateCall,
+    PrologueWindowOutput,
+)
 from triton_impl import plain
-from triton_impl.call import check, parts, run
+from triton_impl.call import check, front_of, parts, run
 
 
 def causal_conv1d_fn(
@@ -227,3 +233,154 @@ def tree_parents_from_links(next_token: Tensor, next_sibling: Tensor) -> Tensor:
     call = LinksCall(next_token, next_sibling)
     check(call)
     return plain.parents_from_links(call)
+
+
+def gated_delta_prologue_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None,
+    query_start_loc: Tensor,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    *,
+    num_k_heads: SupportsIndex,
+    num_v_heads: SupportsIndex,
+    head_k_dim: SupportsIndex,
+    head_v_dim: SupportsIndex,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    qk_l2norm: bool = True,
+    norm_eps: float = 1e-6,
+    q_scale: float = 1.0,
+    lower_bound: float | None = None,
+    norm_rounding: str = "storage",
+    beta_rounding: str = "none",
+    activation: str | None = "silu",
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: Tensor | None = None,
+    snapshot_block_size: SupportsIndex | None = None,
+    num_computed_tokens: Tensor | None = None,
+    track_indices: Tensor | None = None,
+    track_lengths: Tensor | None = None,
+    channel_offset: SupportsIndex | None = None,
+) -> PrologueOutput:
+    """The front of a linear-attention layer: `causal_conv1d_fn`, split into q, k and v, L2 norm of their heads, gates.
+
+    One kernel, where x's channels lie side by side in memory; channel-first x takes two. With `norm_rounding` "storage" q, k
+    and v have the bits of the plain convolution followed by a norm of its own.
+
+    Args:
+      x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state: as in `causal_conv1d_fn`, with
+        dim = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim: the heads of q, of k, of v.
+      num_k_heads: host int >= 1, heads of q and of k.
+      num_v_heads: host int, heads of v, a multiple of `num_k_heads`.
+      head_k_dim, head_v_dim: host ints, channels of a head, 1 to 256.
+      a: [tokens, num_v_heads] float32, float16 or bfloat16, any strides; or [tokens, num_v_heads, head_k_dim], a gate
+        for each channel of k; None: no g.
+      b: [tokens, num_v_heads], likewise; None: no beta.
+      A_log: [num_v_heads] float; with `a`, and only there.
+      dt_bias: [num_v_heads], or [num_v_heads, head_k_dim] if `a` is per channel, float; None: zero.
+      qk_l2norm: whether each head of q and k is divided by sqrt(sum of its squares + norm_eps).
+      norm_eps: float, at least 2**-126.
+      q_scale: float, q is multiplied by it, with and without the norm.
+      lower_bound: float below 0: g = lower_bound * sigmoid(exp(A_log) * (a + dt_bias)); None:
+        g = -exp(A_log) * softplus(a + dt_bias).
+      norm_rounding: "storage": the convolution is rounded to x's dtype before the norm; "none": q and k are rounded once.
+      beta_rounding: "none", or "storage": beta = sigmoid(b) is rounded to b's dtype, and still float32.
+      activation, and all behind it: as in `causal_conv1d_fn`.
+
+    Returns:
+      PrologueOutput(q, k, v, g, beta, conv_states): q, k [tokens, num_k_heads, head_k_dim] and v [tokens, num_v_heads,
+      head_v_dim] in x's dtype, contiguous, which share one allocation; g float32 in the shape of `a`, beta float32 [tokens,
+      num_v_heads], or None; `conv_states` is the tensor passed in. Zero for padding rows and for tokens past
+      `query_start_loc[-1]`.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract_prologue.PrologueFnCall`; otherwise as `causal_conv1d_fn`.
+      Unsupported: as `causal_conv1d_fn`.
+    """
+    args = (
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, a, b, A_log,
+        dt_bias, qk_l2norm, norm_eps, q_scale, lower_bound, norm_rounding, beta_rounding, activation, pad_slot_id,
+        max_seqlen, schedule, backend, validate, state_layout, cache_seqlens, write_indices, empty_rows, snapshot_indices,
+        snapshot_block_size, num_computed_tokens, track_indices, track_lengths, channel_offset,
+    )  # fmt: skip
+    return PrologueOutput(*front_of(PrologueFnCall(*args), run(PrologueFnCall, args)), conv_states)
+
+
+def gated_delta_prologue_update(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor,
+    cache_indices: Tensor | None = None,
+    *,
+    num_k_heads: SupportsIndex,
+    num_v_heads: SupportsIndex,
+    head_k_dim: SupportsIndex,
+    head_v_dim: SupportsIndex,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    qk_l2norm: bool = True,
+    norm_eps: float = 1e-6,
+    q_scale: float = 1.0,
+    lower_bound: float | None = None,
+    norm_rounding: str = "storage",
+    beta_rounding: str = "none",
+    activation: str | None = "silu",
+    query_start_loc: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    track_indices: Tensor | None = None,
+    window_out: Tensor | None = None,
+    window_indices: Tensor | None = None,
+    commit: bool = True,
+    tree_parents: Tensor | None = None,
+    channel_offset: SupportsIndex | None = None,
+) -> Any:
+    """One decode step of the front: `causal_conv1d_update`, then as `gated_delta_prologue_fn`.
+
+    One kernel for one token a row; several tokens, packed rows, trees and all other layouts and slots take two.
+
+    Args:
+      x, weight, bias, conv_states, cache_indices: as in `causal_conv1d_update`.
+      num_k_heads, num_v_heads, head_k_dim, head_v_dim, a, b, A_log, dt_bias, qk_l2norm, norm_eps, q_scale, lower_bound,
+        norm_rounding, beta_rounding: as in `gated_delta_prologue_fn`; the leading axes of a and b are those of x.
+      activation, and all behind it: as in `causal_conv1d_update`.
+
+    Returns:
+      PrologueOutput as `gated_delta_prologue_fn`, with the leading axes of x; with `window_out`,
+      PrologueWindowOutput(q, k, v, g, beta, conv_states, window_out).
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `gated_delta_prologue_fn`.
+    """
+    args = (
+        x, weight, bias, conv_states, cache_indices, num_k_heads, num_v_heads, head_k_dim, head_v_dim, a, b, A_log,
+        dt_bias, qk_l2norm, norm_eps, q_scale, lower_bound, norm_rounding, beta_rounding, activation, query_start_loc, num_accepted_tokens, max_seqlen,
+        pad_slot_id, backend, validate, state_layout, cache_seqlens, write_indices, track_indices, window_out,
+        window_indices, commit, tree_parents, channel_offset,
+    )  # fmt: skip
+    found = front_of(PrologueUpdateCall(*args), run(PrologueUpdateCall, args))
+    if window_out is None:
+        return PrologueOutput(*found, conv_states)
+    return PrologueWindowOutput(*found, conv_states, window_out)

@@ -33,8 +33,18 @@ from oracle.contract import (
     given_arrays,
     normalised,
 )
-from triton_impl import plain, tracing
-from triton_impl.config import kernel_of, prefill_config, row_config, update_config, verify_config, walks
+from oracle.contract_prologue import PrologueFnCall, PrologueUpdateCall
+from triton_impl import plain, plain_prologue, tracing
+from triton_impl.config import (
+    kernel_of,
+    prefill_config,
+    prologue_config,
+    prologue_update_config,
+    row_config,
+    update_config,
+    verify_config,
+    walks,
+)
 
 BACKENDS = ("triton", "eager")
 KEPT = 4096  # calls that are remembered; then all are forgotten
@@ -54,7 +64,7 @@ def run(record, args, out=None):
 
     Returns:
       `out`; with `split_sizes` one flat tensor that holds the parts one after the other (`parts` are its views); None
-      for a commit.
+      for a commit; of a prologue (flat q, k and v, g, beta), of no elements where there is none.
 
     Raises:
       ValueError, TypeError, Unsupported: as the public operations say.
@@ -177,6 +187,20 @@ def parts(out, shape, split_sizes):
     return tuple(views)
 
 
+def front_of(call, found):
+    """q, k, v, g and beta of what a prologue's call returned: views of the flat tensor in their shapes, None for what is absent."""
+    flat, g, beta = found
+    q, k, v = parts(flat, call.x.shape, plain_prologue.widths(call))
+    keys = (call.num_k_heads, call.head_k_dim)
+    return (
+        q.unflatten(-1, keys),
+        k.unflatten(-1, keys),
+        v.unflatten(-1, (call.num_v_heads, call.head_v_dim)),
+        None if call.a is None else g,
+        None if call.b is None else beta,
+    )
+
+
 def unit_stride(offsets):
     """The offsets as the kernels read them; a copy if they are a strided view."""
     return offsets if offsets is None or offsets.stride(0) == 1 else offsets.contiguous()
@@ -238,7 +262,11 @@ def tied(record, args, function):
         tracing.NoGradient.apply(written, True, *inputs)
     with torch.no_grad():
         result = function(record, args)
-    return result if result is None else tracing.NoGradient.apply(result, False, *inputs)
+    if result is None:
+        return None
+    if isinstance(result, torch.Tensor):
+        return tracing.NoGradient.apply(result, False, *inputs)
+    return tuple(tracing.NoGradient.apply(part, False, *inputs) for part in result)
 
 
 def written_fields(call):
@@ -376,7 +404,13 @@ def _eager(record, args, out=None):
     return found if out is None else out.copy_(found)
 
 
-_PLAIN = {FnCall: plain.prefill, UpdateCall: plain.update, CommitCall: plain.commit}
+_PLAIN = {
+    FnCall: plain.prefill,
+    UpdateCall: plain.update,
+    CommitCall: plain.commit,
+    PrologueFnCall: plain_prologue.prologue,
+    PrologueUpdateCall: plain_prologue.prologue,
+}
 
 
 def _meta(record, args, out=None):
@@ -387,6 +421,8 @@ def empty_out(call):
     """New memory for the result of a checked call; None for a commit."""
     if isinstance(call, CommitCall):
         return None
+    if isinstance(call, PrologueFnCall | PrologueUpdateCall):
+        return plain_prologue.empty_front(call)
     x = plain.input_channels(call)
     return torch.empty_like(x) if call.split_sizes is None else x.new_empty(x.numel())
 
@@ -434,6 +470,43 @@ class Prepared:
         if in_place:
             torch._C._increment_version((out,))
         return out
+
+
+class PreparedFront:
+    """A checked prologue with everything but its tensors decided.
+
+    Args:
+      call: the record, whose tensors may be read for all but their data.
+      outputs: the Launch of everything and the fields whose tensors it takes, or None: the plain convolution comes first,
+        and then `behind`, if there is anything left to do.
+      states: as in `Prepared`.
+    """
+
+    def __init__(self, call, outputs, states=(None, ()), convolution=None, behind=(None, ()), copies=False):
+        (self.outputs, names), (self.states, state_names) = outputs, states
+        self.arrays, self.state_arrays = _fields(call, names), _fields(call, state_names)
+        self.behind, self.behind_arrays = behind[0], _fields(call, behind[1])
+        self.record, self.convolution, self.copies = type(call), convolution, copies
+        self.memory = plain_prologue.empty_front(call._replace(x=call.x.to("meta")))
+        self.device = call.x.device
+        written = [] if convolution is not None else written_fields(call)
+        self.written = _fields(call, written) if written else None
+
+    def __call__(self, args, out=None):
+        found = flat, g, beta = tuple(torch.empty_like(t, device=self.device) for t in self.memory)
+        if self.convolution is not None:
+            source = self.convolution(
+                plain_prologue.convolution_of(self.record(*args)), None if self.copies else flat
+            )
+            if self.behind is not None:
+                self.behind(*self.behind_arrays(args), source, flat, g, beta)
+        elif self.outputs is not None:
+            self.outputs(*self.arrays(args), flat, g, beta)
+        if self.states is not None:
+            self.states(*self.state_arrays(args))
+        if self.written is not None:
+            torch._C._increment_version(self.written(args))
+        return found
 
 
 class _OnDevice:
@@ -533,7 +606,54 @@ def _plan_commit(call, sizes):
     return Prepared(call, (kernel.prepare(call, sizes, config), kernel.ARRAYS))
 
 
-_PLANS = {FnCall: _plan_prefill, UpdateCall: _plan_update}
+def _plan_prologue(call, sizes):
+    """One kernel for outputs and gates, and the states' kernel where it is not the plain rule; of channel-first x two."""
+    conv = call.convolution()
+    if not call.x.numel() or not walks(*call.x.stride()):
+        return _plan_behind(call, sizes)
+    plain_plan = _plan_prefill(conv, sizes.conv)
+    kernel = kernels("prologue")
+    config = prologue_config(
+        sizes.conv.tokens, sizes.conv.dim, sizes.conv.batch, sizes.conv.width, kernel.lanes_of(sizes.head_k_dim),
+        call.max_seqlen, call.schedule, kernels("launch").warp_size(),
+    )  # fmt: skip
+    others = plain_plan.states is not None
+    outputs = kernel.prepare(call, sizes, config, stores=not others), kernel.ARRAYS
+    return PreparedFront(call, outputs, (plain_plan.states, kernels("states").ARRAYS if others else ()))
+
+
+def _plan_prologue_update(call, sizes):
+    """One kernel for one token a row; else norm and gates behind the plain convolution."""
+    if not call.x.numel() or kernel_of(call.convolution()) != "token":
+        return _plan_behind(call, sizes)
+    kernel, warp_size = kernels("prologue"), kernels("launch").warp_size()
+    lanes = kernel.lanes_of(sizes.head_k_dim)
+    config = prologue_update_config(sizes.conv.batch, sizes.conv.dim, call.x.element_size(), lanes, warp_size)
+    return PreparedFront(call, (kernel.prepare_update(call, sizes, config), kernel.UPDATE_ARRAYS))
+
+
+def _plan_behind(call, sizes):
+    """The plain convolution, then norm and gates."""
+    conv = plain_prologue.convolution_of(call)
+    copies = conv.x.dtype != call.x.dtype
+    convolution = _PLANS[type(conv)](conv, conv.check())
+    behind = None, ()
+    if call.x.numel():
+        kernel, warp_size = kernels("prologue"), kernels("launch").warp_size()
+        config = prologue_config(
+            sizes.conv.tokens, sizes.conv.dim, sizes.conv.batch, sizes.conv.width, kernel.lanes_of(sizes.head_k_dim),
+            warp_size=warp_size,
+        )  # fmt: skip
+        behind = kernel.prepare_behind(call, sizes, config, copies), kernel.BEHIND_ARRAYS
+    return PreparedFront(call, (None, ()), convolution=convolution, behind=behind, copies=copies)
+
+
+_PLANS = {
+    FnCall: _plan_prefill,
+    UpdateCall: _plan_update,
+    PrologueFnCall: _plan_prologue,
+    PrologueUpdateCall: _plan_prologue_update,
+}
 
 
 def _memory(call):
@@ -552,5 +672,5 @@ def _fake(record, args):
 tracing.define_operators(run_real, _fake)
 
 with contextlib.suppress(Unsupported):  # without Triton, the plain path
-    for _name in ("prefill", "states", "update", "verify", "trees", "commit", "backward"):
+    for _name in ("prefill", "states", "update", "verify", "trees", "commit", "backward", "prologue"):
         kernels(_name)

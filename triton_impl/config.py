@@ -153,3 +153,42 @@ def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> U
         block_d = min(max(next_power_of_2(dim), warp_size), 8 * warp_size)
         return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1))
     return verify_config(dim, itemsize, warp_size)._replace(rows=2)  # two rows share the taps
+
+
+def prologue_config(
+    tokens: int,
+    dim: int,
+    batch: int,
+    width: int,
+    lanes: int,
+    max_seqlen: int | None = None,
+    schedule: str = "auto",
+    warp_size: int = 32,
+) -> PrefillConfig:
+    """Like `prefill_config`, for a prefill that normalises heads of `lanes` channels, each within a warp."""
+    plain = prefill_config(tokens, dim, batch, width, True, max_seqlen, schedule, warp_size)
+    channels = max(lanes // warp_size, 4)  # a thread
+    if tokens * dim < 1 << 20:
+        block_t = group = max(4, next_power_of_2(width - 1))
+        num_warps = 2
+    else:  # the sums of a token's heads are a chain of shuffles: many warps with few tokens hide it best
+        block_t, group, num_warps = 16, max(4, next_power_of_2(width - 1)), 4
+    num_warps = min(num_warps, max(next_power_of_2(dim) // (warp_size * channels), 1))
+    return plain._replace(
+        block_t=block_t,
+        group=group,
+        block_d=warp_size * channels * num_warps,
+        num_warps=num_warps,
+        stages=1,
+        row_blocks=-(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t),
+    )
+
+
+def prologue_update_config(
+    batch: int, dim: int, itemsize: int, lanes: int, warp_size: int = 32
+) -> UpdateConfig:
+    """Like `update_config`, for heads of `lanes` channels, each within a warp."""
+    plain = update_config(batch, dim, itemsize, warp_size)
+    channels = max(lanes // warp_size, plain.block_d // (warp_size * plain.num_warps))
+    block_d = max(plain.block_d, warp_size * channels)
+    return plain._replace(block_d=block_d, num_warps=block_d // (warp_size * channels))

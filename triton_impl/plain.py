@@ -106,6 +106,25 @@ def input_channels(call):
     return call.x.narrow(-1, call.channel_offset, call.weight.shape[0])
 
 
+def live_tokens(call):
+    """[tokens] bool: the tokens of rows that are no padding, of a prefill or an update."""
+    x = input_channels(call)
+    if call.query_start_loc is None:
+        batch, seqlen = x.shape[0], x.shape[1] if x.dim() == 3 else 1
+        row = torch.arange(batch, device=x.device).repeat_interleave(seqlen)
+        inside = torch.ones_like(row, dtype=torch.bool)
+    else:
+        start, end = bounds(call.query_start_loc, x.shape[0])
+        batch, place = start.shape[0], torch.arange(x.shape[0], device=x.device)
+        row = row_of(place, torch.maximum(start, end))
+        inside = place >= torch.cat([start, start.new_full((1,), x.shape[0])])[row]  # row `batch` is the tail
+    if call.conv_states is None:
+        return inside
+    slot = torch.arange(batch, device=x.device) if call.cache_indices is None else int64(call.cache_indices)
+    live = live_slots(slot, call.conv_states.shape[0], call.pad_slot_id)
+    return inside & torch.cat([live, live.new_zeros(1)])[row]
+
+
 def int64(values):
     """Integers as int64; what only uint64 can hold becomes the largest."""
     wide = values.long()

@@ -16,11 +16,22 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, Unsupported, UpdateCall
+from oracle.contract_prologue import (
+    PrologueFnCall,
+    PrologueOutput,
+    PrologueUpdateCall,
+    PrologueWindowOutput,
+)
 
 library = torch.library.Library("twinconv", "DEF")
 OPERATORS: dict[Any, tuple["Operator", ...]] = {}  # of a record, the narrowest first
 
-for _result in (ConvOutput, ConvWindowOutput):  # so that torch.export can save programs that return them
+for _result in (
+    ConvOutput,
+    ConvWindowOutput,
+    PrologueOutput,
+    PrologueWindowOutput,
+):  # so that torch.export can save programs that return them
     pytree._register_namedtuple(_result, serialized_type_name=f"twinconv.{_result.__name__}")
 
 
@@ -84,6 +95,8 @@ def arguments(record, fields):
 
 
 def _returns(record):
+    if record in (PrologueFnCall, PrologueUpdateCall):
+        return "(Tensor, Tensor, Tensor)"
     return "()" if record is CommitCall else "Tensor"
 
 
@@ -282,6 +295,16 @@ def define_operators(direct, fake):
         "causal_conv1d_update_serving": (UpdateCall, [f for f in UpdateCall._fields if f not in windows]),
         "causal_conv1d_update_windows": (UpdateCall, UpdateCall._fields),
         "commit_windows": (CommitCall, CommitCall._fields),
+        "gated_delta_prologue_fn_stateless": (
+            PrologueFnCall,
+            [f for f in PrologueFnCall._fields if f not in pooled],
+        ),
+        "gated_delta_prologue_fn": (PrologueFnCall, PrologueFnCall._fields),
+        "gated_delta_prologue_update": (
+            PrologueUpdateCall,
+            [f for f in PrologueUpdateCall._fields if f not in windows],
+        ),
+        "gated_delta_prologue_update_windows": (PrologueUpdateCall, PrologueUpdateCall._fields),
     }
     for name, (record, fields) in variants.items():
         fields = tuple(field for field in fields if field != "validate")

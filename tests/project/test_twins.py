@@ -176,7 +176,10 @@ def test_files_and_exports(twin):
     assert SHARED_FILES - {Path(file).name for file in files_of(twin)} == set()
     results = {"ConvOutput", "ConvWindowOutput", "Unsupported", "__version__"}
     operations = {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *DENSE}
-    assert exports(read(f"{twin}/__init__.py")) == operations | results
+    found = exports(read(f"{twin}/__init__.py"))
+    if twin == "triton_impl":  # for now: the other twin's are being written
+        operations |= {*FRONTS[:2], "PrologueOutput", "PrologueWindowOutput"}
+    assert found == operations | results
 
 
 def test_short_conv_has_one_signature():

@@ -1,0 +1,92 @@
+"""The prologue of the gated delta rule in plain torch, and what its paths share: the convolution inside, memory of the results."""
+
+import torch
+
+from oracle.contract_prologue import PrologueFnCall
+from triton_impl import plain
+
+
+def widths(call):
+    """Channels of q, k and v."""
+    keys = call.num_k_heads * call.head_k_dim
+    return keys, keys, call.num_v_heads * call.head_v_dim
+
+
+def convolution_of(call):
+    """The call of the plain convolution whose flat result holds q, k and v before the norm.
+
+    Without a rounding in between it is one of float32 x, whose result is not rounded.
+    """
+    conv = call.convolution()._replace(split_sizes=widths(call))
+    if call.norm_rounding == "none" and (call.qk_l2norm or call.q_scale != 1.0):
+        conv = conv._replace(x=call.x.float())
+    return conv
+
+
+def empty_front(call):
+    """New memory for the results of a checked call: flat q, k and v, g, beta; no elements where there is none."""
+    x, dim = call.x, call.weight.shape[0]
+    tokens = x.shape[:-1]
+    elements = dim
+    for size in tokens:
+        elements = elements * size
+    g = x.new_empty(0 if call.a is None else call.a.shape, dtype=torch.float32)
+    beta = x.new_empty(0 if call.b is None else (*tokens, call.num_v_heads), dtype=torch.float32)
+    return x.new_empty(elements), g, beta
+
+
+def prologue(call):
+    """`gated_delta_prologue_fn` and `_update`: (flat q, k and v, g, beta); updates what the call writes."""
+    conv = convolution_of(call)
+    run = plain.prefill if isinstance(call, PrologueFnCall) else plain.update
+    live = plain.live_tokens(conv)
+    flat = run(conv)
+    tokens = live.shape[0]
+    parts = []
+    for name, part in zip("qkv", flat.split([tokens * width for width in widths(call)]), strict=True):
+        heads, channels = (
+            (call.num_v_heads, call.head_v_dim) if name == "v" else (call.num_k_heads, call.head_k_dim)
+        )
+        y = part.float().view(tokens, heads, channels)
+        if name != "v":
+            if call.qk_l2norm:
+                total = _sum_of_neighbours(y * y) + call.norm_eps
+                # by way of float64: torch's root of float32 may be an ulp off on a CPU
+                y = y * (1.0 / torch.sqrt(total.double()).float())
+            if name == "q" and call.q_scale != 1.0:
+                y = y * call.q_scale
+        parts.append(_alive(y, live).to(call.x.dtype).flatten())
+    _, g, beta = empty_front(call)
+    if call.a is not None:
+        g.copy_(_alive(_decay(call), live.view(call.x.shape[:-1])))
+    if call.b is not None:
+        made = torch.sigmoid(call.b.float())
+        if call.beta_rounding == "storage":
+            made = made.to(call.b.dtype).float()
+        beta.copy_(_alive(made, live.view(call.x.shape[:-1])))
+    return torch.cat(parts), g, beta
+
+
+def _alive(values, live):
+    return torch.where(live.view(*live.shape, *[1] * (values.dim() - live.dim())), values, 0.0)
+
+
+def _sum_of_neighbours(values):
+    """The sum over the last axis, which stays, as a perfect binary tree over neighbours."""
+    width = values.shape[-1]
+    values = torch.nn.functional.pad(values, (0, (1 << (width - 1).bit_length()) - width))
+    while values.shape[-1] > 1:
+        values = values[..., 0::2] + values[..., 1::2]
+    return values
+
+
+def _decay(call):
+    """g of all tokens."""
+    rate, z = call.A_log.float().exp(), call.a.float()
+    if z.dim() == call.x.dim() + 1:
+        rate = rate[:, None]
+    if call.dt_bias is not None:
+        z = z + call.dt_bias.float()
+    if call.lower_bound is not None:
+        return call.lower_bound * torch.sigmoid(rate * z)
+    return -rate * torch.where(z > 20.0, z, torch.log1p(torch.exp(z.clamp(max=20.0))))
