@@ -3,7 +3,7 @@
 `causal_conv1d_fn` runs packed prefills, `causal_conv1d_update` decode steps; both keep the conv states
 of all sequences in a pool addressed by slot. `commit_windows` and `tree_parents_from_links` go with speculative
 decoding. `gated_delta_prologue_fn` and `_update` are the front of a linear-attention layer in one launch: convolution, split
-into q, k and v, L2 norm, gates. `causal_conv1d` is the differentiable form, for training; `short_conv` the same as models call it, with a cache,
+into q, k and v, L2 norm, gates; `gated_short_conv_fn` and `_update` are LFM2's gated convolution. `causal_conv1d` is the differentiable form, for training; `short_conv` the same as models call it, with a cache,
 documents, padding and any usual layout.
 The contract is in `oracle.contract`.
 """
@@ -27,6 +27,8 @@ from triton_impl.api import (
     commit_windows,
     gated_delta_prologue_fn,
     gated_delta_prologue_update,
+    gated_short_conv_fn,
+    gated_short_conv_update,
     tree_parents_from_links,
 )
 from triton_impl.functional import causal_conv1d
@@ -45,6 +47,8 @@ __all__ = [
     "commit_windows",
     "gated_delta_prologue_fn",
     "gated_delta_prologue_update",
+    "gated_short_conv_fn",
+    "gated_short_conv_update",
     "short_conv",
     "tree_parents_from_links",
 ]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, LinksCall, UpdateCall
 from oracle.contract_prologue import (
+    GatedConvFnCall,
+    GatedConvUpdateCall,
     PrologueFnCall,
     PrologueOutput,
     PrologueUpdateCall,
@@ -384,3 +386,106 @@ def gated_delta_prologue_update(
     if window_out is None:
         return PrologueOutput(*found, conv_states)
     return PrologueWindowOutput(*found, conv_states, window_out)
+
+
+def gated_short_conv_fn(
+    bcx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None,
+    query_start_loc: Tensor,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    *,
+    channel_offsets: Sequence[SupportsIndex] | None = None,
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: Tensor | None = None,
+    snapshot_block_size: SupportsIndex | None = None,
+    num_computed_tokens: Tensor | None = None,
+    track_indices: Tensor | None = None,
+    track_lengths: Tensor | None = None,
+) -> ConvOutput:
+    """LFM2's gated convolution of packed rows: C * conv(B * x), of three slices of one projection, read in place.
+
+    u = B * x is rounded to the projection's dtype; it is what the convolution reads and the pool keeps. The convolution is
+    rounded to that dtype as well before it is multiplied by C.
+
+    Args:
+      bcx: [tokens, channels] float32, float16 or bfloat16, any strides.
+      weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state: as in `causal_conv1d_fn`, for u.
+      channel_offsets: three host ints, the first channels of B, C and x, in a tuple; slices may overlap. None:
+        (0, dim, 2 * dim), and channels is 3 * dim.
+      activation, and all behind it: as in `causal_conv1d_fn`.
+
+    Returns:
+      ConvOutput(out, conv_states): `out` [tokens, dim] in the dtype of `bcx`, zero for padding rows and the tail;
+      `conv_states` is the tensor passed in.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract_prologue.GatedConvFnCall`; otherwise as `causal_conv1d_fn`.
+      Unsupported: as `causal_conv1d_fn`.
+    """
+    args = (
+        bcx, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, channel_offsets, activation,
+        pad_slot_id, max_seqlen, schedule, backend, validate, state_layout, cache_seqlens, write_indices, empty_rows,
+        snapshot_indices, snapshot_block_size, num_computed_tokens, track_indices, track_lengths,
+    )  # fmt: skip
+    return ConvOutput(run(GatedConvFnCall, args), conv_states)
+
+
+def gated_short_conv_update(
+    bcx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor,
+    cache_indices: Tensor | None = None,
+    *,
+    channel_offsets: Sequence[SupportsIndex] | None = None,
+    activation: str | None = None,
+    query_start_loc: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: Tensor | None = None,
+    write_indices: Tensor | None = None,
+    track_indices: Tensor | None = None,
+    window_out: Tensor | None = None,
+    window_indices: Tensor | None = None,
+    commit: bool = True,
+    tree_parents: Tensor | None = None,
+) -> Any:
+    """One decode step of `gated_short_conv_fn`: every live row continues from its slot.
+
+    Args:
+      bcx: [batch, channels], [batch, seqlen, channels], or [tokens, channels] with `query_start_loc`.
+      weight, bias, conv_states, cache_indices: as in `causal_conv1d_update`, for u.
+      channel_offsets: as in `gated_short_conv_fn`.
+      activation, and all behind it: as in `causal_conv1d_update`; `window_out` takes windows of u.
+
+    Returns:
+      ConvOutput(out, conv_states), `out` in the shape of x; with `window_out`, ConvWindowOutput.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `gated_short_conv_fn`.
+    """
+    args = (
+        bcx, weight, bias, conv_states, cache_indices, channel_offsets, activation, query_start_loc, num_accepted_tokens,
+        max_seqlen, pad_slot_id, backend, validate, state_layout, cache_seqlens, write_indices, track_indices, window_out,
+        window_indices, commit, tree_parents,
+    )  # fmt: skip
+    out = run(GatedConvUpdateCall, args)
+    if window_out is None:
+        return ConvOutput(out, conv_states)
+    return ConvWindowOutput(out, conv_states, window_out)

@@ -203,6 +203,26 @@ def convolve(window, taps, start, width: tl.constexpr):
 
 
 @triton.jit
+def load_input(place, mask, o: tl.constexpr):
+    """Inputs of the convolution: x, or where `o.gate` says how far from it a gate lies, their product in x's dtype."""
+    value = tl.load(place, mask=mask, other=0.0)
+    if o.gate is not None:
+        gate = tl.load(place + o.gate, mask=mask, other=0.0)
+        value = round_to(widen(value) * widen(gate), value.dtype)
+    return value
+
+
+@triton.jit
+def join_residual(value, residual, o: tl.constexpr):
+    """The sum of a float32 block and the residual; of a gated convolution the product with it, of what would be stored."""
+    if o.gate is None:
+        joined = add_residual(value, widen(residual), o)
+    else:
+        joined = widen(round_to(value, residual.dtype)) * widen(residual)
+    return joined
+
+
+@triton.jit
 def add_residual(value, residual, o: tl.constexpr):
     """The sum of two float32 blocks, never fused with the product before it."""
     if o.ptx:

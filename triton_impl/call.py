@@ -33,8 +33,13 @@ from oracle.contract import (
     given_arrays,
     normalised,
 )
-from oracle.contract_prologue import PrologueFnCall, PrologueUpdateCall
-from triton_impl import plain, plain_prologue, tracing
+from oracle.contract_prologue import (
+    GatedConvFnCall,
+    GatedConvUpdateCall,
+    PrologueFnCall,
+    PrologueUpdateCall,
+)
+from triton_impl import gated_conv, plain, plain_prologue, tracing
 from triton_impl.config import (
     kernel_of,
     prefill_config,
@@ -410,6 +415,8 @@ _PLAIN = {
     CommitCall: plain.commit,
     PrologueFnCall: plain_prologue.prologue,
     PrologueUpdateCall: plain_prologue.prologue,
+    GatedConvFnCall: gated_conv.eager,
+    GatedConvUpdateCall: gated_conv.eager,
 }
 
 
@@ -423,6 +430,8 @@ def empty_out(call):
         return None
     if isinstance(call, PrologueFnCall | PrologueUpdateCall):
         return plain_prologue.empty_front(call)
+    if isinstance(call, GatedConvFnCall | GatedConvUpdateCall):
+        call = gated_conv.convolution_of(call)
     x = plain.input_channels(call)
     return torch.empty_like(x) if call.split_sizes is None else x.new_empty(x.numel())
 
@@ -528,6 +537,8 @@ def _planned(call, sizes):
     """The prepared launches of a normalised call."""
     if isinstance(call, CommitCall):
         return _plan_commit(call, sizes)
+    if isinstance(call, GatedConvFnCall | GatedConvUpdateCall):
+        return _plan_gated(call, sizes)
     if call.channel_offset is None and (call.query_start_loc is None or call.query_start_loc.stride(0) == 1):
         return _PLANS[type(call)](call, sizes)
     return _Views(_PLANS[type(call)](_views(call), sizes), type(call))
@@ -566,7 +577,7 @@ def kernels(name):
         ) from error
 
 
-def _plan_prefill(call, sizes):
+def _plan_prefill(call, sizes, gate=None):
     """The outputs' kernel, which also leaves the state where that is the plain rule, and the states' kernel."""
     others = call.write_indices, call.snapshot_indices, call.track_indices
     own_state = call.state_layout == "front" and call.empty_rows == "skip" and all(o is None for o in others)
@@ -578,24 +589,26 @@ def _plan_prefill(call, sizes):
             call.schedule, kernels("launch").warp_size(),
         )  # fmt: skip
         stores = own_state and call.conv_states is not None
-        outputs = kernel.prepare(call, sizes, config, stores=stores), kernel.ARRAYS
+        outputs = kernel.prepare(call, sizes, config, stores=stores, gate=gate), kernel.ARRAYS
     if call.conv_states is not None and not own_state and sizes.batch:
         kernel = kernels("states")
         config = row_config(sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size())
-        states = kernel.prepare(call, sizes, config), kernel.ARRAYS
+        states = kernel.prepare(call, sizes, config, gate), kernel.ARRAYS
     return Prepared(call, outputs, states, _memory(call))
 
 
-def _plan_update(call, sizes):
+def _plan_update(call, sizes, gate=None):
     if not call.x.numel():
         return Prepared(call, (None, ()), memory=_memory(call))
     kind, itemsize = kernel_of(call), call.x.element_size()
     kernel = kernels({"token": "update", "rows": "verify", "tree": "trees"}[kind])
     if kind == "token":
         config = update_config(sizes.batch, sizes.dim, itemsize, kernels("launch").warp_size())
+        outputs = kernel.prepare(call, sizes, config)
     else:
         config = verify_config(sizes.dim, itemsize, kernels("launch").warp_size())
-    return Prepared(call, (kernel.prepare(call, sizes, config), kernel.ARRAYS), memory=_memory(call))
+        outputs = kernel.prepare(call, sizes, config, gate)
+    return Prepared(call, (outputs, kernel.ARRAYS), memory=_memory(call))
 
 
 def _plan_commit(call, sizes):
@@ -630,6 +643,27 @@ def _plan_prologue_update(call, sizes):
     lanes = kernel.lanes_of(sizes.head_k_dim)
     config = prologue_update_config(sizes.conv.batch, sizes.conv.dim, call.x.element_size(), lanes, warp_size)
     return PreparedFront(call, (kernel.prepare_update(call, sizes, config), kernel.UPDATE_ARRAYS))
+
+
+def _plan_gated(call, sizes):
+    """The plain kernels, with a gate in front of them and one behind."""
+    conv = _gated_views(call)
+    return _Gated(_PLANS[type(conv)](conv, sizes.conv, gated_conv.distance(call)), type(call))
+
+
+class _Gated:
+    """A prepared plain call that takes slices of a projection."""
+
+    def __init__(self, prepared, record):
+        self.prepared, self.record = prepared, record
+
+    def __call__(self, args, out=None):
+        return self.prepared(_gated_views(self.record(*args)), out)
+
+
+def _gated_views(call):
+    conv = gated_conv.convolution_of(call)
+    return conv._replace(query_start_loc=unit_stride(conv.query_start_loc))
 
 
 def _plan_behind(call, sizes):

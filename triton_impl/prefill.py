@@ -20,10 +20,11 @@ import triton.language as tl
 
 from triton_impl.arithmetic import (
     activate,
-    add_residual,
     convolve,
     finish,
     join_columns,
+    join_residual,
+    load_input,
     load_taps,
     load_weights,
     native_ptx,
@@ -73,6 +74,7 @@ class Options(NamedTuple):
       sizes, align: `slots.split_blocks`.
       levels: log2 of the tokens in a run of 16 bytes; aligned: whether runs begin and end on their boundaries.
       norm: an `arithmetic.Norm`, or None.
+      gate: of `arithmetic.load_input`; the residual is then a factor.
     """
 
     width: Any
@@ -95,6 +97,7 @@ class Options(NamedTuple):
     ptx: Any
     hip: Any
     norm: Any = None
+    gate: Any = None
 
 
 @triton.jit
@@ -104,19 +107,19 @@ def _entry(x, row, position, channels, dtype: tl.constexpr, o: tl.constexpr):
     past = row.past
     if past is not None:
         i = position - row.start + o.width - 1
-        if x.ptr.dtype == past.ptr.dtype and not o.hip:
+        if x.ptr.dtype == past.ptr.dtype and not o.hip and o.gate is None:
             # one load from either place, so that nothing waits to choose (AMD's buffer loads know no chosen pointer)
             source = tl.where(in_row, x.ptr + position * x.t, column_start(past, i, o))
             step = tl.where(in_row, x.d, past.d)
             wanted = channels.exist & holds(in_row | row.has_state)
             value = tl.load(source + channels.index * step, mask=wanted, other=0.0)
         else:
-            new = tl.load(at(x, position, channels), mask=channels.exist & holds(in_row), other=0.0)
+            new = load_input(at(x, position, channels), channels.exist & holds(in_row), o)
             wanted = channels.exist & holds(row.has_state) & holds(position < row.start)
             old = tl.load(column(past, i, channels, o), mask=wanted, other=0.0)
             value = tl.where(in_row, recast(new, dtype), recast(old, dtype))
     else:
-        value = tl.load(at(x, position, channels), mask=channels.exist & holds(in_row), other=0.0)
+        value = load_input(at(x, position, channels), channels.exist & holds(in_row), o)
     return recast(value, dtype)
 
 
@@ -128,7 +131,7 @@ def _group(source, added, target, steps, window, weights, exist, left, o: tl.con
     """
     rows = ()
     for i in tl.static_range(o.group):  # all are asked for before the first is used
-        rows = rows + (tl.load(source, mask=exist & holds(i < left), other=0.0),)
+        rows = rows + (load_input(source, exist & holds(i < left), o),)
         source += steps[0]  # carried along, which needs fewer registers than a product a row
     residuals = ()
     if added is not None:
@@ -140,7 +143,7 @@ def _group(source, added, target, steps, window, weights, exist, left, o: tl.con
         e = window + (recast(rows[i], window[0].dtype if o.width > 1 else rows[i].dtype),)
         value = activate(convolve(e, taps, start, o.width), o)
         if added is not None:
-            value = add_residual(value, widen(residuals[i]), o)
+            value = join_residual(value, residuals[i], o)
         value = finish(value, target.dtype.element_ty, o)
         tl.store(target, round_to(value, target.dtype.element_ty), mask=exist & holds(i < left))
         target += steps[2]
@@ -206,13 +209,13 @@ def _tile_block(x, residual, out, row, first, last, channels, weights, o: tl.con
             wanted = wanted & (t > row.start)[:, :, None] & (t >= run)[:, :, None]
         else:  # (one token after the other where the window is longer than a run)
             wanted = wanted & (t[:, :, None] + h >= row.start)
-        halo = split_columns(tl.load(source + h * x.t, mask=wanted, other=0.0), halo_levels)
+        halo = split_columns(load_input(source + h * x.t, wanted, o), halo_levels)
         for j in tl.static_range((1 << halo_levels) - (o.width - 1), 1 << halo_levels):
             inputs = inputs + (widen(halo[j]),)
     wanted = in_row
     if o.aligned:
         wanted = exist[None, :, None] & (t < last)[:, :, None]
-    columns = split_columns(tl.load(source + i * x.t, mask=wanted, other=0.0), o.levels)
+    columns = split_columns(load_input(source + i * x.t, wanted, o), o.levels)
     for k in tl.static_range(run):
         inputs = inputs + (widen(columns[k]),)
     if first <= row.start:  # what lies before the row are the entries of its slot, or zeros
@@ -240,7 +243,7 @@ def _tile_block(x, residual, out, row, first, last, channels, weights, o: tl.con
             acc = tl.fma(inputs[k + j], taps[j][None, :], acc)
         value = activate(acc, o)
         if residual is not None:
-            value = add_residual(value, widen(residuals[k]), o)
+            value = join_residual(value, residuals[k], o)
         columns = columns + (round_to(value, out.ptr.dtype.element_ty),)
     tile = join_columns(columns, o.levels)
     target = (out.ptr + t * out.t + ch[None, :] * out.d)[:, :, None] + i * out.t
@@ -263,7 +266,7 @@ def _leave_window(entries, slot, channels, o: tl.constexpr):
 def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
     """A row of one token, a decode step among prefills: its window stays in registers between slot and slot."""
     # window
-    new = tl.load(at(x, row.start, channels), mask=channels.exist, other=0.0)
+    new = load_input(at(x, row.start, channels), channels.exist, o)
     entries = ()
     for j in tl.static_range(o.width - 1):
         entry = tl.zeros_like(new)
@@ -279,7 +282,7 @@ def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
     taps, start = load_taps(weights, o)
     value = activate(convolve(entries, taps, start, o.width), o)
     if residual is not None:
-        value = add_residual(value, widen(added), o)
+        value = join_residual(value, added, o)
     value = round_to(finish(value, out.ptr.dtype.element_ty, o), out.ptr.dtype.element_ty)
     tl.store(at(out, row.start, channels), value, mask=channels.exist)
 
@@ -377,13 +380,14 @@ def _prefill_kernel(
             block_of_row(x, residual, out, this, base + k * o.block_t, channels, weights, o)
 
 
-def prepare(call, sizes, config, stores):
+def prepare(call, sizes, config, stores, gate=None):
     """Prepares the kernel for a checked `FnCall` of such shapes, strides and dtypes.
 
     Args:
       sizes: `call.check()`.
       config: a PrefillConfig.
       stores: whether the kernel leaves the new windows, in front of the slots that it reads.
+      gate: how many elements from x a gate lies that x is multiplied by, or None; the residual is then a factor.
 
     Returns:
       A Launch of ARRAYS and out; with `split_sizes` the parts follow each other in a flat `out`.
@@ -412,6 +416,7 @@ def prepare(call, sizes, config, stores):
         aligned=not config.walk and aligned(x),
         ptx=native_ptx(),
         hip=torch.version.hip is not None,
+        gate=gate,
     )
     values = (
         Strides(*strides_of(call, ARRAYS), out=(0, 1) if parts else like_result(call).stride()),

@@ -9,7 +9,7 @@ it reads, whose `first` is the column of its window's oldest entry, before the r
 import triton
 import triton.language as tl
 
-from triton_impl.arithmetic import recast
+from triton_impl.arithmetic import load_input, recast
 from triton_impl.records import Channels, Tokens, at, holds
 from triton_impl.rows import counted
 
@@ -72,7 +72,7 @@ def load_window(x, old, begin, channels, has_state, count: tl.constexpr, o: tl.c
     for c in tl.static_range(count):
         i = begin + c
         in_row = i >= o.width - 1
-        new = tl.load(at(x, i - (o.width - 1), channels), mask=channels.exist & holds(in_row), other=0.0)
+        new = load_input(at(x, i - (o.width - 1), channels), channels.exist & holds(in_row), o)
         wanted = channels.exist & holds(has_state) & holds(i < o.width - 1)
         kept = tl.load(column(old, i, channels, o), mask=wanted, other=0.0)
         entries = entries + (tl.where(in_row, recast(new, old.ptr.dtype.element_ty), kept),)
@@ -103,7 +103,7 @@ def leave_state(x, length, old, new, channels, has_state, moves, o: tl.constexpr
             tl.debug_barrier()
             store_window(new, window, channels, o.width - 2)
             for t in range(tl.minimum(length, old.state_len - (o.width - 2))):
-                token = tl.load(at(x, t, channels), mask=channels.exist, other=0.0)
+                token = load_input(at(x, t, channels), channels.exist, o)
                 place = new.ptr + (t + o.width - 2) * new.l + channels.index * new.d
                 tl.store(place, recast(token, old.ptr.dtype.element_ty), mask=channels.exist)
     else:
@@ -119,9 +119,7 @@ def leave_state(x, length, old, new, channels, has_state, moves, o: tl.constexpr
             for j in tl.static_range(4):
                 i = length + c + j
                 inside = channels.exist & holds(c + j < state_len)
-                arrived = tl.load(
-                    at(x, i - state_len, channels), mask=inside & holds(i >= state_len), other=0.0
-                )
+                arrived = load_input(at(x, i - state_len, channels), inside & holds(i >= state_len), o)
                 place = (turn + c + j) % state_len if o.layout == "ring" else i
                 wanted = inside & holds(has_state) & holds(i < state_len)
                 kept = tl.load(old.ptr + place * old.l + channels.index * old.d, mask=wanted, other=0.0)

@@ -44,6 +44,7 @@ class Options(NamedTuple):
     span: Any
     search: Any
     block_d: Any
+    gate: Any = None
 
 
 @triton.jit
@@ -144,12 +145,13 @@ def _states_kernel(
             leave_state(arrived, length, old, new, Channels(ch, exist & holds(changes)), has_state, moves, o)
 
 
-def prepare(call, sizes, config):
+def prepare(call, sizes, config, gate=None):
     """Prepares the kernel for a checked `FnCall` of such shapes, strides and dtypes.
 
     Args:
       sizes: `call.check()`.
       config: an UpdateConfig, whose channel blocks it takes.
+      gate: as in `prefill.prepare`.
 
     Returns:
       A Launch of ARRAYS.
@@ -168,6 +170,7 @@ def prepare(call, sizes, config):
         span=min(block, 2**31 - 1),  # no batch has more tokens
         search=32 if sizes.batch < 32 else 128,
         block_d=config.block_d,
+        gate=gate,
     )
     values = (
         Strides(*strides_of(call, ARRAYS)),

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, Unsupported, UpdateCall
 from oracle.contract_prologue import (
+    GatedConvFnCall,
+    GatedConvUpdateCall,
     PrologueFnCall,
     PrologueOutput,
     PrologueUpdateCall,
@@ -305,6 +307,16 @@ def define_operators(direct, fake):
             [f for f in PrologueUpdateCall._fields if f not in windows],
         ),
         "gated_delta_prologue_update_windows": (PrologueUpdateCall, PrologueUpdateCall._fields),
+        "gated_short_conv_fn_stateless": (
+            GatedConvFnCall,
+            [f for f in GatedConvFnCall._fields if f not in pooled],
+        ),
+        "gated_short_conv_fn": (GatedConvFnCall, GatedConvFnCall._fields),
+        "gated_short_conv_update": (
+            GatedConvUpdateCall,
+            [f for f in GatedConvUpdateCall._fields if f not in windows],
+        ),
+        "gated_short_conv_update_windows": (GatedConvUpdateCall, GatedConvUpdateCall._fields),
     }
     for name, (record, fields) in variants.items():
         fields = tuple(field for field in fields if field != "validate")

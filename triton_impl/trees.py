@@ -12,14 +12,14 @@ import triton.language as tl
 
 from triton_impl.arithmetic import (
     activate,
-    add_residual,
     convolve,
+    join_residual,
+    load_input,
     load_taps,
     load_weights,
     native_ptx,
     recast,
     round_to,
-    widen,
     word_bits,
 )
 from triton_impl.launch import Launch, known_pad, like_result, strides_of
@@ -56,6 +56,7 @@ class Options(NamedTuple):
     nodes: Any
     block_d: Any
     ptx: Any
+    gate: Any = None
 
 
 @triton.jit
@@ -124,9 +125,7 @@ def _tree_kernel(
     for k in tl.static_range(o.nodes * o.width):
         source = sources[k]
         inside = (source >= 0) & (source < seqlen)
-        arrived = arrived + (
-            tl.load(at(x, source, channels), mask=channels.exist & holds(inside), other=0.0),
-        )
+        arrived = arrived + (load_input(at(x, source, channels), channels.exist & holds(inside), o),)
         if k % o.width > 0:
             place = column(old, o.width - 1 + source, channels, o)
             stored = stored + (
@@ -150,7 +149,7 @@ def _tree_kernel(
             window = window + (entry,)
         value = activate(convolve(window, taps, start, o.width), o)
         if added is not None:
-            value = add_residual(value, widen(tl.load(at(added, t, channels), mask=inside, other=0.0)), o)
+            value = join_residual(value, tl.load(at(added, t, channels), mask=inside, other=0.0), o)
         value = round_to(tl.where(live, value, 0.0), out.ptr.dtype.element_ty)
         tl.store(at(out, t, channels), value, mask=inside)
         if window_out is not None:
@@ -161,11 +160,11 @@ def _tree_kernel(
                 tl.store(place, kept, mask=inside & holds(keeps))
 
 
-def prepare(call, sizes, config):
+def prepare(call, sizes, config, gate=None):
     """Prepares the kernel for a checked `UpdateCall` of such shapes, strides and dtypes.
 
     Args:
-      sizes, config: as in `verify.prepare`.
+      sizes, config, gate: as in `verify.prepare`.
 
     Returns:
       A Launch of ARRAYS and out; with `split_sizes` the parts follow each other in a flat `out`.
@@ -183,6 +182,7 @@ def prepare(call, sizes, config):
         nodes=nodes,
         block_d=config.block_d,
         ptx=native_ptx(),
+        gate=gate,
     )
     values = (
         Strides(*strides_of(call, ARRAYS), out=(0, 0, 1) if parts else like_result(call).stride()),

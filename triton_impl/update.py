@@ -13,6 +13,7 @@ from triton_impl.arithmetic import (
     activate,
     convolve,
     finish,
+    load_input,
     load_taps,
     load_weights,
     native_ptx,
@@ -51,6 +52,7 @@ class Options(NamedTuple):
     ptx: Any
     layout: Any = "front"
     norm: Any = None
+    gate: Any = None
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def update_rows(
     tokens = ()
     for r in tl.static_range(o.rows):
         inside = channels.exist & holds(first_row + r < batch)
-        tokens = tokens + (tl.load(at(x, first_row + r, channels), mask=inside, other=0.0),)
+        tokens = tokens + (load_input(at(x, first_row + r, channels), inside, o),)
     windows = ()
     for r in tl.static_range(o.rows):
         old = slot_of(pool.ptr, slots[r], strides.conv_states, 0, 0)

@@ -12,8 +12,9 @@ import triton.language as tl
 
 from triton_impl.arithmetic import (
     activate,
-    add_residual,
     convolve,
+    join_residual,
+    load_input,
     load_taps,
     load_weights,
     native_ptx,
@@ -77,6 +78,7 @@ class Options(NamedTuple):
     folded: Any
     block_d: Any
     ptx: Any
+    gate: Any = None
 
 
 @triton.jit
@@ -146,7 +148,7 @@ def _verify_kernel(
     first = first_column(seqlens, counts, row, in_rows, state_len, o)
     arrived = ()
     for i in tl.static_range(o.group):
-        arrived = arrived + (tl.load(at(x, i, channels), mask=channels.exist & holds(i < length), other=0.0),)
+        arrived = arrived + (load_input(at(x, i, channels), channels.exist & holds(i < length), o),)
     taps, start = load_taps(load_weights(weight, bias, strides, channels, o), o)
     old = slot_of(conv_states, slot, strides.conv_states, first, state_len)
     stored = ()
@@ -199,26 +201,27 @@ def _verify_kernel(
             following = ()
             for i in tl.static_range(o.group):
                 inside = channels.exist & holds(t + o.group + i < length)
-                following = following + (tl.load(at(x, t + o.group + i, channels), mask=inside, other=0.0),)
+                following = following + (load_input(at(x, t + o.group + i, channels), inside, o),)
         if window_out is not None:  # they wait for no arithmetic: under way while the outputs are computed
             kept = _store_windows(kept, arrived, windows, t, tl.minimum(length, steps), keeps, o)
         for i in tl.static_range(o.group):
             window = window + (widen(arrived[i]),)
             value = activate(convolve(window, taps, start, o.width), o)
             if added is not None:
-                value = add_residual(value, widen(residuals[i]), o)
+                value = join_residual(value, residuals[i], o)
             value = round_to(tl.where(live, value, 0.0), out.ptr.dtype.element_ty)
             tl.store(at(out, t + i, channels), value, mask=channels.exist & holds(t + i < length))
             window = window[1:]
         arrived = following
 
 
-def prepare(call, sizes, config):
+def prepare(call, sizes, config, gate=None):
     """Prepares the kernel for a checked `UpdateCall` of such shapes, strides and dtypes.
 
     Args:
       sizes: `call.check()`.
       config: an UpdateConfig, of whose rows a program has one.
+      gate: as in `prefill.prepare`.
 
     Returns:
       A Launch of ARRAYS and out; with `split_sizes` the parts follow each other in a flat `out`.
@@ -248,6 +251,7 @@ def prepare(call, sizes, config):
         folded=folded,
         block_d=config.block_d,
         ptx=native_ptx(),
+        gate=gate,
     )
     values = (
         strides,

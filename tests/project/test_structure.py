@@ -16,6 +16,7 @@ FOLDERS = ("modules", "compat")  # what stands in them follows each framework's 
 ONE_TWIN_ONLY = {
     "pallas_impl/parts.py": "arrays that know how they are split over a mesh are JAX's idea",
     "pallas_impl/sharding.py": "arguments split over a mesh are JAX's idea; torch has process groups",
+    "triton_impl/gated_conv.py": "for now: the other twin's is being written",
     "triton_impl/plain_prologue.py": "for now: the other twin's is being written",
     "triton_impl/prologue.py": "for now: the other twin's is being written",
     "triton_impl/exchange.py": "kernels around collectives; in JAX XLA makes what is around its own",
@@ -26,6 +27,7 @@ ONE_TWIN_ONLY = {
 SAME_PUBLIC_NAMES = ("__init__.py", "api.py", "functional.py", "short_conv.py")
 IN_ONE_TWIN_FOR_NOW = {
     "PrologueOutput", "PrologueWindowOutput", "gated_delta_prologue_fn", "gated_delta_prologue_update",
+    "gated_short_conv_fn", "gated_short_conv_update",
 }  # fmt: skip
 LIMIT, KERNEL_LIMIT = 12, 30
 # The public operations and their records repeat the contract's signature: that is what they are for.

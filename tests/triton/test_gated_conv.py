@@ -1,0 +1,99 @@
+"""The gated short convolution: plain torch and the kernels, in Triton's interpreter, against the oracle."""
+
+import numpy as np
+import pytest
+import torch
+
+import triton_impl
+from oracle.contract_prologue import RECORDS
+from oracle.numerics import TypedArray
+from oracle.reference_prologue import Gated, checked
+from triton_impl.adapter import to_numpy
+
+FN, UPDATE = "gated_short_conv_fn", "gated_short_conv_update"
+DIM = 20
+NEARLY = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def numpy_of(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return TypedArray(str(value.dtype).removeprefix("torch."), to_numpy(value).copy())
+
+
+def arrays(leading, dtype=torch.bfloat16, channels=3 * DIM, slots=6, state_len=4, width=3):
+    torch.manual_seed(0)
+    return dict(
+        bcx=torch.randn(*leading, channels).to(dtype),
+        weight=torch.randn(DIM, width).to(dtype),
+        bias=torch.randn(DIM).to(dtype),
+        conv_states=torch.randn(slots, state_len, DIM).to(dtype),
+    )
+
+
+def packed(dtype=torch.bfloat16, **options):
+    """Rows of 5, 0, 1, 9 and 2 tokens, the fourth of padding, and a tail; NaN where nothing is computed."""
+    given = arrays((21,), dtype, **options)
+    given["query_start_loc"] = torch.tensor([0, 5, 5, 6, 15, 17], dtype=torch.int32)
+    given["cache_indices"] = torch.tensor([4, 0, 2, -1, 5])
+    given["has_initial_state"] = torch.tensor([True, False, True, True, False])
+    given["bcx"][6:15] = given["bcx"][17:] = float("nan")
+    return given
+
+
+def judge(op, given, backend):
+    """Runs a call and compares it with the oracle: results closely, states and windows bit for bit."""
+    call = RECORDS[op](**{name: numpy_of(value) for name, value in given.items()})
+    expected = Gated().gated(op, checked(op, call._asdict()))
+    found = getattr(triton_impl, op)(**given, backend=backend)._asdict()
+    near = NEARLY[given["bcx"].dtype]
+    np.testing.assert_allclose(found["out"].double().numpy(), expected["out"].values(), rtol=near, atol=near)
+    for name in ("conv_states", "window_out"):
+        if given.get(name) is not None:
+            assert found[name] is given[name]
+            np.testing.assert_array_equal(to_numpy(given[name]), expected[name].data)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", list(NEARLY), ids=str)
+@pytest.mark.parametrize("options", [{}, {"activation": "silu", "schedule": "flat"}], ids=str)
+def test_packed_rows(dtype, options, backend):
+    judge(FN, packed(dtype) | options, backend)
+
+
+def test_slices_anywhere_and_channel_first(backend):
+    given = packed(channels=71)
+    judge(FN, {**given, "channel_offsets": (40, 3, 11)}, backend)
+    judge(FN, {**given, "channel_offsets": (9, 9, 51)}, backend)
+    judge(FN, {**given, "channel_offsets": (9, 29, 51), "bcx": given["bcx"].t().contiguous().t()}, backend)
+
+
+def test_states_elsewhere(backend):
+    given = packed()
+    judge(FN, {**given, "write_indices": torch.tensor([1, 0, 3, -1, 5])}, backend)
+    judge(FN, {**given, "conv_states": None, "cache_indices": None, "has_initial_state": None}, backend)
+    judge(FN, {**given, "state_layout": "ring", "cache_seqlens": torch.tensor([7, 0, 3, 2, 9])}, backend)
+    judge(FN, {**given, "state_layout": "back"}, backend)
+
+
+@pytest.mark.parametrize("leading", [(5,), (5, 1), (5, 3)], ids=str)
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_decode(leading, width, backend):
+    given = arrays(leading, width=width) | {"cache_indices": torch.tensor([4, 0, 2, -1, 5])}
+    given["bcx"][3] = float("nan")
+    judge(UPDATE, given, backend)
+
+
+def test_windows_trees_and_packed_steps(backend):
+    given = arrays((3, 4))
+    judge(UPDATE, {**given, "window_out": torch.zeros(3, 4, 2, DIM).bfloat16(), "commit": False}, backend)
+    tree = {"tree_parents": torch.tensor([[-1, 0, 0, 1]] * 3), "commit": False}
+    judge(UPDATE, {**given, **tree, "window_out": torch.zeros(3, 4, 2, DIM).bfloat16()}, backend)
+    rolls = {"conv_states": torch.randn(3, 6, DIM).bfloat16(), "num_accepted_tokens": torch.tensor([1, 2, 3])}
+    judge(UPDATE, {**given, **rolls}, backend)
+    steps = {"query_start_loc": torch.tensor([0, 3, 3, 8]), "max_seqlen": 5}
+    judge(UPDATE, {**arrays((9,)), **steps}, backend)
