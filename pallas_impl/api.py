@@ -7,8 +7,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from oracle.contract import CommitCall, ConvOutput, FnCall, LinksCall, UpdateCall
+from oracle.contract_prologue import (
+    GatedConvFnCall,
+    GatedConvUpdateCall,
+    PrologueFnCall,
+    PrologueOutput,
+    PrologueUpdateCall,
+)
 from pallas_impl import trees
-from pallas_impl.call import run_commit, run_prefill, run_update
+from pallas_impl.call import run_commit, run_gated, run_prefill, run_prologue, run_update
 
 
 def causal_conv1d_fn(
@@ -174,6 +181,258 @@ def causal_conv1d_update(
         split_sizes,
     )  # fmt: skip
     return run_update(call)
+
+
+def gated_delta_prologue_fn(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike | None,
+    query_start_loc: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
+    *,
+    num_k_heads: SupportsIndex,
+    num_v_heads: SupportsIndex,
+    head_k_dim: SupportsIndex,
+    head_v_dim: SupportsIndex,
+    a: ArrayLike | None = None,
+    b: ArrayLike | None = None,
+    A_log: ArrayLike | None = None,
+    dt_bias: ArrayLike | None = None,
+    qk_l2norm: bool = True,
+    norm_eps: float = 1e-6,
+    q_scale: float = 1.0,
+    lower_bound: float | None = None,
+    norm_rounding: str = "storage",
+    beta_rounding: str = "none",
+    activation: str | None = "silu",
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: ArrayLike | None = None,
+    snapshot_block_size: SupportsIndex | None = None,
+    num_computed_tokens: ArrayLike | None = None,
+    track_indices: ArrayLike | None = None,
+    track_lengths: ArrayLike | None = None,
+    channel_offset: SupportsIndex | None = None,
+) -> PrologueOutput:
+    """The front of a gated delta rule layer over packed rows: `causal_conv1d_fn`, split, norm of heads, gates.
+
+    One kernel where head_k_dim is a power of two from 8 to 256 and the channels of q and of v are multiples of 128 (of
+    256 for head_k_dim 256); else the plain operation and what XLA makes of the rest.
+
+    Args:
+      x, conv_states, query_start_loc, cache_indices, has_initial_state: as in `causal_conv1d_fn`.
+      weight, bias: [dim, width], [dim]; dim = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim, in the order q,
+        k, v.
+      num_k_heads: host int of at least 1, heads of q and of k.
+      num_v_heads: host int, heads of v, a multiple of `num_k_heads`.
+      head_k_dim, head_v_dim: host ints, channels of a head, 1 to 256.
+      a: [tokens, num_v_heads], any of the three dtypes; or a gate a channel of k, [tokens, num_v_heads, head_k_dim]; or
+        None: no g.
+      b: [tokens, num_v_heads], any of the three dtypes; or None: no beta.
+      A_log: [num_v_heads], any of the three dtypes; with `a`, and only there.
+      dt_bias: any of the three dtypes, [num_v_heads] or, as `a`, [num_v_heads, head_k_dim]; None: zero.
+      qk_l2norm: each head of q and k is divided by sqrt(sum of its squares + norm_eps).
+      norm_eps: host number of at least 2**-126.
+      q_scale: host number that q is multiplied by, with and without the norm.
+      lower_bound: host number below 0: g = lower_bound * sigmoid(exp(A_log) * (a + dt_bias)); None: g =
+        -exp(A_log) * softplus(a + dt_bias).
+      norm_rounding: "storage": the convolution's results are rounded to x's dtype before the norm, as a norm of its own
+        finds them; "none": they are not.
+      beta_rounding: "none"; or "storage": beta = sigmoid(b) is rounded to b's dtype, and still float32.
+      activation, to channel_offset: as in `causal_conv1d_fn`.
+
+    Returns:
+      PrologueOutput(q, k, v, g, beta, conv_states): q and k [tokens, num_k_heads, head_k_dim] and v
+      [tokens, num_v_heads, head_v_dim] in x's dtype; g in the shape of `a` and beta in that of `b`, float32, None without
+      them; all zero for padding rows and for tokens past `query_start_loc[-1]`; `conv_states` as in `causal_conv1d_fn`.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract_prologue.PrologueFnCall`; Unsupported: as `causal_conv1d_fn`; an array
+        that is split over a mesh (heads are split in `jax.shard_map`, where each device has its own q, k and v).
+    """
+    call = PrologueFnCall(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, num_k_heads,
+        num_v_heads, head_k_dim, head_v_dim, a, b, A_log, dt_bias, qk_l2norm, norm_eps, q_scale, lower_bound,
+        norm_rounding, beta_rounding, activation, pad_slot_id, max_seqlen, schedule, backend, validate,
+        state_layout, cache_seqlens, write_indices, empty_rows, snapshot_indices, snapshot_block_size,
+        num_computed_tokens, track_indices, track_lengths, channel_offset,
+    )  # fmt: skip
+    return run_prologue(call)
+
+
+def gated_delta_prologue_update(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    *,
+    num_k_heads: SupportsIndex,
+    num_v_heads: SupportsIndex,
+    head_k_dim: SupportsIndex,
+    head_v_dim: SupportsIndex,
+    a: ArrayLike | None = None,
+    b: ArrayLike | None = None,
+    A_log: ArrayLike | None = None,
+    dt_bias: ArrayLike | None = None,
+    qk_l2norm: bool = True,
+    norm_eps: float = 1e-6,
+    q_scale: float = 1.0,
+    lower_bound: float | None = None,
+    norm_rounding: str = "storage",
+    beta_rounding: str = "none",
+    activation: str | None = "silu",
+    query_start_loc: ArrayLike | None = None,
+    num_accepted_tokens: ArrayLike | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    track_indices: ArrayLike | None = None,
+    window_out: ArrayLike | None = None,
+    window_indices: ArrayLike | None = None,
+    commit: bool = True,
+    tree_parents: ArrayLike | None = None,
+    channel_offset: SupportsIndex | None = None,
+) -> Any:
+    """The same for a decode step: `causal_conv1d_update`, split, norm of heads, gates.
+
+    One kernel for one token a row, and for rows of more than four, with the heads of `gated_delta_prologue_fn`.
+
+    Args:
+      x, weight, bias, conv_states, cache_indices: as in `causal_conv1d_update`, the weight as in
+        `gated_delta_prologue_fn`.
+      num_k_heads, to beta_rounding: as in `gated_delta_prologue_fn`, the leading axes of a and b those of x.
+      activation, to channel_offset: as in `causal_conv1d_update`.
+
+    Returns:
+      PrologueOutput(q, k, v, g, beta, conv_states) as of `gated_delta_prologue_fn`, with the leading axes of x. With
+      `window_out`, PrologueWindowOutput(q, k, v, g, beta, conv_states, window_out).
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `gated_delta_prologue_fn`.
+    """
+    call = PrologueUpdateCall(
+        x, weight, bias, conv_states, cache_indices, num_k_heads, num_v_heads, head_k_dim, head_v_dim, a, b,
+        A_log, dt_bias, qk_l2norm, norm_eps, q_scale, lower_bound, norm_rounding, beta_rounding, activation,
+        query_start_loc, num_accepted_tokens, max_seqlen, pad_slot_id, backend, validate, state_layout,
+        cache_seqlens, write_indices, track_indices, window_out, window_indices, commit, tree_parents,
+        channel_offset,
+    )  # fmt: skip
+    return run_prologue(call)
+
+
+def gated_short_conv_fn(
+    bcx: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike | None,
+    query_start_loc: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
+    *,
+    channel_offsets: Sequence[SupportsIndex] | None = None,
+    activation: str | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    max_seqlen: SupportsIndex | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    empty_rows: str = "skip",
+    snapshot_indices: ArrayLike | None = None,
+    snapshot_block_size: SupportsIndex | None = None,
+    num_computed_tokens: ArrayLike | None = None,
+    track_indices: ArrayLike | None = None,
+    track_lengths: ArrayLike | None = None,
+) -> ConvOutput:
+    """LFM2's gated convolution of packed rows: C * conv(B * x), of three slices of one projection.
+
+    u = B * x is rounded to the projection's dtype; it is what the convolution reads and the pool keeps. The convolution's
+    results are rounded to it as well before they are multiplied by C.
+
+    Args:
+      bcx: [tokens, channels] float32, float16 or bfloat16.
+      weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state: as in `causal_conv1d_fn`, for u.
+      channel_offsets: three host ints, the first channels of B, C and x, in a tuple; slices may overlap. None:
+        (0, dim, 2 * dim), and channels is 3 * dim.
+      activation, to track_lengths: as in `causal_conv1d_fn`.
+
+    Returns:
+      ConvOutput(out, conv_states): `out` [tokens, dim] in the dtype of `bcx`, zero for padding rows and for tokens past
+      `query_start_loc[-1]`; `conv_states` as in `causal_conv1d_fn`.
+
+    Raises:
+      ValueError, TypeError: as `oracle.contract_prologue.GatedConvFnCall`; Unsupported: as `causal_conv1d_fn`; an array
+        that is split over a mesh outside `jax.shard_map`.
+    """
+    call = GatedConvFnCall(
+        bcx, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, channel_offsets,
+        activation, pad_slot_id, max_seqlen, schedule, backend, validate, state_layout, cache_seqlens,
+        write_indices, empty_rows, snapshot_indices, snapshot_block_size, num_computed_tokens, track_indices,
+        track_lengths,
+    )  # fmt: skip
+    return run_gated(call)
+
+
+def gated_short_conv_update(
+    bcx: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    *,
+    channel_offsets: Sequence[SupportsIndex] | None = None,
+    activation: str | None = None,
+    query_start_loc: ArrayLike | None = None,
+    num_accepted_tokens: ArrayLike | None = None,
+    max_seqlen: SupportsIndex | None = None,
+    pad_slot_id: SupportsIndex = -1,
+    backend: str = "auto",
+    validate: bool = False,
+    state_layout: str = "front",
+    cache_seqlens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    track_indices: ArrayLike | None = None,
+    window_out: ArrayLike | None = None,
+    window_indices: ArrayLike | None = None,
+    commit: bool = True,
+    tree_parents: ArrayLike | None = None,
+) -> Any:
+    """One decode step of `gated_short_conv_fn`: every live row continues from its slot.
+
+    Args:
+      bcx: [batch, channels], [batch, seqlen, channels], or [tokens, channels] with `query_start_loc`.
+      weight, bias, conv_states, cache_indices: as in `causal_conv1d_update`, for u.
+      channel_offsets: as in `gated_short_conv_fn`.
+      activation, to tree_parents: as in `causal_conv1d_update`; `window_out` takes windows of u.
+
+    Returns:
+      ConvOutput(out, conv_states), `out` with dim channels for those of `bcx`; with `window_out`, ConvWindowOutput.
+
+    Raises:
+      ValueError, TypeError, Unsupported: as `gated_short_conv_fn`.
+    """
+    call = GatedConvUpdateCall(
+        bcx, weight, bias, conv_states, cache_indices, channel_offsets, activation, query_start_loc,
+        num_accepted_tokens, max_seqlen, pad_slot_id, backend, validate, state_layout, cache_seqlens,
+        write_indices, track_indices, window_out, window_indices, commit, tree_parents,
+    )  # fmt: skip
+    return run_gated(call)
 
 
 def commit_windows(

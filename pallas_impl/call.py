@@ -11,8 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported, check_backend, normalised
-from pallas_impl import commit, config, parts, plain, prefill, states, trees, update, verify
+from oracle.contract import (
+    ConvOutput,
+    ConvWindowOutput,
+    Unsupported,
+    UpdateCall,
+    check_backend,
+    normalised,
+)
+from pallas_impl import (
+    commit,
+    config,
+    gated_conv,
+    parts,
+    plain,
+    plain_prologue,
+    prefill,
+    prologue,
+    states,
+    trees,
+    update,
+    verify,
+)
 from pallas_impl.parts import BATCH, CHANNELS
 from pallas_impl.records import Arrays, Options
 from pallas_impl.tracing import refuse_transforms
@@ -34,6 +54,10 @@ def run_prefill(call):
 
 
 def _run_prefill(call, sizes, backend):
+    return ConvOutput(*_prefill(_arrays(call), _prefill_options(call, sizes, backend)))
+
+
+def _prefill_options(call, sizes, backend):
     options = _options(call, backend)._replace(
         apply_empty=call.empty_rows == "apply", snapshot_block_size=call.snapshot_block_size
     )
@@ -41,7 +65,7 @@ def _run_prefill(call, sizes, backend):
         schedule = call.max_seqlen, call.schedule
         blocks = config.prefill_config(sizes.tokens, sizes.dim, sizes.batch, *schedule)
         options = options._replace(kernel="prefill", config=blocks)
-    return ConvOutput(*_prefill(_arrays(call), options))
+    return options
 
 
 def run_update(call):
@@ -58,6 +82,11 @@ def run_update(call):
 
 
 def _run_update(call, sizes, backend):
+    out, pool, windows = _update(_arrays(call), _update_options(call, sizes, backend))
+    return ConvOutput(out, pool) if call.window_out is None else ConvWindowOutput(out, pool, windows)
+
+
+def _update_options(call, sizes, backend):
     options = _options(call, backend)._replace(always_state=True, commit=call.commit)
     if backend != "xla":
         options = options._replace(kernel=config.kernel_of(call), seqlen=sizes.seqlen)
@@ -69,8 +98,64 @@ def _run_update(call, sizes, backend):
             schedule = "auto" if sizes.seqlen is None else "per_sequence"
             blocks = config.prefill_config(sizes.tokens, sizes.dim, sizes.batch, longest, schedule)
             options = options._replace(kernel="prefill", config=blocks)
-    out, pool, windows = _update(_arrays(call), options)
-    return ConvOutput(out, pool) if call.window_out is None else ConvWindowOutput(out, pool, windows)
+    return options
+
+
+def run_prologue(call):
+    """Runs a `PrologueFnCall` or a `PrologueUpdateCall`. Returns a PrologueOutput, or a PrologueWindowOutput."""
+    call, _, backend = _checked(call, call.x)
+    if (places := parts.places_of(call)) is not None:
+        # q, k and v share one axis, which no mesh splits into heads.
+        parts.run_parts(_run_prologue, call, places, {}, ())
+    if parts.compiler_splits(backend, call.x):
+        return parts.partitioned(_run_prologue, call, {}, ((),) * plain_prologue.leaves(call))
+    return _run_prologue(call)
+
+
+def _run_prologue(call):
+    return _prologue(
+        {name: getattr(call, name) for name in call.ARRAYS}, call._replace(**dict.fromkeys(call.ARRAYS))
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("call",))
+def _prologue(arrays, call):
+    call = call._replace(**arrays)
+    sizes, conv, heads = call.check(), call.convolution(), plain_prologue.heads_of(call)
+    is_update = isinstance(conv, UpdateCall)
+    options_of = _update_options if is_update else _prefill_options
+    options = options_of(conv, sizes.conv, call.backend)
+    if prologue.is_fused(call, sizes.conv, options):
+        options = options._replace(heads=heads, split_sizes=heads.sizes)
+        flat = prologue.flat_gates(_arrays(call))
+        out, pool, windows = _update(flat, options) if is_update else (*_prefill(flat, options), None)
+        return plain_prologue.output(call, out, pool, windows)
+    run = run_update if is_update else run_prefill
+    return plain_prologue.composed(call, run)
+
+
+def run_gated(call):
+    """Runs a `GatedConvFnCall` or a `GatedConvUpdateCall`. Returns a ConvOutput, or a ConvWindowOutput."""
+    call, _, backend = _checked(call, call.bcx)
+    if (places := parts.places_of(call)) is not None:
+        parts.run_parts(_run_gated, call, places, {}, ())  # B, C and x share one axis
+    if parts.compiler_splits(backend, call.bcx):
+        leaves = 1 + (call.conv_states is not None) + (getattr(call, "window_out", None) is not None)
+        return parts.partitioned(_run_gated, call, {}, ((),) * leaves)
+    return _run_gated(call)
+
+
+def _run_gated(call):
+    return _gated(
+        {name: getattr(call, name) for name in call.ARRAYS}, call._replace(**dict.fromkeys(call.ARRAYS))
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("call",))
+def _gated(arrays, call):
+    call = call._replace(**arrays)
+    run = run_update if isinstance(call.convolution(), UpdateCall) else run_prefill
+    return gated_conv.composed(call, run)
 
 
 def run_commit(call):
@@ -148,7 +233,7 @@ def _checked(call, on):
         call.check_values(sizes, on_host)
     call = normalised(call)._replace(backend=backend, validate=False)
     if backend != "xla":
-        for name, size in sizes._asdict().items():
+        for name, size in getattr(sizes, "conv", sizes)._asdict().items():
             if size is not None and not isinstance(size, int):
                 raise Unsupported(
                     f"{name}: a kernel is made for one size; expected an integer or backend='xla', got {size}"
@@ -280,7 +365,7 @@ def _commit(arrays, options):
 
 
 def _launch_prefill(arrays, options):
-    out, pool = prefill.launch(arrays, options)
+    out, pool = prefill.launch(arrays, options, prologue.finish_of(arrays, options))
     width, front = arrays.weight.shape[1], options.state_layout == "front"
     if (
         not options.own_state
@@ -296,9 +381,9 @@ def _launch_prefill(arrays, options):
 
 def _launch_update(arrays, options):
     if options.kernel == "token":
-        return *update.launch(arrays, options), None
+        return *update.launch(arrays, options, prologue.finish_of(arrays, options)), None
     if options.kernel == "prefill":
-        return *prefill.launch(arrays, options), None
+        return *prefill.launch(arrays, options, prologue.finish_of(arrays, options)), None
     return (trees if options.kernel == "tree" else verify).launch(arrays, options)
 
 

@@ -309,6 +309,18 @@ def convolve(arrays, live, windows, options):
     return jnp.where(computed, total, 0.0).astype(x.dtype)
 
 
+def stored(value):
+    """The value as memory would hold it: XLA may keep more of what it rounds and reads again."""
+    return lax.optimization_barrier(value)
+
+
+def where_live(live, value):
+    """The value [..., channels or heads and channels], zeros where `live` [...] does not hold."""
+    return jnp.where(
+        live.reshape(*live.shape, *(1,) * (value.ndim - live.ndim)), value, jnp.zeros_like(value)
+    )
+
+
 def locate(starts, tokens):
     """Of each token: its row (`batch` for the tail), that clamped to the last row, and its place in that row."""
     token = jnp.arange(tokens, dtype=jnp.int32)

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_impl.arithmetic import add_residual, convolve, div, in_layout, issue_loads, keep, load_taps, rem
 from pallas_impl.config import STREAMS, prefill_grid
 from pallas_impl.launch import joined, parts, run
+from pallas_impl.records import Share
 from pallas_impl.rows import (
     GROUP,
     copy_out,
@@ -30,7 +31,7 @@ from pallas_impl.rows import (
 from pallas_impl.slots import find_slot, first_column, load_window, part_of_out, read_window, write_window
 
 
-def launch(arrays, options):
+def launch(arrays, options, finish=None):
     """Runs the kernel.
 
     Args:
@@ -39,9 +40,10 @@ def launch(arrays, options):
         least 128 channels long. The pool is written in place where XLA owns it, else XLA copies it first. Without
         `query_start_loc` every row has `options.seqlen` tokens, and the schedule is per_sequence.
       options: `Options`; `channel` is a multiple of 16 bytes, `split_sizes` are of `config.block_d`.
+      finish: what is done with the results before they are stored, and beside it: see `prologue.Finish`.
 
     Returns:
-      (out, conv_states); with `split_sizes`, `out` is a tuple.
+      (out, conv_states); with `split_sizes`, `out` is a tuple, which ends with the results of `finish`.
     """
     x, pool, config = arrays.x, arrays.conv_states, options.config
     tokens, (dim, width), starts = x.shape[0], arrays.weight.shape, arrays.query_start_loc
@@ -60,7 +62,13 @@ def launch(arrays, options):
     if arrays.residual is not None:
         scratch["added"] = plgpu.SMEM((config.block_t, config.block_d), arrays.residual.dtype)
         scratch["added_ready"] = plgpu.Barrier()
-    operands = arrays.named(
+    results = parts(x.dtype, tokens, dim, options.split_sizes)
+    operands = {}
+    if finish is not None:
+        results |= finish.results()
+        scratch |= finish.scratch_of_tile(config.block_t, config.block_d, x.dtype)
+        operands = finish.operands()
+    operands |= arrays.named(
         "x",
         "weight",
         "query_start_loc",
@@ -72,12 +80,17 @@ def launch(arrays, options):
     )
     *outs, new_pool = run(
         functools.partial(
-            _kernel, num_slots=None if pool is None else pool.shape[0], batch=batch, grid=grid, o=options
+            _kernel,
+            num_slots=None if pool is None else pool.shape[0],
+            batch=batch,
+            grid=grid,
+            o=options,
+            finish=finish,
         ),
         "prefill",
         grid.blocks * grid.columns,
         operands | dict(conv_states=pool if pooled else None),
-        parts(x.dtype, tokens, dim, options.split_sizes),
+        results,
         scratch,
         written=("conv_states",),
         interpret=options.interpret,
@@ -86,7 +99,7 @@ def launch(arrays, options):
     return joined(outs, options.split_sizes), new_pool if pooled else pool
 
 
-def _kernel(refs, *, num_slots, batch, grid, o):
+def _kernel(refs, *, num_slots, batch, grid, o, finish):
     x, weight, pool, outs = refs.x, refs.weight, refs.conv_states, refs.outs
     tile, edge, window, added = refs.tile, refs.edge, refs.window, refs.added
     config, interpret = o.config, bool(o.interpret)
@@ -135,6 +148,9 @@ def _kernel(refs, *, num_slots, batch, grid, o):
             if has_edges:
                 load_edge(begin, first)
 
+        if finish is not None:
+            finish.gates(refs, Share(begin, length, column, grid.columns, block_t, live))
+
         @pl.when(live)
         def _():
             if added is not None:
@@ -142,6 +158,8 @@ def _kernel(refs, *, num_slots, batch, grid, o):
             if pool is not None:
                 pl.when(first & stateful)(load_past)
             convolve_tile(length, first)
+            if finish is not None:
+                finish.tile(tile, refs.wide, length, channels.start)
 
         @pl.when(jnp.logical_not(live))
         def _():
@@ -220,13 +238,15 @@ def _kernel(refs, *, num_slots, batch, grid, o):
                 for j in range(history):
                     window[j] = new_state(j)
 
+        results = tile if refs.wide is None else refs.wide
+
         def rows(first, count, past):
             for r in range(count):
                 past = (*past, tile[first + r].astype(jnp.float32))
                 y = convolve(past, taps, bias, silu=o.silu, interpret=interpret)
                 if added is not None:
                     y = add_residual(y, added[first + r].astype(jnp.float32), interpret=interpret)
-                tile[first + r] = y.astype(tile.dtype)
+                results[first + r] = y.astype(results.dtype)
                 past = past[1:]
             return past
 

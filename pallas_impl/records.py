@@ -27,10 +27,64 @@ class Arrays(NamedTuple):
     tree_parents: Any = None
     residual: Any = None
     accepted_steps: Any = None
+    a: Any = None
+    b: Any = None
+    A_log: Any = None
+    dt_bias: Any = None
 
     def named(self, *names):
         """{name: array} of these."""
         return {name: getattr(self, name) for name in names}
+
+
+class Heads(NamedTuple):
+    """What is static in a prologue of the gated delta rule.
+
+    Attributes:
+      num_k_heads, num_v_heads, head_k_dim, head_v_dim: of q and k, and of v.
+      norm: whether q and k are normed; eps: inside the root; q_scale: of q, behind the norm.
+      storage: the convolution's results are rounded to x's dtype before the norm.
+      lower_bound: of the gate g, or None.
+      round_beta: beta is rounded to b's dtype.
+    """
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    norm: bool = True
+    eps: float = 1e-6
+    q_scale: float = 1.0
+    storage: bool = True
+    lower_bound: float | None = None
+    round_beta: bool = False
+
+    # Whether anything is done with what was convolved.
+    changes = property(lambda self: self.norm or self.q_scale != 1.0)
+    sizes = property(
+        lambda self: (
+            self.num_k_heads * self.head_k_dim,
+            self.num_k_heads * self.head_k_dim,
+            self.num_v_heads * self.head_v_dim,
+        )
+    )
+
+
+class Share(NamedTuple):
+    """Which gates a program computes: its share of those of tokens `first` to `first + count - 1`.
+
+    Attributes:
+      column, columns: which of the programs with these tokens it is.
+      most: tokens at most, static.
+      live: whether the tokens have gates; else they are zero.
+    """
+
+    first: Any
+    count: Any
+    column: Any
+    columns: int
+    most: int
+    live: Any
 
 
 class Options(NamedTuple):
@@ -46,6 +100,7 @@ class Options(NamedTuple):
       block_d: channels of a tile in the other kernels.
       seqlen: tokens of every row; not used with `query_start_loc`.
       own_state: the prefill kernel stores the new states itself.
+      heads: of a prologue.
       interpret: False; True, or the parameters of Pallas' GPU interpreter.
     """
 
@@ -63,4 +118,5 @@ class Options(NamedTuple):
     block_d: int = 128
     seqlen: int | None = None
     own_state: bool = True
+    heads: Heads | None = None
     interpret: Any = False

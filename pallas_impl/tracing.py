@@ -8,10 +8,11 @@ from jax._src.state import discharge
 from jax.extend.core import jaxpr_as_fun
 
 from oracle.contract import ConvOutput, ConvWindowOutput, Unsupported
+from oracle.contract_prologue import PrologueOutput, PrologueWindowOutput
 
 # So that an exported program returns these where it is loaded; that process imports pallas_impl as well.
-export.register_namedtuple_serialization(ConvOutput, serialized_name="twinconv.ConvOutput")
-export.register_namedtuple_serialization(ConvWindowOutput, serialized_name="twinconv.ConvWindowOutput")
+for _result in (ConvOutput, ConvWindowOutput, PrologueOutput, PrologueWindowOutput):
+    export.register_namedtuple_serialization(_result, serialized_name=f"twinconv.{_result.__name__}")
 
 
 def refuse_transforms(*arrays):

@@ -16,11 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_impl.arithmetic import add_residual, convolve, div, in_layout, issue_loads, keep, load_taps, rem
 from pallas_impl.config import cdiv
 from pallas_impl.launch import joined, parts, run
+from pallas_impl.records import Share
 from pallas_impl.rows import copy_out, store_zeros
 from pallas_impl.slots import find_slot, part_of_out, read_window, write_window
 
 
-def launch(arrays, options):
+def launch(arrays, options, finish=None):
     """Runs the kernel on one token a row.
 
     Args:
@@ -28,9 +29,10 @@ def launch(arrays, options):
         of x, of the pool and of residual are multiples of 16 bytes and at least 128 channels long. The pool is written
         in place where XLA owns it, else XLA copies it first.
       options: `Options`; `channel` is a multiple of 16 bytes, `split_sizes` are of `config.block_d`.
+      finish: as in `prefill.launch`; only with a `config` in registers.
 
     Returns:
-      (out, conv_states); with `split_sizes`, `out` is a tuple.
+      (out, conv_states); with `split_sizes`, `out` is a tuple, which ends with the results of `finish`.
     """
     x, pool = arrays.x, arrays.conv_states
     batch, (dim, width) = x.shape[0], arrays.weight.shape
@@ -49,12 +51,18 @@ def launch(arrays, options):
             scratch["added"] = plgpu.SMEM((config.rows, config.block_d), arrays.residual.dtype)
             scratch["added_ready"] = plgpu.Barrier()
     operands = arrays.named("x", "weight", "bias", "cache_indices", "residual")
+    results = parts(x.dtype, batch, dim, options.split_sizes)
+    if finish is not None:
+        operands |= finish.operands()
+        results |= finish.results()
+        scratch = finish.scratch_of_rows(config.rows, config.block_d)
+        body = functools.partial(body, finish=finish)
     *outs, new_pool = run(
         functools.partial(body, columns=columns, num_slots=pool.shape[0], o=options._replace(config=config)),
         "update",
         cdiv(batch, config.rows) * columns,
         operands | dict(conv_states=pool if width > 1 else None),
-        parts(x.dtype, batch, dim, options.split_sizes),
+        results,
         scratch,
         written=("conv_states",),
         interpret=options.interpret,
@@ -62,12 +70,13 @@ def launch(arrays, options):
     return joined(outs, options.split_sizes), pool if new_pool is None else new_pool
 
 
-def _in_registers(refs, *, columns, num_slots, o):
+def _in_registers(refs, *, columns, num_slots, o, finish=None):
     x, weight, pool, residual = refs.x, refs.weight, refs.conv_states, refs.residual
     config, interpret = o.config, bool(o.interpret)
     batch, history, block_d = x.shape[0], weight.shape[1] - 1, config.block_d
     program = lax.axis_index("program")
-    first, channels = div(program, columns) * config.rows, pl.ds(rem(program, columns) * block_d, block_d)
+    first, column = div(program, columns) * config.rows, rem(program, columns)
+    channels = pl.ds(column * block_d, block_d)
     of_x = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
 
     # window: everything else is asked for before the slots are waited for
@@ -86,6 +95,10 @@ def _in_registers(refs, *, columns, num_slots, o):
     if history:
         for r in range(config.rows):
             past[r] = read_window(pool, slots[r], live[r], channels, history, interpret=interpret)
+    if finish is not None:
+        for r in range(config.rows):
+            count = jnp.where(first + r < batch, 1, 0)
+            finish.gates(refs, Share(first + r, count, column, columns, 1, live[r]))
 
     for r in range(config.rows):
         # taps
@@ -93,6 +106,8 @@ def _in_registers(refs, *, columns, num_slots, o):
         y = convolve(entries, taps, bias, silu=o.silu, interpret=interpret)
         if residual is not None:
             y = add_residual(y, added[r].astype(jnp.float32), interpret=interpret)
+        if finish is not None:
+            y = finish.row(y, getattr(refs, f"partial{r}"), channels.start, x.dtype)
         y = keep(live[r], y, interpret=interpret).astype(x.dtype)
 
         # store
