@@ -108,6 +108,11 @@ def add_residual(total, value, *, interpret):
     return run(total, value)
 
 
+def gated(value, gate, dtype):
+    """value * gate of one dtype, rounded once to it."""
+    return (value.astype(jnp.float32) * gate.astype(jnp.float32)).astype(dtype)
+
+
 def keep(condition, value, *, interpret):
     """`value`, a float32 vector, or zeros unless the scalar condition holds: a selection, no branch."""
     if interpret:

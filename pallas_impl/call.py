@@ -154,8 +154,16 @@ def _run_gated(call):
 @functools.partial(jax.jit, static_argnames=("call",))
 def _gated(arrays, call):
     call = call._replace(**arrays)
-    run = run_update if isinstance(call.convolution(), UpdateCall) else run_prefill
-    return gated_conv.composed(call, run)
+    sizes, conv = call.check().conv, call.convolution()
+    is_update = isinstance(conv, UpdateCall)
+    options = (_update_options if is_update else _prefill_options)(conv, sizes, call.backend)
+    wide = tma_padding(sizes.dim, (call.bcx, call.conv_states), options.interpret)
+    if wide or not gated_conv.is_fused(call, sizes, options):
+        return gated_conv.composed(call, run_update if is_update else run_prefill)
+    *gates, channel = gated_conv.offsets(call)
+    options = options._replace(channel=channel, gates=tuple(gates))
+    out, pool, _ = _update(_arrays(conv), options) if is_update else (*_prefill(_arrays(conv), options), None)
+    return ConvOutput(out, pool)
 
 
 def run_commit(call):

@@ -14,7 +14,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_impl.arithmetic import add_residual, convolve, div, in_layout, issue_loads, keep, load_taps, rem
+from pallas_impl.arithmetic import (
+    add_residual,
+    convolve,
+    div,
+    gated,
+    in_layout,
+    issue_loads,
+    keep,
+    load_taps,
+    rem,
+)
 from pallas_impl.config import STREAMS, prefill_grid
 from pallas_impl.launch import joined, parts, run
 from pallas_impl.records import Share
@@ -63,6 +73,15 @@ def launch(arrays, options, finish=None):
         scratch["added"] = plgpu.SMEM((config.block_t, config.block_d), arrays.residual.dtype)
         scratch["added_ready"] = plgpu.Barrier()
     results = parts(x.dtype, tokens, dim, options.split_sizes)
+    if options.gates is not None:
+        scratch |= dict(
+            added=plgpu.SMEM((config.block_t, config.block_d), x.dtype),
+            added_ready=plgpu.Barrier(),
+            gate=plgpu.SMEM((config.block_t, config.block_d), x.dtype),
+            gate_ready=plgpu.Barrier(),
+            gate_edge=plgpu.SMEM((max(width - 1, 1), config.block_d), x.dtype),
+            gate_edge_ready=plgpu.Barrier(),
+        )
     operands = {}
     if finish is not None:
         results |= finish.results()
@@ -122,6 +141,7 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
     block, column = div(program, grid.columns), rem(program, grid.columns)
     channels = pl.ds(column * block_d, block_d)
     of_x = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
+    of_gate = None if o.gates is None else pl.ds(channels.start + o.gates[0], block_d)
     if config.flat:
         block = rem(block, STREAMS) * (grid.blocks // STREAMS) + div(block, STREAMS)
         row = find_row(refs.query_start_loc, block, block_t, batch, tokens, interpret=interpret)
@@ -145,6 +165,8 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
         @pl.when(row < batch)  # x is asked for before it is known whether the row is live
         def _():
             load_rows(x, of_x, tile, refs.tile_ready, begin, length, fewest)
+            if o.gates is not None:
+                load_rows(x, of_gate, refs.gate, refs.gate_ready, begin, length)
             if has_edges:
                 load_edge(begin, first)
 
@@ -153,7 +175,10 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
 
         @pl.when(live)
         def _():
-            if added is not None:
+            if o.gates is not None:
+                of_out = pl.ds(channels.start + o.gates[1], block_d)
+                load_rows(x, of_out, added, refs.added_ready, begin, length)
+            elif added is not None:
                 load_rows(refs.residual, channels, added, refs.added_ready, begin, length)
             if pool is not None:
                 pl.when(first & stateful)(load_past)
@@ -165,9 +190,9 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
         def _():
             @pl.when(row < batch)
             def _():
-                plgpu.barrier_wait(refs.tile_ready)
+                wait_for_tile()
                 if has_edges:
-                    pl.when(needs_edge(first))(lambda: plgpu.barrier_wait(refs.edge_ready))
+                    pl.when(needs_edge(first))(wait_for_edge)
 
             zero_tail(tile, interpret)
 
@@ -193,6 +218,26 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
         def _():
             halo = x.at[pl.ds(far, history), of_x]
             plgpu.copy_gmem_to_smem(halo, edge, refs.edge_ready)
+            if o.gates is not None:
+                halo = x.at[pl.ds(far, history), of_gate]
+                plgpu.copy_gmem_to_smem(halo, refs.gate_edge, refs.gate_edge_ready)
+
+    def wait_for_edge():
+        plgpu.barrier_wait(refs.edge_ready)
+        if o.gates is not None:
+            plgpu.barrier_wait(refs.gate_edge_ready)
+
+    def wait_for_tile():
+        plgpu.barrier_wait(refs.tile_ready)
+        if o.gates is not None:
+            plgpu.barrier_wait(refs.gate_ready)
+
+    def of_tile(r):
+        """What a tap meets at token r of the tile."""
+        return tile[r] if o.gates is None else gated(tile[r], refs.gate[r], x.dtype)
+
+    def of_edge(j):
+        return edge[j] if o.gates is None else gated(edge[j], refs.gate_edge[j], x.dtype)
 
     def load_past():
         """Before the first block of a row with a state: its window."""
@@ -216,13 +261,14 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
                     store_zeros(window, j, interpret)
 
             if has_edges:
+                pl.when(needs_edge(first))(wait_for_edge)
 
-                @pl.when(needs_edge(first))
-                def _():
-                    plgpu.barrier_wait(refs.edge_ready)
-
-            past = lax.cond(first, lambda: _widen_rows(window, history), lambda: _widen_rows(edge, history))
-        plgpu.barrier_wait(refs.tile_ready)
+            past = lax.cond(
+                first,
+                lambda: _widen_rows(lambda j: window[j], history),
+                lambda: _widen_rows(of_edge, history),
+            )
+        wait_for_tile()
         if added is not None:
             plgpu.barrier_wait(refs.added_ready)
         if new_pool is not None:
@@ -231,7 +277,7 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
             def _():
                 for j in range(1, history):
                     window[j - 1] = window[j]
-                window[history - 1] = tile[0].astype(window.dtype)
+                window[history - 1] = of_tile(0).astype(window.dtype)
 
             @pl.when(first & (row_length != 1))
             def _():
@@ -242,9 +288,11 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
 
         def rows(first, count, past):
             for r in range(count):
-                past = (*past, tile[first + r].astype(jnp.float32))
+                past = (*past, of_tile(first + r).astype(jnp.float32))
                 y = convolve(past, taps, bias, silu=o.silu, interpret=interpret)
-                if added is not None:
+                if o.gates is not None:
+                    y = gated(y.astype(x.dtype), added[first + r], x.dtype)
+                elif added is not None:
                     y = add_residual(y, added[first + r].astype(jnp.float32), interpret=interpret)
                 results[first + r] = y.astype(results.dtype)
                 past = past[1:]
@@ -259,12 +307,12 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
         token = row_length + j - history
         short = lambda: lax.cond(  # noqa: E731
             token >= 0,
-            lambda: tile[jnp.clip(token, 0, block_t - 1)].astype(window.dtype),
+            lambda: of_tile(jnp.clip(token, 0, block_t - 1)).astype(window.dtype),
             lambda: window[jnp.minimum(row_length + j, history - 1)],
         )
         if tokens <= block_t:
             return short()
-        return lax.cond(row_length > block_t, lambda: edge[j].astype(window.dtype), short)
+        return lax.cond(row_length > block_t, lambda: of_edge(j).astype(window.dtype), short)
 
     def run_token():
         """A whole row of one token; x and taps are asked for before slot and flag are waited for."""
@@ -313,5 +361,5 @@ def _has_state(refs, row, batch, o):
     return jnp.bool_(refs.conv_states is not None and o.always_state)
 
 
-def _widen_rows(ref, rows):
-    return tuple(ref[j].astype(jnp.float32) for j in range(rows))
+def _widen_rows(entry, rows):
+    return tuple(entry(j).astype(jnp.float32) for j in range(rows))

@@ -101,6 +101,7 @@ class Options(NamedTuple):
       seqlen: tokens of every row; not used with `query_start_loc`.
       own_state: the prefill kernel stores the new states itself.
       heads: of a prologue.
+      gates: the first channels of B and C in x, of a gated short convolution.
       interpret: False; True, or the parameters of Pallas' GPU interpreter.
     """
 
@@ -119,4 +120,5 @@ class Options(NamedTuple):
     seqlen: int | None = None
     own_state: bool = True
     heads: Heads | None = None
+    gates: tuple[int, int] | None = None
     interpret: Any = False

@@ -13,7 +13,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_impl.arithmetic import add_residual, convolve, div, in_layout, issue_loads, keep, load_taps, rem
+from pallas_impl.arithmetic import (
+    add_residual,
+    convolve,
+    div,
+    gated,
+    in_layout,
+    issue_loads,
+    keep,
+    load_taps,
+    rem,
+)
 from pallas_impl.config import cdiv
 from pallas_impl.launch import joined, parts, run
 from pallas_impl.records import Share
@@ -80,7 +90,7 @@ def _in_registers(refs, *, columns, num_slots, o, finish=None):
     of_x = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
 
     # window: everything else is asked for before the slots are waited for
-    slots, live, tokens, added = [], [], [], []
+    slots, live, tokens, added, gates = [], [], [], [], []
     for r in range(config.rows):
         row = jnp.minimum(first + r, batch - 1)
         slot, is_live = find_slot(refs.cache_indices, first + r, batch, num_slots, o.pad_slot_id)
@@ -89,6 +99,9 @@ def _in_registers(refs, *, columns, num_slots, o, finish=None):
         tokens.append(in_layout(x[row, of_x], interpret=interpret))
         if residual is not None:
             added.append(in_layout(residual[row, channels], interpret=interpret))
+        if o.gates is not None:
+            of_gates = [pl.ds(channels.start + first_channel, block_d) for first_channel in o.gates]
+            gates.append([in_layout(x[row, of_gate], interpret=interpret) for of_gate in of_gates])
     taps, bias = load_taps(weight, refs.bias, channels.start, block_d, interpret=interpret)
     issue_loads(interpret=interpret)
     past = [()] * config.rows
@@ -102,10 +115,14 @@ def _in_registers(refs, *, columns, num_slots, o, finish=None):
 
     for r in range(config.rows):
         # taps
+        if o.gates is not None:
+            tokens[r] = gated(tokens[r], gates[r][0], x.dtype)
         entries = tuple(entry.astype(jnp.float32) for entry in (*past[r], tokens[r]))
         y = convolve(entries, taps, bias, silu=o.silu, interpret=interpret)
         if residual is not None:
             y = add_residual(y, added[r].astype(jnp.float32), interpret=interpret)
+        if o.gates is not None:
+            y = gated(y.astype(x.dtype), gates[r][1], x.dtype).astype(jnp.float32)
         if finish is not None:
             y = finish.row(y, getattr(refs, f"partial{r}"), channels.start, x.dtype)
         y = keep(live[r], y, interpret=interpret).astype(x.dtype)

@@ -88,3 +88,17 @@ def test_what_is_dead_stays_zero(backend):
     out = np.asarray(gated_short_conv_fn(**given, backend=backend).out)
     assert not out.view(np.uint16)[13:].any()
     assert np.isfinite(out.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("leading", [None, (3,), (3, 8)], ids=["prefill", "token", "long"])
+def test_one_kernel(leading):
+    given = prefill() if leading is None else step(*leading)
+    function = gated_short_conv_fn if leading is None else gated_short_conv_update
+    arrays = {name: value for name, value in given.items() if value is not None}
+    absent = {name: None for name, value in given.items() if value is None}
+    jitted = jax.jit(lambda arrays: function(**arrays, **absent, backend="mosaic_gpu"))
+    text = jitted.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 1
+    assert "output_operand_alias<" in text
+    assert "stablehlo.multiply" not in text
+    assert "stablehlo.slice" not in text
