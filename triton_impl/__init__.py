@@ -32,6 +32,7 @@ from triton_impl.api import (
     tree_parents_from_links,
 )
 from triton_impl.functional import causal_conv1d
+from triton_impl.functional_prologue import gated_delta_prologue, gated_short_conv
 from triton_impl.short_conv import short_conv
 
 __all__ = [
@@ -45,8 +46,10 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "commit_windows",
+    "gated_delta_prologue",
     "gated_delta_prologue_fn",
     "gated_delta_prologue_update",
+    "gated_short_conv",
     "gated_short_conv_fn",
     "gated_short_conv_update",
     "short_conv",

@@ -265,15 +265,8 @@ def _square(value, o: tl.constexpr):
 
 @triton.jit
 def inverse_norms(y, lanes: tl.constexpr, eps: tl.constexpr, o: tl.constexpr):
-    """1 / sqrt(sum(y * y) + eps) of each head of a vector of heads side by side, float32.
-
-    The sum is a tree of neighbours: a reduction over two is one addition, so its order holds in any layout.
-    """
-    total = _square(y, o)
-    size: tl.constexpr = y.shape[0]
-    for level in tl.static_range(16):
-        if (2 << level) <= lanes:
-            total = tl.sum(tl.reshape(total, (size >> (level + 1), 2)), axis=1)
+    """1 / sqrt(sum(y * y) + eps) of each head of a vector of heads side by side, float32."""
+    total = sum_of_heads(_square(y, o), lanes)
     if o.ptx:
         inverse = tl.inline_asm_elementwise(
             "{ .reg .f32 t; sqrt.rn.f32 t, $1; rcp.rn.f32 $0, t; }", "=f,f", [total + eps], tl.float32,
@@ -285,14 +278,45 @@ def inverse_norms(y, lanes: tl.constexpr, eps: tl.constexpr, o: tl.constexpr):
 
 
 @triton.jit
+def sum_of_heads(values, lanes: tl.constexpr):
+    """Sums over each head of a vector of heads side by side, by a tree of neighbours.
+
+    A reduction over two is one addition, so its order holds in any layout.
+    """
+    size: tl.constexpr = values.shape[0]
+    for level in tl.static_range(16):
+        if (2 << level) <= lanes:
+            values = tl.sum(tl.reshape(values, (size >> (level + 1), 2)), axis=1)
+    return values
+
+
+@triton.jit
+def over_heads(values, factors, lanes: tl.constexpr):
+    """The products of a vector of heads with a factor a head."""
+    heads: tl.constexpr = values.shape[0] // lanes
+    return tl.reshape(tl.reshape(values, (heads, lanes)) * factors[:, None], values.shape)
+
+
+@triton.jit
+def normalise_back(value, upstream, norm: tl.constexpr, o: tl.constexpr):
+    """The gradient at an activated float32 vector of heads, given that of `normalise`; roundings count as the identity."""
+    if norm.scale != 1.0:
+        upstream = upstream * norm.scale
+    if norm.l2:
+        inverse = inverse_norms(value, norm.lanes, norm.eps, o)
+        unit = over_heads(value, inverse, norm.lanes)
+        along = sum_of_heads(unit * upstream, norm.lanes)
+        upstream = over_heads(upstream - over_heads(unit, along, norm.lanes), inverse, norm.lanes)
+    return upstream
+
+
+@triton.jit
 def normalise(y, norm: tl.constexpr, dtype: tl.constexpr, o: tl.constexpr):
     """A float32 vector of heads as `Norm` says, before the rounding at the store."""
     if norm.stored:
         y = widen(round_to(y, dtype))
     if norm.l2:
-        inverse = inverse_norms(y, norm.lanes, norm.eps, o)
-        heads: tl.constexpr = y.shape[0] // norm.lanes
-        y = tl.reshape(tl.reshape(y, (heads, norm.lanes)) * inverse[:, None], y.shape)
+        y = over_heads(y, inverse_norms(y, norm.lanes, norm.eps, o), norm.lanes)
     if norm.scale != 1.0:
         y = y * norm.scale
     return y

@@ -23,11 +23,13 @@ import triton
 import triton.language as tl
 
 from triton_impl.arithmetic import (
+    activate,
     convolve,
     join_columns,
     load_taps,
     load_weights,
     native_ptx,
+    normalise_back,
     round_to,
     silu_slope,
     split_columns,
@@ -134,6 +136,7 @@ class Options(NamedTuple):
       dense: whether rows have an axis of their own.
       levels: log2 of a run's tokens for `_tile_back`, 0 for `_walk_back`.
       aligned, phase_g, phase_o: see `_tile_back`.
+      norm: an `arithmetic.Norm` of what `dout` is the gradient of, or None.
     """
 
     width: Any
@@ -153,6 +156,7 @@ class Options(NamedTuple):
     phase_g: Any
     phase_o: Any
     ptx: Any
+    norm: Any = None
 
 
 class Arrays(NamedTuple):
@@ -164,6 +168,25 @@ class Arrays(NamedTuple):
     initial: Any
     dx: Any
     dinitial: Any
+
+
+class Given(NamedTuple):
+    """What a backward pass reads besides dout; pointers, None where absent."""
+
+    dfinal: Any
+    x: Any
+    weight: Any
+    bias: Any
+    initial_states: Any
+    query_start_loc: Any
+
+
+class Results(NamedTuple):
+    """What it writes; pointers, None where absent."""
+
+    dx: Any
+    dinitial: Any
+    partial: Any
 
 
 class Span(NamedTuple):
@@ -209,9 +232,14 @@ def _taps_of(weights, o: tl.constexpr):
 
 
 @triton.jit
-def _gradient(window, weights, upstream, here, o: tl.constexpr):
-    """The gradient of one pre-activation; zero where the token is not `here`, in the row."""
+def _gradient(window, weights, upstream, here, dtype: tl.constexpr, o: tl.constexpr):
+    """The gradient of one pre-activation; zero where the token is not `here`, in the row. dtype: of x, and of results."""
     g = upstream
+    if o.norm is not None:
+        value = activate(convolve(window, weights.taps, weights.start, o.width), o)
+        if o.norm.stored:
+            value = widen(round_to(value, dtype))
+        g = tl.where(here, normalise_back(value, g, o.norm, o), 0.0)
     if o.silu:
         slope = silu_slope(convolve(window, weights.taps, weights.start, o.width), o)
         g = tl.where(here, g * slope, 0.0)
@@ -276,7 +304,7 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
         upstream = tl.load(incoming, mask=exist & holds(here), other=0.0)
         incoming += arrays.dout.t
         window = window + (widen(entry),)
-        g = _gradient(window, weights, widen(upstream), here, o)
+        g = _gradient(window, weights, widen(upstream), here, arrays.x.ptr.dtype.element_ty, o)
         gs = gs + (g,)
         if arrays.dinitial is not None:
             begin = _load_final(late, first + i - length, exist, weights.start, o)
@@ -316,7 +344,8 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
         for i in tl.static_range(o.group):
             new = t + (o.width - 1 + i)
             window = window + (widen(loaded[2 * i]),)
-            g = _gradient(window, weights, widen(loaded[2 * i + 1]), new < length, o)
+            dtype: tl.constexpr = arrays.x.ptr.dtype.element_ty
+            g = _gradient(window, weights, widen(loaded[2 * i + 1]), new < length, dtype, o)
             gs = gs + (g,)
             # (64 bits: else ptxas takes more than 128 registers on sm_80)
             begin = _load_final(late, tl.cast(new, tl.int64) - length, channels.exist, weights.start, o)
@@ -427,7 +456,8 @@ def _tile_step(runs, weights, length, t, token, channels, sums, edge: tl.constex
         here = True
         if edge:
             here = (before >= -k) & (left > k)
-        gs = gs + (_gradient(inputs[k : k + o.width], weights, widen(upstream[k]), here, o),)
+        g = _gradient(inputs[k : k + o.width], weights, widen(upstream[k]), here, entries[0].dtype, o)
+        gs = gs + (g,)
 
     columns = ()
     for k in tl.static_range(RUN):
@@ -519,17 +549,20 @@ def _tile_back(arrays, offsets, weights, span, channels, o: tl.constexpr):
     return totals
 
 
-@triton.jit(do_not_specialize=["tokens", "batch"])
-def _backward_kernel(
-    dout, dfinal, x, weight, bias, initial_states, query_start_loc, dx, dinitial, partial, strides,
-    tokens, dim, batch, o: tl.constexpr,
-):  # fmt: skip
-    # mapping of programs
-    channel_blocks = tl.cdiv(dim, o.block_d)
-    block_d = tl.program_id(0) % channel_blocks
-    program = tl.program_id(0) // channel_blocks
-    ch = block_d * o.block_d + tl.arange(0, o.block_d)
-    channels = Channels(ch, ch < dim)
+@triton.jit
+def back_of_program(
+    dout, dout_row, given, results, strides, program, channels, tokens, dim, batch, o: tl.constexpr
+):
+    """The gradients of a program's rows and channels.
+
+    Args:
+      dout: `Tokens` of the upstream gradient; dout_row: its stride of rows, where they have an axis of their own.
+      given: `Given`; results: `Results`.
+    """
+    x, weight, bias, initial_states = given.x, given.weight, given.bias, given.initial_states
+    dfinal, query_start_loc = given.dfinal, given.query_start_loc
+    dx, dinitial, partial = results.dx, results.dinitial, results.partial
+    ch = channels.index
     if o.levels:  # the taps are under way while the row is looked for
         weights = load_weights(weight, bias, strides, channels, o)
     if o.flat:
@@ -555,9 +588,8 @@ def _backward_kernel(
     wide_dim = tl.cast(dim, tl.int64)
     dx = tokens_of(dx, strides.dx[1:])
     x = tokens_of(x, strides.x[1:])
-    dout = tokens_of(dout, strides.dout[1:])
     if o.dense:
-        offsets = (wide_row * strides.dout[0], wide_row * strides.x[0], wide_row * strides.dx[0])
+        offsets = (wide_row * dout_row, wide_row * strides.x[0], wide_row * strides.dx[0])
     else:
         offsets = (row_start * dout.t, row_start * x.t, row_start * dx.t)
     late = None
@@ -601,6 +633,22 @@ def _backward_kernel(
                 # (a row of zero tokens has met its initial state, which may be NaN)
                 tl.store(place + j * wide_dim, tl.where(first < length, sums[j], 0.0), mask=channels.exist)
         block = next_block if o.flat else block + next_block
+
+
+@triton.jit(do_not_specialize=["tokens", "batch"])
+def _backward_kernel(
+    dout, dfinal, x, weight, bias, initial_states, query_start_loc, dx, dinitial, partial, strides,
+    tokens, dim, batch, o: tl.constexpr,
+):  # fmt: skip
+    # mapping of programs
+    channel_blocks = tl.cdiv(dim, o.block_d)
+    block_d = tl.program_id(0) % channel_blocks
+    program = tl.program_id(0) // channel_blocks
+    ch = block_d * o.block_d + tl.arange(0, o.block_d)
+    back_of_program(
+        tokens_of(dout, strides.dout[1:]), strides.dout[0], Given(dfinal, x, weight, bias, initial_states, query_start_loc),
+        Results(dx, dinitial, partial), strides, program, Channels(ch, ch < dim), tokens, dim, batch, o,
+    )  # fmt: skip
 
 
 class Sums(NamedTuple):
@@ -728,6 +776,11 @@ def prepare(
     )
     values = (strides, tokens, dim, batch, constants(options))
     walk = Launch(_backward_kernel, grid, values, num_warps=config.num_warps)
-    sums = Sums(width, bias is not None, rows=32, block_d=min(next_power_of_2(dim), 64))
+    return places, walk, prepare_sums(width, bias is not None, dim, places)
+
+
+def prepare_sums(width, bias, dim, places):
+    """Prepares the sum over the workspace: a Launch of (workspace, dweight, dbias)."""
+    sums = Sums(width, bias, rows=32, block_d=min(next_power_of_2(dim), 64))
     grid = (triton.cdiv(dim, sums.block_d), width + sums.bias, 1)
-    return places, walk, Launch(_reduce_kernel, grid, (places, dim, constants(sums)), num_warps=4)
+    return Launch(_reduce_kernel, grid, (places, dim, constants(sums)), num_warps=4)

@@ -20,9 +20,9 @@ from triton_impl.call import (
     remember,
     resolve,
     run_real,
-    unit_stride,
 )
 from triton_impl.config import crosses
+from triton_impl.packed_rows import folds, fresh_states, owned, row_starts
 
 _ARGUMENTS = ", ".join(tracing.arguments(RowsCall, RowsCall._fields))
 tracing.library.define(f"causal_conv1d_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
@@ -92,21 +92,6 @@ def _sizes(x, weight, query_start_loc):
     return RowSizes(x.shape[0] * (x.shape[1] if x.dim() == 3 else 1), dim, width, batch)
 
 
-def _starts(x, sizes, query_start_loc, max_seqlen):
-    """Where the rows start in packed tokens, and a bound of the longest."""
-    if query_start_loc is not None:
-        return unit_stride(query_start_loc), max_seqlen
-    seqlen = x.shape[1]
-    return torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen, seqlen
-
-
-def _folds(x):
-    """Whether dense x is a view of one row of batch * dim channels ([batch, dim, seqlen] memory), not of packed rows."""
-    if x.dim() == 2 or x.shape[0] == 1 or x.shape[1] == 1:
-        return False
-    return x.stride(0) == x.shape[2] * x.stride(2) and x.stride(0) != x.shape[1] * x.stride(1)
-
-
 def _fold(x):
     """[batch, n, dim] as [n, batch * dim], a view."""
     batch, n, dim = x.shape
@@ -119,22 +104,12 @@ def _unfold(x, batch):
     return x.t().view(batch, channels // batch, n).transpose(1, 2)
 
 
-def _fresh_states(x, initial_states, sizes):
-    """Final states, still as the initial ones or zeros, which rows of zero tokens keep; they fold if x does."""
-    like = x if initial_states is None else initial_states
-    if _folds(x):
-        states = like.new_zeros(sizes.width - 1, sizes.batch, sizes.dim).transpose(0, 1)
-    else:
-        states = like.new_zeros(sizes.batch, sizes.width - 1, sizes.dim)
-    return states if initial_states is None else states.copy_(initial_states)
-
-
 def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend):
     sizes = _sizes(x, weight, query_start_loc)
-    states = _fresh_states(x, initial_states, sizes)
-    starts, longest = _starts(x, sizes, query_start_loc, max_seqlen)
-    folds = _folds(x)
-    if folds:
+    states = fresh_states(x, initial_states, sizes)
+    starts, longest = row_starts(x, sizes, query_start_loc, max_seqlen)
+    folded = folds(x)
+    if folded:
         rows, pool, starts = _fold(x), _fold(states)[None], starts[:2]
         weight, bias = weight.repeat(sizes.batch, 1), None if bias is None else bias.repeat(sizes.batch)
     else:  # dense rows at uneven distances, as of a slice of channels of [batch, dim, seqlen] memory, are copied
@@ -146,13 +121,8 @@ def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_s
         rows, weight, bias, pool, starts, None, has_state, activation, -1, longest, schedule, backend
     )
     out = run_real(FnCall, tuple(call))
-    out = _unfold(out, sizes.batch) if folds else out.view(x.shape)
-    return _owned(out), _owned(states)
-
-
-def _owned(result):
-    """A tensor of its own on the memory of `result`: autograd lets nobody change a view among several results in place."""
-    return result.new_empty(0).set_(result) if result._is_view() else result
+    out = _unfold(out, sizes.batch) if folded else out.view(x.shape)
+    return owned(out), owned(states)
 
 
 def _backward(
@@ -173,7 +143,7 @@ def _backward(
     sizes = _sizes(x, weight, query_start_loc)
     if dout is None:
         dout = x.new_zeros(()).expand(x.shape)
-    starts, longest = _starts(x, sizes, query_start_loc, max_seqlen)
+    starts, longest = row_starts(x, sizes, query_start_loc, max_seqlen)
     if resolve(backend, x.device) == "eager":
         packed = sizes.tokens, sizes.dim
         dx, dweight, dbias, dinitial = plain.backward(
@@ -246,11 +216,11 @@ def _launch(
 def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
     check(RowsCall(x, weight, bias, initial_states, query_start_loc, *options))
     sizes = _sizes(x, weight, query_start_loc)
-    if _folds(x):
+    if folds(x):
         out = _unfold(torch.empty_like(_fold(x)), sizes.batch)
     else:
         out = torch.empty_like(x.reshape(sizes.tokens, sizes.dim)).view(x.shape)
-    return out, _fresh_states(x, initial_states, sizes)
+    return out, fresh_states(x, initial_states, sizes)
 
 
 run_backward = _backward  # as a plain function, past the operator

@@ -67,6 +67,70 @@ def prologue(call):
     return torch.cat(parts), g, beta
 
 
+def backward(call, upstream, dfinal, starts, initial_states):
+    """(dx, dweight, dbias, dinitial) of the differentiable form in plain torch, on packed rows.
+
+    Args:
+      call: a `PrologueFnCall` of those rows, whose pool holds their initial states.
+      upstream: gradients of q, k and v, [tokens, channels] each; dfinal: of the final states, or None.
+      starts: where rows start; initial_states: [batch, width-1, dim] or None.
+    """
+    tokens, parts = call.x.shape[0], []
+    flat = plain.prefill(convolution_of(call))
+    values = flat.split([tokens * width for width in widths(call)])
+    for name, part, given in zip("qkv", values, upstream, strict=True):
+        heads, channels = (
+            (call.num_v_heads, call.head_v_dim) if name == "v" else (call.num_k_heads, call.head_k_dim)
+        )
+        y, g = part.float().view(tokens, heads, channels), given.float().reshape(tokens, heads, channels)
+        if name == "q" and call.q_scale != 1.0:
+            g = g * call.q_scale
+        if name != "v" and call.qk_l2norm:
+            r = 1.0 / torch.sqrt((y * y).sum(-1, keepdim=True) + call.norm_eps)
+            n = y * r
+            g = r * (g - n * (n * g).sum(-1, keepdim=True))
+        parts.append(g.reshape(tokens, -1))
+    return plain.backward(
+        torch.cat(parts, 1), dfinal, call.x, call.weight, call.bias, initial_states, starts,
+        silu=call.activation is not None,
+    )  # fmt: skip
+
+
+def gates_backward(call, dg, dbeta):
+    """(da, db, dA_log, ddt_bias), None where there is none.
+
+    Args:
+      call: a `PrologueFnCall` of packed rows.
+      dg, dbeta: upstream gradients, or None for zeros.
+    """
+    live = plain.live_tokens(call.convolution())
+    da = db = drate = dbias = None
+    if call.a is not None:
+        rate, z = call.A_log.float().exp(), call.a.float()
+        if z.dim() == 3:
+            rate = rate[:, None]
+        if call.dt_bias is not None:
+            z = z + call.dt_bias.float()
+        dg = torch.zeros_like(z) if dg is None else dg.float().view_as(z)
+        if call.lower_bound is not None:
+            s = torch.sigmoid(rate * z)
+            dw = call.lower_bound * s * (1.0 - s) * dg
+            dz, drate = rate * dw, rate * z * dw
+        else:
+            s = torch.where(z > 20.0, 1.0, torch.sigmoid(z))
+            dz = -rate * s * dg
+            drate = -rate * torch.where(z > 20.0, z, torch.log1p(torch.exp(z.clamp(max=20.0)))) * dg
+        dz, drate = _alive(dz, live), _alive(drate, live)
+        da, drate = dz.to(call.a.dtype), drate.sum([0, *range(2, drate.dim())]).to(call.A_log.dtype)
+        if call.dt_bias is not None:
+            dbias = dz.sum(0).to(call.dt_bias.dtype)
+    if call.b is not None:
+        s = torch.sigmoid(call.b.float())
+        upstream = torch.zeros_like(s) if dbeta is None else dbeta.float().view_as(s)
+        db = _alive(s * (1.0 - s) * upstream, live).to(call.b.dtype)
+    return da, db, drate, dbias
+
+
 def _alive(values, live):
     return torch.where(live.view(*live.shape, *[1] * (values.dim() - live.dim())), values, 0.0)
 

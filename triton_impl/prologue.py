@@ -380,7 +380,7 @@ def prepare(call, sizes, config, stores):
     """
     conv, pooled = sizes.conv, call.conv_states is not None
     layout = call.state_layout if pooled else "front"
-    h, programs = _heads(call, sizes, config.block_d)
+    h, programs = heads_of(call, sizes, config.block_d)
     places = conv.tokens // config.block_t + conv.batch + 1 if config.flat else conv.batch + 1
     deep = 1 if config.flat else min(max(config.row_blocks, 1), MAX_GRID_YZ)
     grid, folded = program_grid(programs, places, deep)
@@ -431,7 +431,7 @@ def prepare_update(call, sizes, config):
       A Launch of UPDATE_ARRAYS, the flat q, k and v, g and beta.
     """
     conv = sizes.conv
-    h, programs = _heads(call, sizes, config.block_d)
+    h, programs = heads_of(call, sizes, config.block_d)
     grid, folded = program_grid(programs, triton.cdiv(conv.batch, config.rows))
     options = update.Options(
         width=conv.width,
@@ -469,7 +469,7 @@ def prepare_behind(call, sizes, config, copies):
     """
     conv = sizes.conv
     idle = not copies and norms(call, sizes)[0] is None and norms(call, sizes)[1] is None
-    h, programs = _heads(call, sizes, config.block_d, behind=not copies, idle=idle)
+    h, programs = heads_of(call, sizes, config.block_d, behind=not copies, idle=idle)
     if not programs:
         return None
     packed = call.query_start_loc is not None
@@ -509,11 +509,11 @@ def _variants(options, call, sizes):
     return [constants(options._replace(norm=norm)) for norm in norms(call, sizes)]
 
 
-def _heads(call, sizes, block_d, behind=False, idle=False):
+def heads_of(call, sizes, block_d, behind=False, idle=False, gates=True):
     """(`Heads`, programs along the channels and gates).
 
     Args:
-      behind: v is where it belongs already; idle: so are q and k.
+      behind: v is where it belongs already; idle: so are q and k; gates: whether there are programs for them.
     """
     lanes, channel = lanes_of(sizes.head_k_dim), sizes.gate == "channel"
     values = sizes.num_v_heads * sizes.head_v_dim
@@ -522,9 +522,9 @@ def _heads(call, sizes, block_d, behind=False, idle=False):
     columns = sizes.num_v_heads * (sizes.head_k_dim if channel else 1)
     gate_columns = min(next_power_of_2(columns), 256)
     g_blocks = triton.cdiv(columns, gate_columns)
-    gates = g_blocks if call.a is not None or call.b is not None else 0
+    more = g_blocks if call.a is not None or call.b is not None else 0
     if channel and call.b is not None:
-        gates += triton.cdiv(sizes.num_v_heads, gate_columns)
+        more += triton.cdiv(sizes.num_v_heads, gate_columns)
     heads = Heads(
         keys=sizes.num_k_heads,
         key_dim=sizes.head_k_dim,
@@ -541,7 +541,7 @@ def _heads(call, sizes, block_d, behind=False, idle=False):
         lower=call.lower_bound,
         rounds=call.beta_rounding == "storage",
     )
-    return heads, gates_from + gates
+    return heads, gates_from + (more if gates else 0)
 
 
 def _gate_strides(call, rows=False):

@@ -56,9 +56,7 @@ class Options(NamedTuple):
 
 
 @triton.jit
-def update_rows(
-    x, out, weight, bias, pool, indices, strides, first_row, batch, channels, o: tl.constexpr
-):  # fmt: skip
+def update_rows(x, out, weight, bias, pool, indices, strides, first_row, batch, channels, o: tl.constexpr):
     """One token of `o.rows` rows from `first_row` on, some of their channels: outputs and new windows."""
     # slots
     live = ()

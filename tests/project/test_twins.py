@@ -177,6 +177,8 @@ def test_files_and_exports(twin):
     results = {"ConvOutput", "ConvWindowOutput", "Unsupported", "__version__"}
     fronts = {*FRONTS, "PrologueOutput", "PrologueWindowOutput"}
     operations = {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *DENSE, *fronts}
+    if twin == "triton_impl":  # for now: the other twin's are being written
+        operations |= {*FUNCTIONAL_FRONTS}
     assert exports(read(f"{twin}/__init__.py")) == operations | results
 
 

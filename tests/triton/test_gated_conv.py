@@ -97,3 +97,30 @@ def test_windows_trees_and_packed_steps(backend):
     judge(UPDATE, {**given, **rolls}, backend)
     steps = {"query_start_loc": torch.tensor([0, 3, 3, 8]), "max_seqlen": 5}
     judge(UPDATE, {**arrays((9,)), **steps}, backend)
+
+
+def test_gradients(backend):
+    """Against autograd through the formula in float64; NaN behind the last row reaches nothing."""
+    starts, history = [0, 5, 5, 6, 17], 2
+    given = arrays((20,), torch.float32)
+    initial = torch.randn(4, history, DIM)
+    names = ("bcx", "weight", "bias", "initial_states")
+    real = dict(zip(names, (given["bcx"], given["weight"], given["bias"], initial), strict=True))
+    exact = {name: value.double().requires_grad_() for name, value in real.items()}
+    rows, finals = [], []
+    for i in range(4):
+        b, c, x = exact["bcx"][starts[i] : starts[i + 1]].split(DIM, 1)
+        e = torch.cat([exact["initial_states"][i], b * x])
+        taps = exact["weight"]
+        rows.append(c * (exact["bias"] + sum(e[j : j + len(c)] * taps[:, j] for j in range(history + 1))))
+        finals.append(e[len(c) :])
+    expected = [torch.cat([*rows, torch.zeros(3, DIM).double()]), torch.stack(finals)]
+    real["bcx"][17:] = float("nan")
+    real = {name: value.requires_grad_() for name, value in real.items()}
+    found = triton_impl.gated_short_conv(**real, query_start_loc=torch.tensor(starts), backend=backend)
+    upstream = [torch.randn(result.shape) for result in found]
+    wanted = torch.autograd.grad(expected, list(exact.values()), [g.double() for g in upstream])
+    grads = torch.autograd.grad(list(found), list(real.values()), upstream)
+    torch.testing.assert_close(found.out.double(), expected[0], rtol=1e-5, atol=1e-5)
+    for one, two in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-5)
