@@ -31,7 +31,7 @@ from pallas_impl.api import (
     gated_short_conv_update,
     tree_parents_from_links,
 )
-from pallas_impl.functional import causal_conv1d
+from pallas_impl.functional import causal_conv1d, gated_delta_prologue, gated_short_conv
 from pallas_impl.short_conv import short_conv
 
 __all__ = [
@@ -45,8 +45,10 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "commit_windows",
+    "gated_delta_prologue",
     "gated_delta_prologue_fn",
     "gated_delta_prologue_update",
+    "gated_short_conv",
     "gated_short_conv_fn",
     "gated_short_conv_update",
     "short_conv",

@@ -153,7 +153,7 @@ def sigmoid(z):
 
 
 def softplus(z):
-    return jnp.where(z > 20.0, z, jnp.log1p(jnp.exp(jnp.minimum(z, 20.0))))
+    return jnp.where(z > 20.0, z, jnp.log1p(jnp.exp(jnp.where(z > 20.0, 0.0, z))))
 
 
 def decay(value, A_log, dt_bias, lower_bound):
