@@ -31,7 +31,8 @@ from pallas_impl.api import (
     gated_short_conv_update,
     tree_parents_from_links,
 )
-from pallas_impl.functional import causal_conv1d, gated_delta_prologue, gated_short_conv
+from pallas_impl.functional import causal_conv1d
+from pallas_impl.functional_prologue import gated_delta_prologue, gated_short_conv
 from pallas_impl.short_conv import short_conv
 
 __all__ = [

@@ -175,10 +175,8 @@ def test_signatures_of_fronts_are_the_contracts():
 def test_files_and_exports(twin):
     assert SHARED_FILES - {Path(file).name for file in files_of(twin)} == set()
     results = {"ConvOutput", "ConvWindowOutput", "Unsupported", "__version__"}
-    fronts = {*FRONTS, "PrologueOutput", "PrologueWindowOutput"}
+    fronts = {*FRONTS, *FUNCTIONAL_FRONTS, "PrologueOutput", "PrologueWindowOutput"}
     operations = {*OPERATIONS, *FUNCTIONAL, *SPECULATION, *DENSE, *fronts}
-    if twin == "triton_impl":  # for now: the other twin's are being written
-        operations |= {*FUNCTIONAL_FRONTS}
     assert exports(read(f"{twin}/__init__.py")) == operations | results
 
 
