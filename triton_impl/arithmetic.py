@@ -294,7 +294,11 @@ def sum_of_heads(values, lanes: tl.constexpr):
 def over_heads(values, factors, lanes: tl.constexpr):
     """The products of a vector of heads with a factor a head."""
     heads: tl.constexpr = values.shape[0] // lanes
-    return tl.reshape(tl.reshape(values, (heads, lanes)) * factors[:, None], values.shape)
+    if heads == 1:  # as a number: a block of one row may be laid out so that its values have to move
+        products = values * tl.sum(factors, axis=0)
+    else:
+        products = tl.reshape(tl.reshape(values, (heads, lanes)) * factors[:, None], values.shape)
+    return products
 
 
 @triton.jit

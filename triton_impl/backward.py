@@ -344,8 +344,8 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
         for i in tl.static_range(o.group):
             new = t + (o.width - 1 + i)
             window = window + (widen(loaded[2 * i]),)
-            dtype: tl.constexpr = arrays.x.ptr.dtype.element_ty
-            g = _gradient(window, weights, widen(loaded[2 * i + 1]), new < length, dtype, o)
+            upstream = widen(loaded[2 * i + 1])
+            g = _gradient(window, weights, upstream, new < length, arrays.x.ptr.dtype.element_ty, o)
             gs = gs + (g,)
             # (64 bits: else ptxas takes more than 128 registers on sm_80)
             begin = _load_final(late, tl.cast(new, tl.int64) - length, channels.exist, weights.start, o)
@@ -581,8 +581,7 @@ def back_of_program(
     else:
         block = tl.program_id(1).to(row_start.dtype)
         next_block = tl.num_programs(1)
-    if block < 0:
-        return
+    block = tl.where(block < 0, blocks, block)  # none
 
     wide_row = row.to(tl.int64)
     wide_dim = tl.cast(dim, tl.int64)
