@@ -706,5 +706,15 @@ def _fake(record, args):
 tracing.define_operators(run_real, _fake)
 
 with contextlib.suppress(Unsupported):  # without Triton, the plain path
-    for _name in ("prefill", "states", "update", "verify", "trees", "commit", "backward", "prologue"):
+    for _name in (
+        "prefill",
+        "states",
+        "update",
+        "verify",
+        "trees",
+        "commit",
+        "backward",
+        "prologue",
+        "prologue_backward",
+    ):
         kernels(_name)
