@@ -88,8 +88,8 @@ def update(compiled, batch, dim, width=4, dtype=jnp.bfloat16):
     )
 
 
-def check(executable, printed, most_registers, pool_bytes):
-    """One kernel and nothing else, no spills, the pool updated in place."""
+def check(executable, printed, most_registers, pool_bytes, table=0):
+    """One kernel and nothing else, no spills, the pool updated in place; `table`: bytes of the results' addresses."""
     assert [int(n) for n in re.findall(r"(\d+) bytes spill", printed)] == [0, 0]
     (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", printed))
     assert registers <= most_registers
@@ -97,7 +97,7 @@ def check(executable, printed, most_registers, pool_bytes):
     assert len(re.findall(r"custom-call\(", entry)) == 1
     assert not re.search(r"\b(fusion|copy|copy-start|scatter)\(", entry)
     memory = executable.memory_analysis()
-    assert memory.temp_size_in_bytes == 0
+    assert memory.temp_size_in_bytes == table
     assert memory.alias_size_in_bytes == pool_bytes
 
 
@@ -126,6 +126,61 @@ def test_widths_and_dtypes(compiled, width, dtype):
 def test_dims_that_no_block_divides(compiled, dim):
     check(*prefill(compiled, 4096, dim, 4), 80, 11 * 3 * dim * 2)
     check(*update(compiled, 32, dim), 64, 35 * 3 * dim * 2)
+
+
+HEADS = dict(num_k_heads=16, num_v_heads=32, head_k_dim=128, head_v_dim=128)
+
+
+def gates(tokens, channel):
+    last = (32, 128)[: 1 + channel]
+    return (
+        ((tokens, *last), jnp.bfloat16),
+        ((tokens, 32), jnp.bfloat16),
+        ((32,), jnp.float32),
+        (last, jnp.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("channel", [False, True])
+@pytest.mark.parametrize("schedule", ["flat", "per_sequence"])
+def test_prologue(compiled, schedule, channel):
+    def front(x, weight, bias, pool, starts, slots, flags, a, b, A_log, dt_bias, **options):
+        given = dict(a=a, b=b, A_log=A_log, dt_bias=dt_bias, **HEADS, **options)
+        return pallas_impl.gated_delta_prologue_fn(x, weight, bias, pool, starts, slots, flags, **given)
+
+    shapes = (
+        ((16384, 8192), jnp.bfloat16), ((8192, 4), jnp.bfloat16), ((8192,), jnp.bfloat16),
+        ((19, 3, 8192), jnp.bfloat16), ((9,), jnp.int32), ((8,), jnp.int32), ((8,), jnp.bool_),
+    )  # fmt: skip
+    executable, printed = compiled(
+        front, *shapes, *gates(16384, channel), schedule=schedule, max_seqlen=2048, q_scale=0.1
+    )
+    check(executable, printed, 72, 19 * 3 * 8192 * 2, 48)
+
+
+@pytest.mark.parametrize("batch", [1, 32, 256])
+def test_prologue_of_a_step(compiled, batch):
+    def front(x, weight, bias, pool, slots, a, b, A_log, dt_bias, **options):
+        given = dict(a=a, b=b, A_log=A_log, dt_bias=dt_bias, **HEADS, **options)
+        return pallas_impl.gated_delta_prologue_update(x, weight, bias, pool, slots, **given)
+
+    shapes = (
+        ((batch, 8192), jnp.bfloat16), ((8192, 4), jnp.bfloat16), ((8192,), jnp.bfloat16),
+        ((batch + 3, 3, 8192), jnp.bfloat16), ((batch,), jnp.int32),
+    )  # fmt: skip
+    executable, printed = compiled(front, *shapes, *gates(batch, False))
+    check(executable, printed, 80, (batch + 3) * 3 * 8192 * 2, 48)
+
+
+def test_gated_convolution(compiled):
+    shapes = (
+        ((16384, 3 * 2048), jnp.bfloat16), ((2048, 3), jnp.bfloat16), ((2048,), jnp.bfloat16),
+        ((19, 2, 2048), jnp.bfloat16), ((9,), jnp.int32), ((8,), jnp.int32), ((8,), jnp.bool_),
+    )  # fmt: skip
+    check(*compiled(pallas_impl.gated_short_conv_fn, *shapes, max_seqlen=2048), 64, 19 * 2 * 2048 * 2)
+    step = (*shapes[:3], ((259, 2, 2048), jnp.bfloat16), ((256,), jnp.int32))
+    step = (((256, 3 * 2048), jnp.bfloat16), *step[1:])
+    check(*compiled(pallas_impl.gated_short_conv_update, *step), 40, 259 * 2 * 2048 * 2)
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,32 @@ def backward(dout=None, **given):
     return call._replace(operation="backward", arrays=arrays, twins=T)
 
 
+HEADS = dict(num_k_heads=16, num_v_heads=32, head_k_dim=128, head_v_dim=128)
+
+
+def front(call, channel=False, **given):
+    """The prologue of the gated delta rule in place of the plain operation; `channel`: a gate a channel of k."""
+    leading, heads = call.arrays["x"].shape[:-1], HEADS["num_v_heads"]
+    last = (heads, HEADS["head_k_dim"]) if channel else (heads,)
+    gates = dict(
+        a=Array((*leading, *last)), b=Array((*leading, heads)), A_log=Array((heads,), "float32"), dt_bias=Array(last)
+    )  # fmt: skip
+    operation = call.operation.replace("causal_conv1d", "gated_delta_prologue")
+    return call._replace(
+        operation=operation, arrays=call.arrays | gates, options=call.options | HEADS | given
+    )
+
+
+def gated(call):
+    """The gated short convolution in place of the plain operation."""
+    *leading, dim = call.arrays["x"].shape
+    arrays = {"bcx": Array((*leading, 3 * dim))} | {n: a for n, a in call.arrays.items() if n != "x"}
+    options = call.options | dict(activation=None)
+    return call._replace(
+        operation=call.operation.replace("causal_conv1d", "gated_short_conv"), arrays=arrays, options=options
+    )
+
+
 REQUIRED = {"causal_conv1d_fn": ("bias", "conv_states"), "causal_conv1d_update": ("bias",)}  # or None
 
 
@@ -231,6 +257,14 @@ CALLS = {
     "links": Call(
         "tree_parents_from_links", dict(next_token=indices(64, 8), next_sibling=indices(64, 8)), {}
     ),
+    "prologue prefill": front(prefill(max_seqlen=2048), q_scale=0.5),
+    "prologue prefill flat": front(prefill(schedule="flat"), channel=True),
+    "prologue prefill unrounded": front(prefill(max_seqlen=2048), norm_rounding="none"),
+    "prologue update": front(update(), q_scale=0.5),
+    "prologue update 1 row": front(update(batch=1), channel=True, lower_bound=-5.0),
+    "prologue update 4 tokens": front(update(batch=64, seqlen=4)),
+    "gated prefill": gated(prefill(dim=2048, width=3, max_seqlen=2048)),
+    "gated update": gated(update(dim=2048, width=3)),
     "gradient flat": gradient(schedule="flat"),
     "gradient per_sequence": gradient(schedule="per_sequence", max_seqlen=2048, states=False),
     "gradient dense": gradient(batch=4, seqlen=2048, dim=4096),
