@@ -43,6 +43,8 @@ def pytest_configure(config):
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # The compiler of PyTorch tries three vector units, 20 seconds, which nothing here is about.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
 def pytest_collectstart(collector):
@@ -184,8 +186,12 @@ def poisoned_memory():
     if torch is None:
         yield
         return
-    before = torch.get_deterministic_debug_mode()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms would import the compiler, four seconds a process
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     yield
-    torch.set_deterministic_debug_mode(before)
+    torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])

@@ -23,7 +23,7 @@ class TorchAdapter:
         self.backend = backend
         self.device = torch.device(device)
         # torch.empty then fills with NaN, so that an output nobody writes is seen.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public one imports the compiler
         torch.utils.deterministic.fill_uninitialized_memory = True
 
     def capabilities(self):

@@ -285,8 +285,14 @@ def written_fields(call):
 
 def recogniser(prepared, args):
     """A function of a call's arguments: `prepared`, or None if anything but data is other than in `args`."""
-    places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-    tensors, others = getter(places), getter([i for i in range(len(args)) if i not in places])
+    # a guard takes no tensor twice
+    first = {id(arg): i for i, arg in reversed([*enumerate(args)])}
+    places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and first[id(arg)] == i]
+    twice = [
+        (i, first[id(arg)]) for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in places
+    ]
+    rest = [i for i, arg in enumerate(args) if not isinstance(arg, torch.Tensor)]
+    tensors, others = getter(places), getter(rest)
     like, facts, low = guard(tensors(args)), others(args), _low(args)
     # 1 == 1.0 == True, so the types of numbers are compared as well
     types = tuple((i, type(arg)) for i, arg in enumerate(args) if isinstance(arg, int | float))
@@ -301,6 +307,9 @@ def recogniser(prepared, args):
                     return None
             for i, kinds in inner:
                 if _types(args[i]) != kinds:
+                    return None
+            for i, before in twice:
+                if args[i] is not args[before]:
                     return None
         except (AttributeError, RuntimeError, TypeError, ValueError):  # an argument is odd: a check says how
             return None

@@ -1,6 +1,7 @@
 """Launching a kernel again with other tensors of the same shapes, strides and dtypes, at little host time."""
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -28,29 +29,48 @@ class Launch:
     def __init__(self, kernel, grid, values, **options):
         self._kernel, self._grid, self._values = kernel, grid, values
         self._options = {name: value for name, value in options.items() if value is not None}
-        self._again = self._entry = None
+        self._again = self._entry = self._read = None
 
     def __call__(self, *tensors):
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        every = 0
-        for address in addresses:
-            every |= address
-        aligned = every & 15 == 0
-        if aligned and self._again is not None:
-            hooked = _HOOKS.launch_enter_hook is not _ENTER or _HOOKS.launch_exit_hook is not _EXIT
-            if self._entry is None or hooked or _ENTER.calls or _EXIT.calls:
-                self._again(*addresses, *self._values)
-                return
-            launch, before, current_stream, device, after, packed = self._entry
-            if packed:
-                launch(*before, current_stream(device), *after, (*addresses, *self._values))
-            else:
-                launch(*before, current_stream(device), *after, *addresses, *self._values)
+        """Launches; a tensor parameter that was None in the first call stays None."""
+        addresses = None if self._again is None else self._read(*tensors)
+        if addresses is None:
+            self._compile(tensors)
             return
+        hooked = _HOOKS.launch_enter_hook is not _ENTER or _HOOKS.launch_exit_hook is not _EXIT
+        if self._entry is None or hooked or _ENTER.calls or _EXIT.calls:
+            self._again(*addresses, *self._values)
+            return
+        launch, before, current_stream, device, after, packed = self._entry
+        if packed:
+            launch(*before, current_stream(device), *after, (*addresses, *self._values))
+        else:
+            launch(*before, current_stream(device), *after, *addresses, *self._values)
+
+    def _compile(self, tensors):
         compiled = self._kernel[self._grid](*tensors, *self._values, **self._options)
-        if aligned and compiled is not None:  # the interpreter compiles nothing
-            self._again = compiled[self._grid]
+        read = aligned_addresses(tuple(tensor is not None for tensor in tensors))
+        addresses = read(*tensors)
+        if compiled is not None and addresses is not None:  # the interpreter compiles nothing
+            self._again, self._read = compiled[self._grid], read
             self._entry = launcher_entry(compiled, self._grid, (*addresses, *self._values))
+
+
+@functools.cache
+def aligned_addresses(there):
+    """A function of tensors: the tuple of their addresses, or None if one is not a multiple of 16 bytes.
+
+    It is written for these tensors, as `namedtuple` writes its methods: a loop over a dozen takes twice the time.
+
+    Args:
+      there: whether each is a tensor; if not, its address is 0.
+    """
+    names = [f"t{i}" for i in range(len(there))]
+    read = [f"(a_{name} := {name}.data_ptr())" for name, given in zip(names, there, strict=True) if given]
+    addresses = [f"a_{name}" if given else "0" for name, given in zip(names, there, strict=True)]
+    return eval(
+        f"lambda {', '.join(names)}: None if ({' | '.join(read)}) & 15 else ({', '.join(addresses)},)"
+    )
 
 
 class Entry(NamedTuple):

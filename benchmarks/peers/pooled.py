@@ -42,7 +42,7 @@ class PooledAdapter:
 
         self.interpreted = self.in_triton and importlib.import_module("triton").knobs.runtime.interpret
         self.device = device or ("cpu" if self.interpreted else "cuda")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public one imports the compiler
         torch.utils.deterministic.fill_uninitialized_memory = True
 
     def capabilities(self) -> Mapping[str, Any]:

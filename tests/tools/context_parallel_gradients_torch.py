@@ -125,7 +125,7 @@ def main(rank, ranks, rendezvous, device, backend, names=""):
     torch.set_num_threads(1)
     # What torch.empty returns is NaN, so that an element that was never written is seen.
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)  # the public one imports the compiler
     dist.init_process_group(
         "nccl" if device.startswith("cuda") else "gloo",
         init_method=f"file://{rendezvous}",

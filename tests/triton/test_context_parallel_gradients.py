@@ -14,8 +14,7 @@ from triton_impl.context_parallel import causal_conv1d
 
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_gradients_torch.py"
 
-# use_deterministic_algorithms would import the compiler in every rank
-FIRST = "import torch, torch._inductor\nfrom triton_impl import context_parallel as c\n"
+FIRST = "import torch\nfrom triton_impl import context_parallel as c\n"
 # Triton's interpreter is slow: the cases with something of their own for the kernels.
 FOR_KERNELS = "packed,short parts bf16,uneven"
 

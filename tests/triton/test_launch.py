@@ -201,6 +201,18 @@ def test_an_unaligned_call_goes_through_triton():
     assert len(received) == 1
 
 
+def test_an_absent_tensor_has_the_address_0():
+    received = []
+    prepared = launch.Launch(
+        Kernel(Compiled(OneByOne(lambda *args: received.append(args)))), (1, 1, 1), (11, 12)
+    )
+    tensors = torch.zeros(8), None, torch.zeros(8), None
+    for _ in range(2):
+        prepared(*tensors)
+    (arguments,) = received
+    assert arguments[-6:] == (tensors[0].data_ptr(), 0, tensors[2].data_ptr(), 0, 11, 12)
+
+
 def test_hooks_take_the_public_way():
     received = []
     compiled = Compiled(OneByOne(lambda *args: received.append(args)))

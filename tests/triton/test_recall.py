@@ -100,13 +100,19 @@ def test_modes_of_torch_keep_the_call(found):
         assert found(tensors()) == "launch"
 
 
-def test_one_tensor_for_two_arguments(found):
+def test_one_tensor_for_two_arguments(found, monkeypatch):
     x, weight, bias, *_ = tensors()
     twice = (x, weight, bias, None, x, x)
     call.remember("op", (*twice, *OPTIONS), "twice")
     for _ in range(3):
         assert found(twice) == "twice"
         assert found(tensors()) == "launch"
+    assert found(twice) == "twice"
+    if call.TensorGuards is not None:
+        monkeypatch.setattr(call, "_calls", {})
+        y = torch.randn_like(x)
+        assert found((y, weight, bias, None, y, y)) == "twice", "recognised without a key"
+        assert found((x, weight, bias, None, y, x)) is None, "not where they are two"
 
 
 def test_a_lazy_negative_is_another_call(found):
