@@ -181,7 +181,15 @@ def gated_short_conv_update(
     return ConvOutput(*result[:2]) if window_out is None else ConvWindowOutput(*result)
 
 
-class Front(Reference):
+class Selecting(Reference):
+    """What both fronts share."""
+
+    def dead(self, values: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """Zeros where no row computes, selected: a gate may be NaN there."""
+        return np.where(live.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+
+
+class Front(Selecting):
     """The prologue, step by step. Arrays of a step are [tokens, ...] in the dtype of the sums."""
 
     def front(self, op: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -210,10 +218,6 @@ class Front(Reference):
                 values = self.dead(values, live).astype(np.float64)
                 found[name] = rounded(values.reshape(*leading, *values.shape[1:]), dtype)
         return found
-
-    def dead(self, values: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Zeros where no row computes."""
-        return np.where(live.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
 
     # q, k and v.
 
@@ -300,7 +304,7 @@ class OrderedFront(Front, Ordered):
     """The same in float32, in the contract's order: its norm has the contract's bits, its gates have none."""
 
 
-class Gated(Reference):
+class Gated(Selecting):
     """The gated short convolution, step by step."""
 
     def gated(self, op: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -319,7 +323,7 @@ class Gated(Reference):
             for row in self.rows(call):
                 self.process(call, row, c)
                 live[row.tokens] = True
-            c = self.stored(u, c)
+            c = self.rounded_conv(u, c)
             out = self.gate_out(gate_out.values().reshape(c.shape), c)
         out = self.dead(out, live).reshape(call.shape)
         return {"out": rounded(out, u.dtype), "conv_states": call.pool, "window_out": call.windows}
@@ -337,16 +341,16 @@ class Gated(Reference):
         """u, which the convolution reads and the pool keeps."""
         return rounded(gate.values() * x.values(), x.dtype)
 
-    def stored(self, u: TypedArray, c: np.ndarray) -> np.ndarray:
+    def rounded_conv(self, u: TypedArray, c: np.ndarray) -> np.ndarray:
         """The convolution as the plain operation stores it."""
         return rounded(c, u.dtype).values()
 
     def gate_out(self, gate: np.ndarray, c: np.ndarray) -> np.ndarray:
         return gate * c
 
-    def dead(self, out: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Zeros where no row computes: the gate may be NaN there."""
-        return np.where(live[:, None], out, 0.0)
+
+class OrderedGated(Gated, Ordered):
+    """The same with the convolution's sums in float32, in the contract's order."""
 
 
 def tree_sum(values: np.ndarray) -> np.ndarray:

@@ -30,6 +30,17 @@ and its backward pass: `arrays` holds that form's arguments, "dout" (the gradien
 "dfinal_states" (of the final states, in their dtype, or None). The result is {"dx", "dweight", "dbias",
 "dinitial_states"} (and "memory"), each in the dtype and shape of its argument, None where that is None. Options are
 activation, and schedule and max_seqlen where a case sets them.
+
+The fronts of linear-attention layers (`oracle.contract_prologue`) are four more features, each of some operations with the
+records' arguments:
+
+- "gated_delta_prologue": gated_delta_prologue_fn and gated_delta_prologue_update. The result is {"q", "k", "v", "g",
+  "beta", "conv_states"} (and "window_out", "memory"), with None for what the case does not ask for.
+- "gated_short_conv": gated_short_conv_fn and gated_short_conv_update, with the results of the plain operations.
+- "gated_delta_prologue_backward" and "gated_short_conv_backward": the operation of that name, as
+  causal_conv1d_backward: `arrays` holds the differentiable form's arguments, the gradients of its results ("dq", "dk",
+  "dv", "dg", "dbeta", or "dout"; and "dfinal_states"), and the result has "d" before the name of every argument that
+  has a gradient, see `FRONT_GRADIENTS`.
 """
 
 from __future__ import annotations
@@ -39,16 +50,20 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from oracle import reference, reference_grad
+from oracle import contract_prologue, reference, reference_grad, reference_prologue
 from oracle.conformance.arrays import Array
 from oracle.contract import CONTRACT_VERSION, RECORDS, RowsCall
 from oracle.numerics import rounded, typed
 
 OPS = (
     "causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
+    "gated_delta_prologue_fn", "gated_delta_prologue_update", "gated_short_conv_fn", "gated_short_conv_update",
 )  # fmt: skip
-ARRAYS = {op: record.ARRAYS for op, record in RECORDS.items() if op in OPS} | {
-    "causal_conv1d_backward": ("dout", "dfinal_states", *RECORDS["causal_conv1d"].ARRAYS)
+FORWARD = tuple(op for op in OPS if op.endswith(("_fn", "_update")))
+"""Operations that read and write slots."""
+
+ARRAYS = {op: record.ARRAYS for op, record in (RECORDS | contract_prologue.RECORDS).items() if op in OPS} | {
+    "causal_conv1d_backward": ("dout", "dfinal_states", *RECORDS["causal_conv1d"].ARRAYS),
 }
 """The array arguments of every operation, in the order of its signature."""
 
@@ -78,6 +93,8 @@ SERVING_FEATURES = {
     "channel_offset": "x wider than the weight",
     "split": "split_sizes",
     "causal_conv1d_backward": "gradients of the differentiable form",
+    "gated_delta_prologue": "the operations gated_delta_prologue_fn and gated_delta_prologue_update",
+    "gated_short_conv": "the operations gated_short_conv_fn and gated_short_conv_update",
 }
 """What capabilities() may name under "supports"."""
 
@@ -114,7 +131,7 @@ class Adapter(Protocol):
         """Runs one call.
 
         Args:
-          op: one of OPS; the last three only if "supports" names them.
+          op: one of OPS; those behind the first two only if "supports" names them.
           arrays: the array arguments: every name of ARRAYS, but for those of SERVING_ARRAYS that are not supported.
           options: the other keyword-only arguments that the case sets.
 
@@ -123,6 +140,7 @@ class Adapter(Protocol):
           "conv_states": the same, or None without a pool.
           "window_out": the same, where the case gives one.
           "parents": an integer NumPy array, of tree_parents_from_links alone.
+          "q", "k", "v", "g", "beta": of the prologue in place of "out".
           "dx", "dweight", "dbias", "dinitial_states": of causal_conv1d_backward alone.
           "memory" (optional): argument name -> its whole base buffer after the call, for an implementation
             that works on a copy of it (a device). Without it the buffers in `arrays` are inspected.
@@ -143,10 +161,13 @@ class NumpyAdapter:
         commit_windows=None,
         tree_parents_from_links=None,
         causal_conv1d_backward=None,
+        fronts: Mapping[str, Any] | None = None,
     ):
+        """Operations of the fronts, by name, come in `fronts`; the others each as an argument."""
         self._functions = {
             "causal_conv1d_fn": fn, "causal_conv1d_update": update, "commit_windows": commit_windows,
             "tree_parents_from_links": tree_parents_from_links, "causal_conv1d_backward": causal_conv1d_backward,
+            **(fronts or {}),
         }  # fmt: skip
         self._capabilities = dict(capabilities or {})
         self.name, self.version = name, version
@@ -163,7 +184,8 @@ class NumpyAdapter:
             return {"parents": result}
         if op == "causal_conv1d_backward":
             return dict(zip(GRADIENTS, result, strict=True))
-        return dict(zip(("out", "conv_states", "window_out"), result, strict=False))
+        names = ("q", "k", "v", "g", "beta") if op.startswith("gated_delta_prologue") else ("out",)
+        return dict(zip((*names, "conv_states", "window_out"), result, strict=False))
 
 
 def numpy_or_typed(array: Array):
@@ -199,6 +221,7 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         commit_windows=reference.commit_windows,
         tree_parents_from_links=reference.tree_parents_from_links,
         causal_conv1d_backward=_rounded_gradients,
+        fronts={op: getattr(reference_prologue, op) for op in reference_prologue.CONVOLUTIONS},
     )
 
 
@@ -246,7 +269,7 @@ def offered(op: str, arrays: Mapping[str, Array | None], supports: Iterable[str]
     patterns = list(supports)
 
     def known(name: str) -> bool:
-        feature = SERVING_ARRAYS.get(name) if op in ("causal_conv1d_fn", "causal_conv1d_update") else None
+        feature = SERVING_ARRAYS.get(name) if op in FORWARD else None
         return feature is None or any(fnmatch.fnmatchcase(feature, pattern) for pattern in patterns)
 
     return {name: arrays.get(name) for name in ARRAYS[op] if arrays.get(name) is not None or known(name)}

@@ -8,6 +8,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 TIERS = ("core", "full", "large")
+FRONT_NUMBERS = (
+    "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "q_scale", "norm_eps", "lower_bound", "channel_offsets",
+)  # fmt: skip
 RELATIONS_NEED: dict[str | None, tuple[str, ...]] = {
     "layouts": ("state_layout_back", "state_layout_ring", "write_indices"),
     "prefixes": ("snapshot", "write_indices"),
@@ -42,7 +45,8 @@ class Case:
         window_indices, tree_parents), window_out as [buffers, steps], residual as True; and channels of x. For a
         commit: width, dim, slots, num_slots, state_len, window_out, window_indices and accepted_steps; for links
         next_token and next_sibling. For a backward pass: lengths (equal where dense), tail, dim, width, and dense (x has
-        three axes).
+        three axes). For the fronts what the plain operations have, of a gated convolution channels of bcx where they are
+        not 3 * dim; and channel_gate, whether `a` has an axis of channels.
       dtypes: of every array argument; bias None means no bias.
       options: keyword-only arguments of the call.
       layout: argument -> memory layout, where not contiguous; see `arrays.place`.
@@ -103,7 +107,7 @@ class Case:
             "state_layout_ring": layout == "ring" or "cache_seqlens" in used,
             "snapshot": not used.isdisjoint(("snapshot_indices", "snapshot_block_size", "num_computed_tokens")),
             "track": not used.isdisjoint(("track_indices", "track_lengths")),
-            "window_out": not used.isdisjoint(("window_out", "window_indices")) and self.op == "causal_conv1d_update",
+            "window_out": not used.isdisjoint(("window_out", "window_indices")) and self.op.endswith("_update"),
             "no_commit": "commit" in used,
             "split": "split_sizes" in used,
             **{name: name in used for name in (
@@ -112,6 +116,7 @@ class Case:
             **{name: self.op == name for name in (
                 "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
             )},
+            **{name: self.op in (f"{name}_fn", f"{name}_update") for name in ("gated_delta_prologue", "gated_short_conv")},
         }  # fmt: skip
         return [
             name for name, needed in found.items() if needed or name in RELATIONS_NEED.get(self.relation, ())
@@ -148,13 +153,15 @@ class Case:
                 found.add("rows:padding")
             if any(s != pad and not 0 <= s < (axes["num_slots"] or 0) for s in axes["slots"]):
                 found.add("rows:out_of_range")
-        floats = {v for k, v in used.items() if k in ("x", "weight", "bias", "conv_states")}
+        floats = {v for k, v in used.items() if k in ("x", "bcx", "weight", "bias", "conv_states")}
         found.add("dtypes:mixed" if len(floats) > 1 else "dtypes:equal")
         found |= {f"{name}:{dtype}" for name, dtype in used.items()}
-        quiet = ("pad_slot_id", "split_sizes", "channel_offset", "snapshot_block_size")
+        quiet = ("pad_slot_id", "split_sizes", "channel_offset", "snapshot_block_size", *FRONT_NUMBERS)
         found |= {f"{name}:{value}" for name, value in self.options.items() if name not in quiet}
         found.add(f"bias:{self.dtypes['bias']}" if self.dtypes["bias"] else "bias:none")
-        if self.op == "causal_conv1d_fn":
+        if "head_k_dim" in self.options:
+            found |= self._head_features()
+        if self.op.endswith("_fn"):
             found.add("has_initial_state:none" if axes["has"] is None else "has_initial_state:given")
             if any(axes["has"] or ()):
                 found.add("rows:continued")
@@ -174,6 +181,14 @@ class Case:
         if self.data == "nan_payload":
             found.add("values:nan")
         return frozenset(found)
+
+    def _head_features(self) -> set[str]:
+        options = self.options
+        found = {f"{name}:given" for name in ("q_scale", "norm_eps", "lower_bound") if name in options}
+        found.add("heads:equal" if options["num_k_heads"] == options["num_v_heads"] else "heads:grouped")
+        if self.dtypes.get("a"):
+            found.add("gate:channel" if self.axes["channel_gate"] else "gate:head")
+        return found
 
     def _backward_features(self, used: Mapping[str, str]) -> set[str]:
         floats = {v for k, v in used.items() if k in ("x", "weight", "bias", "initial_states")}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 KINDS = (
     "arithmetic", "boundary", "state", "index", "speculative", "prefix", "race", "addressing", "layout", "call",
-    "gradient",
+    "gradient", "front",
 )  # fmt: skip
 
 
@@ -226,6 +226,36 @@ _ALL = [
          _refs(_MAMBA, 168) + _refs(_CAUSAL, 22) + _refs(_FLA, 1176)),
     Flag("bad-call-accepted", "call", "a wrong shape, dtype, option or index is accepted, or fails with another error",
          "the contract's error, naming the argument"),
+    # Fronts of linear-attention layers.
+    Flag("norm-over-all-heads", "front", "the sum of squares runs over all heads, over q and k together, or is a mean",
+         "each head has the sum over its own channels"),
+    Flag("norm-eps-outside-root", "front", "eps is added behind the root, is left out, or bounds the norm from below",
+         "1 / sqrt(sum + eps)"),
+    Flag("norm-before-activation", "front", "heads are normalised before SiLU", "the norm meets activated values"),
+    Flag("norm-of-v", "front", "heads of v are normalised as well, or those of k are not", "q and k are, v is not"),
+    Flag("norm-misapplied", "front", "heads are normalised although the call says no", "qk_l2norm False leaves q and k as they are"),
+    Flag("norm-rounding-misplaced", "front", "values are rounded before the norm where they must not be, or not where they must",
+         "norm_rounding says whether the norm meets values of x's dtype or float32"),
+    Flag("norm-sum-order", "front", "squares are added from one end to the other, or fused with the sum",
+         "a perfect binary tree over neighbours, squares rounded"),
+    Flag("q-scale-misapplied", "front", "q is scaled twice, or not without the norm, or k is scaled too", "q alone is scaled, once"),
+    Flag("head-tail-unmasked", "front", "a head that is no power of two takes squares of its neighbour, or loses its last channels",
+         "a head of another size is padded with zeros"),
+    Flag("heads-misordered", "front", "k comes before q, heads interleave, or q is repeated for each head of v",
+         "q heads, k heads, v heads, each as often as the weight has it"),
+    Flag("softplus-overflow", "front", "exp overflows from 89 on and g is minus infinity, or a gate is NaN",
+         "softplus is linear above 20, the sigmoid goes to its limits"),
+    Flag("decay-misapplied", "front", "dt_bias is dropped, A_log is not taken through exp, a head has another's rate, or the bound is a clamp",
+         "g = -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias))"),
+    Flag("beta-rounded", "front", "beta is rounded to b's dtype although the call does not say so, or not although it does",
+         "beta_rounding says it; the result is float32"),
+    Flag("gates-not-optional", "front", "a call without a, or without b, fails or gets a gate", "what is not asked for is None"),
+    Flag("dead-rows-in-front", "front", "padding rows or the tail get gates of what lies there, or NaN from 0 / 0",
+         "every result is zero there"),
+    Flag("gate-slices-exchanged", "front", "B, C and x of a gated convolution are confused, or read at fixed places",
+         "the slices are where channel_offsets says"),
+    Flag("gated-product-misplaced", "front", "the pool keeps x in place of B x, the product is not rounded, or C meets the unrounded sum",
+         "u = round(B x), c = round(conv(u)), out = round(C c); windows are of u"),
     # Gradients.
     Flag("dht-slot-clamped", "gradient", "in a row shorter than the window the final state's gradient lands on shifted tokens",
          "the final state's gradient goes to the entries that it holds", _refs(_FLA, 1140, 1141)),

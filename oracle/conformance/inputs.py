@@ -8,7 +8,7 @@ memory around every argument. Where nothing may be written either, every second 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +75,9 @@ def build(case: Case) -> Problem:
         for name, a in arrays.items()
     }
     options = dict(case.options)
-    if isinstance(options.get("split_sizes"), list):  # a case from JSON
-        options["split_sizes"] = tuple(options["split_sizes"])
+    for name in ("split_sizes", "channel_offsets"):
+        if isinstance(options.get(name), list):  # a case from JSON
+            options[name] = tuple(options[name])
     return Problem(case.op, placed, options)
 
 
@@ -84,7 +85,7 @@ def _convolution(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     """Arrays of a prefill or a decode step, and what lies around the indices."""
     axes, dtypes = case.axes, case.dtypes
     dim, width = axes["dim"], axes["width"]
-    fn = case.op == "causal_conv1d_fn"
+    fn, gated = case.op.endswith("_fn"), case.op.startswith("gated_short_conv")
     packed = "lengths" in axes
     seqlen = None if packed else axes["seqlen"]
     lengths = list(axes["lengths"]) if packed else [1 if seqlen is None else seqlen] * axes["batch"]
@@ -97,19 +98,29 @@ def _convolution(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     has = (axes["has"] or [False] * batch) if fn else [True] * batch
     live = [num_slots is None or (s != pad and 0 <= s < num_slots) for s in named]
 
-    def of_tokens(name: str, channels: int, first: int) -> TypedArray:
-        """An array like x; NaN outside the channels of the input, and where no live row has a token."""
+    def of_tokens(name: str, channels: int, *firsts: int) -> TypedArray:
+        """An array like x; NaN outside the channels of the input, and where no live row has a token.
+
+        `firsts` are the first of dim channels of the input; without any all are.
+        """
         array = _float(case, name, (tokens, channels))
         for row in range(batch):
             if not live[row]:
                 array.bits[offsets[row] : offsets[row + 1]] = POISON_BITS[array.dtype]
         array.bits[live_tokens:] = POISON_BITS[array.dtype]
-        array.bits[:, :first] = array.bits[:, first + dim :] = POISON_BITS[array.dtype]
+        if firsts:
+            read = np.concatenate([np.arange(first, first + dim) for first in firsts])
+            array.bits[:, np.setdiff1d(np.arange(channels), read)] = POISON_BITS[array.dtype]
         shape = (tokens, channels) if seqlen is None else (batch, seqlen, channels)
         return TypedArray(array.dtype, array.data.reshape(shape))
 
-    x = of_tokens("x", axes.get("channels", dim), case.options.get("channel_offset", 0))
-    arrays: dict[str, Any] = {"x": x, "weight": _float(case, "weight", (dim, width))}
+    arrays: dict[str, Any] = {}
+    if gated:
+        offsets_of_slices = case.options.get("channel_offsets", (0, dim, 2 * dim))
+        arrays["bcx"] = of_tokens("bcx", axes.get("channels", 3 * dim), *offsets_of_slices)
+    else:
+        arrays["x"] = of_tokens("x", axes.get("channels", dim), case.options.get("channel_offset", 0))
+    arrays["weight"] = _float(case, "weight", (dim, width))
     arrays["bias"] = None if dtypes["bias"] is None else _float(case, "bias", (dim,))
     arrays["conv_states"] = None
     if num_slots is not None:
@@ -152,12 +163,29 @@ def _convolution(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
             arrays[name] = from_bits(poisoned(shape, dtypes[name]), dtypes[name])
         elif name in axes:
             arrays[name] = _integers(axes[name], dtypes[name])
+    if case.op.startswith("gated_delta_prologue"):
+        arrays |= _gates(case, of_tokens)
     unnamed = sorted(set(range(num_slots or 1)) - set(named))
     return arrays, {
         "cache_indices": unnamed[-1] if unnamed else 0,
         "query_start_loc": tokens,
         "num_accepted_tokens": axes["state_len"] - width + 2,
     }
+
+
+def _gates(case: Case, of_tokens: Callable[..., TypedArray]) -> dict[str, TypedArray | None]:
+    """Arrays of a prologue's gates."""
+    heads, size = case.options["num_v_heads"], case.options["head_k_dim"]
+    last = (heads, size) if case.axes.get("channel_gate") else (heads,)
+    found: dict[str, TypedArray | None] = {}
+    for name, shape in (("a", last), ("b", (heads,))):
+        found[name] = None
+        if case.dtypes[name] is not None:
+            array = of_tokens(name, int(np.prod(shape)))
+            found[name] = TypedArray(array.dtype, array.data.reshape(*array.shape[:-1], *shape))
+    for name, shape in (("A_log", (heads,)), ("dt_bias", last)):
+        found[name] = None if case.dtypes[name] is None else _float(case, name, shape)
+    return found
 
 
 def _commit(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
@@ -224,7 +252,7 @@ def _float(case: Case, name: str, shape: tuple[int, ...]) -> TypedArray:
     values = DATA[case.data](name, random_values(case.seed, name, shape))
     with np.errstate(over="ignore"):
         array = from_bits(round_bits(values, dtype), dtype)
-    if case.data == "nan_payload" and name in ("x", "conv_states"):
+    if case.data == "nan_payload" and name in ("x", "bcx", "conv_states"):
         _put_nans(array, case.seed, name)
     return array
 
@@ -325,4 +353,6 @@ DATA = {
     "beyond_float16": lambda name, values: values * (1.0 if name == "weight" else 2.0**20),
     "steep": lambda name, values: values * (30.0 if name == "x" else 1.0),
     "small_sums": lambda name, values: values * (2.0**-6 if name in ("weight", "bias") else 1.0),
+    "near_eps": lambda name, values: values * (2.0**-9 if name in ("x", "conv_states", "bias") else 1.0),
+    "far_gates": lambda name, values: values * (80.0 if name in ("a", "b") else 1.0),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle import reference, reference_grad, tolerance_grad
+from oracle import reference, reference_grad, reference_prologue, tolerance_grad, tolerance_prologue
 from oracle.conformance import touched
 from oracle.conformance.adapter import ARRAYS, GRADIENTS, Adapter, offered
 from oracle.conformance.arrays import unchanged_outside
@@ -66,6 +66,7 @@ class Verdict:
       bit_exact: equal to the contract's float32 order in every bit; None where that is not defined.
       ulps: largest distance from the rounded SiLU of that sum, on 16-bit outputs; None elsewhere.
       out, conv_states, window_out: what came back, for relations; the parts of a split out are joined.
+      parts: of a prologue q, k, v, g and beta, by name; None where there is none.
       gradients: of a backward pass, by the names of `adapter.GRADIENTS`; None where the argument is None.
     """
 
@@ -78,6 +79,7 @@ class Verdict:
     out: TypedArray | None = None
     conv_states: TypedArray | None = None
     window_out: TypedArray | None = None
+    parts: dict[str, TypedArray | None] = field(default_factory=dict)
     gradients: dict[str, TypedArray | None] = field(default_factory=dict)
 
     def fail(self, status: str, detail: str) -> None:
@@ -145,9 +147,11 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
         return True
     if problem.op == "causal_conv1d_backward":
         _take_gradients(verdict, problem, result)
+    elif problem.op in PROLOGUES:
+        _take_parts(verdict, problem, result)
     elif problem.op != "commit_windows":
         _take_out(verdict, problem, result["out"])
-    for name in ("conv_states", "window_out") if problem.op == "causal_conv1d_update" else ("conv_states",):
+    for name in ("conv_states", "window_out") if problem.op.endswith("_update") else ("conv_states",):
         value, like = result.get(name), problem.arrays.get(name)
         if like is None or value is None:
             if (value is None) != (like is None):
@@ -169,13 +173,15 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
 
 RESULTS = {
     "causal_conv1d_fn": "out", "causal_conv1d_update": "out", "commit_windows": "conv_states",
-    "tree_parents_from_links": "parents", "causal_conv1d_backward": "dx",
+    "tree_parents_from_links": "parents", "causal_conv1d_backward": "dx", "gated_delta_prologue_fn": "q",
+    "gated_delta_prologue_update": "q", "gated_short_conv_fn": "out", "gated_short_conv_update": "out",
 }  # fmt: skip
+PROLOGUES = tuple(op for op, result in RESULTS.items() if result == "q")
 
 
 def _take_out(verdict: Verdict, problem: Problem, value: Any) -> None:
     """Takes out, or joins its parts."""
-    x, weight = problem.arrays["x"], problem.arrays["weight"]
+    x, weight = problem.arrays.get("x") or problem.arrays["bcx"], problem.arrays["weight"]
     shape, dim = tuple(x.shape[:-1]), weight.shape[0]
     sizes = problem.options.get("split_sizes")
     if sizes is None:
@@ -191,6 +197,30 @@ def _take_out(verdict: Verdict, problem: Problem, value: Any) -> None:
     ]
     if verdict.status == "passed":
         verdict.out = TypedArray(x.dtype, np.concatenate([part.data for part in parts], axis=-1))
+
+
+def _take_parts(verdict: Verdict, problem: Problem, result: Mapping[str, Any]) -> None:
+    """Takes q, k, v, g and beta."""
+    options, arrays = problem.options, problem.arrays
+    leading, dtype = tuple(arrays["x"].shape[:-1]), arrays["x"].dtype
+    keys = (*leading, options["num_k_heads"], options["head_k_dim"])
+    values = (*leading, options["num_v_heads"], options["head_v_dim"])
+    wanted = {"q": (keys, dtype), "k": (keys, dtype), "v": (values, dtype)}
+    wanted |= {
+        name: None if arrays[source] is None else (tuple(arrays[source].shape), "float32")
+        for name, source in (("g", "a"), ("beta", "b"))
+    }
+    for name, like in wanted.items():
+        value = result.get(name)
+        verdict.parts[name] = None
+        if (value is None) != (like is None):
+            expected = "None" if like is None else "an array"
+            verdict.fail("wrong_shape", f"{name}: expected {expected}, got {_kind(value)}")
+        elif like is not None:
+            verdict.parts[name] = _take(verdict, name, value, *like)
+    if verdict.status == "passed":
+        joined = [verdict.parts[name].data.reshape(*leading, -1) for name in "qkv"]
+        verdict.out = TypedArray(dtype, np.concatenate(joined, axis=-1))
 
 
 def _take_gradients(verdict: Verdict, problem: Problem, result: Mapping[str, Any]) -> None:
@@ -249,6 +279,9 @@ def _judge(
         with np.errstate(all="ignore"):
             if problem.op == "commit_windows":
                 expected["conv_states"] = reference.commit_windows(**arguments)
+            elif problem.op in reference_prologue.CONVOLUTIONS:
+                _judge_front(verdict, problem.op, arguments, promises)
+                expected = getattr(reference_prologue, problem.op)(**arguments)._asdict()
             else:
                 _judge_values(verdict, problem, arguments, promises)
                 expected = getattr(reference, problem.op)(**arguments)._asdict()
@@ -261,10 +294,11 @@ def _judge(
         if expect == "value":
             want = expected[name]
             same = got.bits == want.bits
-            if any(a is not None and a.dtype != array.dtype for a in map(problem.arrays.get, SOURCES)):
+            cast = any(a is not None and a.dtype != array.dtype for a in map(problem.arrays.get, SOURCES))
+            if cast or "bcx" in problem.arrays:
                 same |= is_nan(got.bits, array.dtype) & is_nan(
                     want.bits, array.dtype
-                )  # a cast keeps no payload
+                )  # a cast keeps no payload, nor does a product
             _report_positions(verdict, "wrong_state", name, ~same & changed[name], got, want)
         _report_positions(verdict, "wrong_memory", name, (got.bits != old.bits) & ~changed[name], got, old)
     for name, base in memory.items():
@@ -339,21 +373,9 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
     expected = np.where(computed, reference.finished(pre, arguments), 0.0)
     bound = error_bound(pre, magnitude, width, got.dtype, activation, added)
     bound = np.where(computed, bound, 2.0**-1000)
-    fraction = fraction_of_bound(got.values(), expected, bound, got.dtype)
-    if not fraction.size:
+    if not got.data.size:
         return
-    at = np.unravel_index(np.argmax(fraction), fraction.shape)
-    verdict.worst = _worst(fraction, at, expected, got)
-    wrong = fraction > 1.0
-    if wrong.any():
-        unwritten = wrong & ~computed
-        if unwritten.any():
-            at, where = tuple(np.argwhere(unwritten)[0]), "where the contract demands zero"
-        else:
-            where = f"{fraction[at]:.3g} times the bound"
-        verdict.fail("wrong_value", f"out: {int(wrong.sum())} of {wrong.size} elements outside the bound, the worst at "
-                     f"{[int(i) for i in at]}: expected {expected[at]:.6g}, got {got.values()[at]:.6g}, {where}")  # fmt: skip
-
+    _judge_bound(verdict, "out", got, tolerance_prologue.Expected(expected, bound, computed, got.dtype))
     if (bits := exact_bits(problem.op, arguments)) is None:
         return
     defined = computed & np.isfinite(ordered) & (magnitude > EXACT_FROM)
@@ -374,6 +396,65 @@ def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any],
             verdict.fail("wrong_value", f"out: {int(differs.sum())} elements differ in bits from float32 sums in the "
                          f"contract's order, the first at {[int(i) for i in at]}: expected {want:.9g}, got "
                          f"{got.values()[at]:.9g}")  # fmt: skip
+
+
+def _judge_bound(verdict: Verdict, name: str, got: TypedArray, want: tolerance_prologue.Expected) -> None:
+    """One result within its bound; the worst element of a call is the worst of all its results."""
+    expected, computed = want.values, want.computed
+    fraction = fraction_of_bound(got.values(), expected, want.bound, got.dtype)
+    at = np.unravel_index(np.argmax(fraction), fraction.shape)
+    if verdict.worst is None or not fraction[at] <= verdict.worst.fraction:
+        verdict.worst = _worst(fraction, at, expected, got)
+    wrong = fraction > 1.0
+    if wrong.any():
+        unwritten = wrong & ~computed
+        if unwritten.any():
+            at, where = tuple(np.argwhere(unwritten)[0]), "where the contract demands zero"
+        else:
+            where = f"{fraction[at]:.3g} times the bound"
+        verdict.fail("wrong_value", f"{name}: {int(wrong.sum())} of {wrong.size} elements outside the bound, the worst at "
+                     f"{[int(i) for i in at]}: expected {expected[at]:.6g}, got {got.values()[at]:.6g}, {where}")  # fmt: skip
+
+
+def _judge_front(verdict: Verdict, op: str, arguments: dict[str, Any], promises: Promises) -> None:
+    """Every result of a front within its bound; in 16 bits, behind a linear convolution, in every bit."""
+    found = verdict.parts or {"out": verdict.out}
+    wanted = tolerance_prologue.expected(op, arguments)
+    for name, want in wanted.items():
+        if want.values.size:
+            _judge_bound(verdict, name, found[name], want)
+    if arguments.get("beta_rounding") == "storage" and (beta := found["beta"]) is not None:
+        storage = typed(arguments["b"]).dtype
+        wrong = beta.values() != rounded(beta.values(), storage).values()
+        if wrong.any():
+            verdict.fail("wrong_value", f"beta: {int(wrong.sum())} elements are no {storage}, though beta_rounding is 'storage'")  # fmt: skip
+    if (bits := front_bits(op, arguments)) is None:
+        return
+    verdict.bit_exact = True
+    for name, want in bits.items():
+        differs = wanted[name].computed & np.isfinite(want.values()) & (found[name].bits != want.bits)
+        differs &= (np.abs(want.values()) > 0) | (np.abs(found[name].values()) > 0)  # zeros of either sign
+        if differs.any():
+            verdict.bit_exact = False
+            at = tuple(np.argwhere(differs)[0])
+            if promises.bit_exact:
+                verdict.fail("wrong_value", f"{name}: {int(differs.sum())} elements differ in bits from float32 in the "
+                             f"contract's order, the first at {[int(i) for i in at]}: expected {want.values()[at]:.9g}, "
+                             f"got {found[name].values()[at]:.9g}")  # fmt: skip
+
+
+def front_bits(op: str, arguments: Mapping[str, Any]) -> dict[str, TypedArray] | None:
+    """Bits of q, k and v, or of out, in the contract's float32 order; None where the contract fixes none."""
+    given = reference_prologue.checked(op, {**arguments, "validate": False})
+    names = ("x", "bcx", "weight", "bias", "conv_states")
+    used = [typed(given[n]).dtype for n in names if given.get(n) is not None]
+    if "float32" in used or given["activation"]:
+        return None
+    with np.errstate(all="ignore"):
+        if "bcx" in given:
+            return {"out": reference_prologue.OrderedGated().gated(op, given)["out"]}
+        found = reference_prologue.OrderedFront().front(op, given)
+    return {name: found[name] for name in "qkv"}
 
 
 def exact_bits(op: str, arguments: Mapping[str, Any]) -> np.ndarray | None:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from oracle import contract
+from oracle import contract, contract_prologue
 from oracle.conformance.adapter import GRADIENTS
 from oracle.conformance.arrays import Array
 from oracle.numerics import TypedArray, round_bits, rounded, to_float64
-from oracle.reference import Ordered
 from oracle.reference_grad import Backward
+from oracle.reference_prologue import CONVOLUTIONS, OrderedFront, OrderedGated, checked
 
 
-class Model(Ordered, Backward):
+class Model(OrderedFront, OrderedGated, Backward):
     """The faithful model; an adapter like any other. `arrays` are those of the call, with their memory."""
 
     name, version = "model", str(contract.CONTRACT_VERSION)
@@ -48,6 +48,9 @@ class Model(Ordered, Backward):
                     name: None if value is None else rounded(value.astype(np.float64), like.dtype)
                     for name, value, like in zip(GRADIENTS, found, likes, strict=True)
                 }
+            if op in CONVOLUTIONS:
+                run = self.gated if "bcx" in given else self.front
+                return run(op, checked(op, {**given, **options, "validate": False}))
             return self.compute(op, {**given, **options})
 
     def check(self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -55,7 +58,7 @@ class Model(Ordered, Backward):
             forward = {name: arrays[name] for name in contract.RECORDS["causal_conv1d"].ARRAYS}
             contract.RowsCall(**forward, **options).check()
             return
-        call = contract.RECORDS[op](**arrays, **options)
+        call = (contract.RECORDS | contract_prologue.RECORDS)[op](**arrays, **options)
         sizes = call.check()
         contract.check_backend(options.get("backend", "auto"), ("model",))
         if options.get("validate"):

@@ -68,7 +68,7 @@ def _further(problem: Problem, row: int, length: int, trusted: bool) -> list[int
 
 def _lengths(problem: Problem) -> tuple[list[int], bool]:
     """Tokens of the rows, and whether the offsets keep their promises; if not, any row may have all tokens."""
-    x = problem.arrays["x"]
+    x = problem.arrays.get("x") or problem.arrays["bcx"]
     if problem.arrays.get("query_start_loc") is None:
         return [1 if len(x.shape) == 2 else x.shape[1]] * x.shape[0], True
     offsets = problem.arrays["query_start_loc"].data.astype(np.int64)

@@ -8,6 +8,7 @@ from oracle.conformance.cases import Case
 from oracle.conformance.catalogue import (
     arithmetic,
     errors,
+    fronts,
     gradients,
     memory,
     paths,
@@ -31,7 +32,7 @@ SECTIONS = (
     errors.steps, errors.hostile_steps, slots.layouts, slots.write_slots, prefixes.snapshots, prefixes.tracks,
     prefixes.empty_rows, verify.windows, verify.commits, trees.trees, arithmetic.fused, paths.serving, errors.serving,
     errors.hostile_serving, scale.serving, gradients.values, gradients.layouts, gradients.relations,
-    gradients.bad_calls, slots.unsigned,
+    gradients.bad_calls, slots.unsigned, fronts.prologues, fronts.steps, fronts.gated_convolutions, fronts.bad_calls,
 )  # fmt: skip
 
 

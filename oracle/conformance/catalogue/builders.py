@@ -9,6 +9,8 @@ from typing import Any
 from oracle.conformance.cases import Case
 
 FN, UPDATE, BACKWARD = "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_backward"
+PREFILLS = {FN: FN, "front": "gated_delta_prologue_fn", "gated": "gated_short_conv_fn"}
+STEPS = {UPDATE: UPDATE, "front": "gated_delta_prologue_update", "gated": "gated_short_conv_update"}
 SEED_LENGTHS = (1, 9, 2, 17, 4)
 ALL_LENGTHS = (0, 1, 2, 3, 4, 8, 9, 17)
 INTEGER_AXES = (
@@ -18,6 +20,10 @@ INTEGER_AXES = (
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 BIG = 2**31 - 1
 TREE = (-1, 0, 0, 1, 1, 4, -1, 2)  # two levels of forks, a long branch, and a second root
+PREFIXES = {FN: "", UPDATE: ""} | {
+    op: f"{kind}-" for kinds in (PREFILLS, STEPS) for kind, op in kinds.items() if kind != op
+}
+"""Of each forward operation, what the ids of its cases begin with."""
 Make = Callable[..., Case]
 
 
@@ -39,6 +45,7 @@ def fn(
     state_len: int | None = None,
     has: Any = "alternate",
     args: dict[str, Any] | None = None,
+    op: str = FN,
     **rest: Any,
 ) -> Case:
     """A prefill. Defaults: the seed's five rows, bfloat16, bias, every second row with state, no activation.
@@ -55,7 +62,7 @@ def fn(
         "lengths": lengths, "tail": tail, "dim": dim, "width": width, "slots": slots, "num_slots": num_slots,
         "state_len": (width - 1 if state_len is None else state_len), "has": has,
     }  # fmt: skip
-    return _case("fn/" + name, FN, axes | (args or {}), flags, **rest)
+    return _case(f"{PREFIXES[op]}fn/{name}", op, axes | (args or {}), flags, **rest)
 
 
 def update(
@@ -79,7 +86,7 @@ def update(
     With `lengths` the rows are packed, with `counts` slots roll, by default as wide as counts and lengths need.
     `args` are serving arguments as axes, `tail` the tokens behind packed rows.
     """
-    args, tail = rest.pop("args", None), rest.pop("tail", 0)
+    args, tail, op = rest.pop("args", None), rest.pop("tail", 0), rest.pop("op", UPDATE)
     options = dict(options or {})
     if lengths is not None:
         batch = len(lengths)
@@ -99,7 +106,35 @@ def update(
         axes |= {"lengths": lengths, "tail": tail}
     if counts is not None:
         axes["counts"] = counts
-    return _case("update/" + name, UPDATE, axes | (args or {}), flags, options=options, **rest)
+    return _case(f"{PREFIXES[op]}update/{name}", op, axes | (args or {}), flags, options=options, **rest)
+
+
+def front(
+    name: str, flags: str = "", *, heads: tuple[int, int, int, int] = (2, 4, 4, 6), **rest: Any
+) -> Case:
+    """A prologue. Defaults: two heads of q and k with 4 channels, four of v with 6, all gates, SiLU; a prefill.
+
+    `heads` are num_k_heads, num_v_heads, head_k_dim and head_v_dim; `step` makes a decode step, `channel` a gate for
+    each channel of k, `gates` names those of a, b, A_log and dt_bias that are given.
+    """
+    step, channel = rest.pop("step", False), rest.pop("channel", False)
+    gates = rest.pop("gates", ("a", "b", "A_log", "dt_bias"))
+    numbers = dict(zip(("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"), heads, strict=True))
+    dtype = rest.get("dtype", "bfloat16")
+    kinds: dict[str, Any] = {"a": dtype, "b": dtype, "A_log": "float32", "dt_bias": "float32"}
+    kinds = {kind: kinds[kind] if kind in gates else None for kind in kinds} | rest.pop("dtypes", {})
+    options = numbers | {"activation": "silu"} | rest.pop("options", {})
+    args = {"channel_gate": channel} | rest.pop("args", {})
+    dim = 2 * heads[0] * heads[2] + heads[1] * heads[3]
+    make, op = (update, STEPS["front"]) if step else (fn, PREFILLS["front"])
+    return make(name, flags, dim=dim, op=op, dtypes=kinds, options=options, args=args,
+                **{"group": "fronts", **rest})  # fmt: skip
+
+
+def gated(name: str, flags: str = "", *, step: bool = False, **rest: Any) -> Case:
+    """A gated short convolution. Defaults: as for the plain operations; a prefill, or with `step` a decode step."""
+    make, op = (update, STEPS["gated"]) if step else (fn, PREFILLS["gated"])
+    return make(name, flags, op=op, **{"group": "fronts", "dim": 10, "width": 3, **rest})
 
 
 def commit(
@@ -171,8 +206,9 @@ def _case(
     **rest: Any,
 ) -> Case:
     kinds: dict[str, Any] = {}
-    if op in (FN, UPDATE):
-        kinds = dict.fromkeys(("x", "weight", "bias", "conv_states"), dtype) | {"cache_indices": "int32"}
+    if op in PREFIXES:
+        x = "bcx" if op.startswith("gated_short_conv") else "x"
+        kinds = dict.fromkeys((x, "weight", "bias", "conv_states"), dtype) | {"cache_indices": "int32"}
     if op == "commit_windows":
         kinds = {"conv_states": dtype, "cache_indices": "int32"}
     if "lengths" in axes:

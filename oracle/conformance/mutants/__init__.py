@@ -13,6 +13,7 @@ from oracle.conformance.mutants import (
     arithmetic,
     boundaries,
     calls,
+    fronts,
     gradients,
     memory,
     serving,
@@ -24,7 +25,7 @@ from oracle.conformance.mutants.base import MUTANTS, Mutant
 from oracle.conformance.worker import run_case
 
 __all__ = [
-    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "gradients", "memory", "serving", "slots",
+    "MUTANTS", "Mutant", "arithmetic", "boundaries", "calls", "first_failure", "fronts", "gradients", "memory", "serving", "slots",
     "speculative", "states",
 ]  # fmt: skip
 

@@ -4,7 +4,7 @@ A relation is a generator: it takes a problem and a `call`, which runs and judge
 text for every difference it finds. It works on rows, so that the same code serves both operations.
 """
 
-from oracle.conformance.relations import backward, paths, slots
+from oracle.conformance.relations import backward, fronts, paths, slots
 
 RELATIONS = {
     f.__name__: f
@@ -12,5 +12,9 @@ RELATIONS = {
         paths.split, paths.chain, paths.tokens_one_by_one, paths.separate, paths.schedules, paths.permute_slots,
         paths.reorder_rows, paths.add_padding, paths.packed_steps, paths.serving, paths.repeat, slots.layouts,
         slots.prefixes, slots.verify_windows, slots.verify_trees, backward.backward_schedules, backward.backward_repeat,
+        fronts.separate_norm, fronts.front_schedules, fronts.front_split, fronts.front_steps,
     )
 }  # fmt: skip
+
+FROM_BITS = ("separate_norm",)
+"""Relations that only an implementation can keep that promises the contract's float32 bits."""
