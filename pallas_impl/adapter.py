@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_impl
-from oracle.conformance.adapter import GRADIENTS
+from oracle.conformance.adapter import GRADIENTS, supported_by
 from oracle.contract import Unsupported
 from oracle.numerics import TypedArray
 
@@ -35,7 +35,11 @@ class JaxAdapter:
         if not jax.config.jax_enable_x64:
             for dtype in WIDE:
                 unsupported[f"*:{dtype}"] = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
-        return {"device": self.device.device_kind, "supports": ["*"], "unsupported": unsupported}
+        return {
+            "device": self.device.device_kind,
+            "supports": supported_by(pallas_impl),
+            "unsupported": unsupported,
+        }
 
     def run(self, op, arrays, options):
         for name, array in arrays.items():

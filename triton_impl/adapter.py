@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import triton_impl
-from oracle.conformance.adapter import GRADIENTS
+from oracle.conformance.adapter import GRADIENTS, supported_by
 from oracle.numerics import TypedArray
 from triton_impl.call import interprets
 
@@ -28,7 +28,7 @@ class TorchAdapter:
 
     def capabilities(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {"device": name, "supports": ["*"]}
+        return {"device": name, "supports": supported_by(triton_impl)}
 
     def run(self, op, arrays, options):
         bases = {name: None if a is None else self._base(a) for name, a in arrays.items()}

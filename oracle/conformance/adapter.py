@@ -31,16 +31,12 @@ and its backward pass: `arrays` holds that form's arguments, "dout" (the gradien
 "dinitial_states"} (and "memory"), each in the dtype and shape of its argument, None where that is None. Options are
 activation, and schedule and max_seqlen where a case sets them.
 
-The fronts of linear-attention layers (`oracle.contract_prologue`) are four more features, each of some operations with the
+The fronts of linear-attention layers (`oracle.contract_prologue`) are two more features, each of some operations with the
 records' arguments:
 
 - "gated_delta_prologue": gated_delta_prologue_fn and gated_delta_prologue_update. The result is {"q", "k", "v", "g",
   "beta", "conv_states"} (and "window_out", "memory"), with None for what the case does not ask for.
 - "gated_short_conv": gated_short_conv_fn and gated_short_conv_update, with the results of the plain operations.
-- "gated_delta_prologue_backward" and "gated_short_conv_backward": the operation of that name, as
-  causal_conv1d_backward: `arrays` holds the differentiable form's arguments, the gradients of its results ("dq", "dk",
-  "dv", "dg", "dbeta", or "dout"; and "dfinal_states"), and the result has "d" before the name of every argument that
-  has a gradient, see `FRONT_GRADIENTS`.
 """
 
 from __future__ import annotations
@@ -223,6 +219,12 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         causal_conv1d_backward=_rounded_gradients,
         fronts={op: getattr(reference_prologue, op) for op in reference_prologue.CONVOLUTIONS},
     )
+
+
+def supported_by(module: Any) -> list[str]:
+    """The features of a module that has all operations of the contract, but perhaps not every front."""
+    needed = {"gated_delta_prologue": "gated_delta_prologue_fn", "gated_short_conv": "gated_short_conv_fn"}
+    return [name for name in SERVING_FEATURES if hasattr(module, needed.get(name, "causal_conv1d"))]
 
 
 CAPABILITIES = ("supports", "unsupported", "bit_exact", "path_invariant", "device")

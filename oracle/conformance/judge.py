@@ -431,15 +431,15 @@ def _judge_front(verdict: Verdict, op: str, arguments: dict[str, Any], promises:
     if (bits := front_bits(op, arguments)) is None:
         return
     verdict.bit_exact = True
-    for name, want in bits.items():
-        differs = wanted[name].computed & np.isfinite(want.values()) & (found[name].bits != want.bits)
-        differs &= (np.abs(want.values()) > 0) | (np.abs(found[name].values()) > 0)  # zeros of either sign
+    for name, exact in bits.items():
+        differs = wanted[name].computed & np.isfinite(exact.values()) & (found[name].bits != exact.bits)
+        differs &= (np.abs(exact.values()) > 0) | (np.abs(found[name].values()) > 0)  # zeros of either sign
         if differs.any():
             verdict.bit_exact = False
             at = tuple(np.argwhere(differs)[0])
             if promises.bit_exact:
                 verdict.fail("wrong_value", f"{name}: {int(differs.sum())} elements differ in bits from float32 in the "
-                             f"contract's order, the first at {[int(i) for i in at]}: expected {want.values()[at]:.9g}, "
+                             f"contract's order, the first at {[int(i) for i in at]}: expected {exact.values()[at]:.9g}, "
                              f"got {found[name].values()[at]:.9g}")  # fmt: skip
 
 

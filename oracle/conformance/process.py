@@ -11,7 +11,7 @@ It is started once. Every line it reads is a request, every line it writes the a
 Anything else on its stdout is an error of the request that it came with, and so is its end; the next request then meets a
 fresh process. (A program that answers "hello" without "id" speaks protocol 1, in which nothing is numbered.)
 
-What else an answer may hold is in `adapter`: "window_out", "parents", gradients, and a list of arrays as "out". Arrays are encoded as `codec` says, without strides. The errors are ValueError, TypeError, Unsupported, or anything
+What else an answer may hold is in `adapter`: "window_out", "parents", "q" to "beta", gradients, and a list of arrays as "out". Arrays are encoded as `codec` says, without strides. The errors are ValueError, TypeError, Unsupported, or anything
 else for a failure of its own. `oracle/examples/other_process.py` is such a program.
 """
 
@@ -76,7 +76,7 @@ class ProcessAdapter:
             raise kind(str(answer.get("message", answer["error"])))
         result: dict[str, Any] = {
             name: codec.decode(answer[name])
-            for name in ("conv_states", "window_out", *GRADIENTS)
+            for name in ("conv_states", "window_out", "q", "k", "v", "g", "beta", *GRADIENTS)
             if name in answer
         }
         if "parents" in answer:

@@ -97,7 +97,7 @@ def prologues() -> list[Case]:
               args={"snapshot_indices": ((9, 3, 9), (4, 5, 6)), "num_computed_tokens": (7, 3), "track_indices": (10, 11)}),
         front("long", "tile-halo-wrong launch-plan-too-small", lengths=(70, 33), heads=(1, 1, 8, 8), relation="front_schedules"),
         front("split", "history-dropped-on-continuation result-depends-on-batch", lengths=(9, 2, 6), relation="front_split",
-              slots=(4, 0, 2), dtype=f32, tier="core"),
+              slots=(4, 0, 2), tier="core"),
     ]  # fmt: skip
 
 
@@ -124,8 +124,8 @@ def steps() -> list[Case]:
         front("gates-far", "softplus-overflow beta-rounded", step=True, data="far_gates", dtypes={"a": f32, "b": f32}),
         front("padding", f"{_DEAD} padding-row-output-uninitialised", step=True, slots=(4, -1, 0, 9), num_slots=6,
               tier="core"),
-        front("tokens", "history-dropped-on-continuation", step=True, seqlen=3, dtype=f32, relation="front_steps",
-              batch=2, tier="core"),
+        front("tokens", "history-dropped-on-continuation", step=True, seqlen=3, relation="front_steps", batch=2,
+              tier="core"),
         front("packed", "fixed-draft-width-assumed tail-padding-enters-state", step=True, **drafts, tail=2, tier="core"),
         front("rolling", "accepted-offset-ignored", step=True, **drafts, counts=(3, 1, 2), tail=2, tier="core"),
         front("ring", "circular-buffer-ignored", step=True, state_len=6, args={"cache_seqlens": (7, 3, 0, 12)},
@@ -185,7 +185,7 @@ def gated_convolutions() -> list[Case]:
               args={"tree_parents": (TREE,)}, options={"commit": False}),
         gated("long", "tile-halo-wrong launch-plan-too-small", lengths=(70, 33), dim=6, relation="front_schedules"),
         gated("split", "history-dropped-on-continuation", lengths=(9, 2, 6), relation="front_split", slots=(4, 0, 2),
-              dtype=f32, tier="core"),
+              tier="core"),
         gated("tokens", "history-dropped-on-continuation", step=True, seqlen=3, relation="front_steps", batch=2, tier="core"),
     ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ def separate_norm(problem: Problem, call: Call) -> Iterator[str]:
     convolved = call(Problem(reference_prologue.CONVOLUTIONS[problem.op], arrays, options))
     sizes = record(**problem.typed()).check()
     parts = reference_prologue.separate_norm(convolved.out, sizes, problem.options)
-    for name, want in zip("qkv", parts, strict=True):
-        yield from _difference(f"a separate norm: {name}", found.parts[name], want)
+    joined = np.concatenate([part.bits.reshape(*found.out.shape[:-1], -1) for part in parts], axis=-1)
+    yield from _differences("a separate norm", found, {"out": joined})
     if found.conv_states is not None and (found.conv_states.bits != convolved.conv_states.bits).any():
         yield "the plain operation: states differ"
 
@@ -44,7 +44,7 @@ def front_schedules(problem: Problem, call: Call) -> Iterator[str]:
     found = call(problem)
     for schedule in ("per_sequence", "flat"):
         again = call(problem.with_options(schedule=schedule))
-        yield from _differences(f"schedule {schedule}", _results(found), _results(again))
+        yield from _differences(f"schedule {schedule}", found, _bits(again))
         if (found.conv_states.bits != again.conv_states.bits).any():
             yield f"schedule {schedule}: states differ"
 
@@ -60,11 +60,9 @@ def front_split(problem: Problem, call: Call) -> Iterator[str]:
         second = _prefill(problem, [row[at:] for row in rows], head.conv_states)
         tail = call(second)
         order = np.argsort(np.concatenate([row[:at] for row in rows] + [row[at:] for row in rows]))
-        joined = {
-            name: None if part is None else np.concatenate([part.bits, _results(tail)[name].bits])[order]
-            for name, part in _results(head).items()
-        }
-        yield from _bits_differ(f"split at {at}", _results(whole), joined)
+        later = _bits(tail)
+        joined = {name: np.concatenate([bits, later[name]])[order] for name, bits in _bits(head).items()}
+        yield from _differences(f"split at {at}", whole, joined)
         if (whole.conv_states.bits != tail.conv_states.bits).any():
             yield f"split at {at}: states differ"
 
@@ -79,12 +77,9 @@ def front_steps(problem: Problem, call: Call) -> Iterator[str]:
         }
         step = call(problem.with_arrays(**arrays, conv_states=plain(states)))
         states = step.conv_states
-        parts.append(_results(step))
-    joined = {
-        name: None if part is None else np.stack([step[name].bits for step in parts], axis=1)
-        for name, part in _results(whole).items()
-    }
-    yield from _bits_differ("token by token", _results(whole), joined)
+        parts.append(_bits(step))
+    joined = {name: np.stack([step[name] for step in parts], axis=1) for name in parts[0]}
+    yield from _differences("token by token", whole, joined)
     if (whole.conv_states.bits != states.bits).any():
         yield "token by token: states differ"
 
@@ -107,23 +102,18 @@ def _tokens_of(array: Array | None, kept: Any) -> Array | None:
     return None if array is None else plain(TypedArray(array.dtype, np.ascontiguousarray(array.data[kept])))
 
 
-def _results(verdict: Verdict) -> dict[str, TypedArray | None]:
-    return verdict.parts or {"out": verdict.out}
+def _bits(verdict: Verdict) -> dict[str, np.ndarray]:
+    """The bits of what came back but states: q, k and v joined, as they lie in the weight; or out."""
+    gates = {name: verdict.parts.get(name) for name in ("g", "beta")}
+    return {"out": verdict.out.bits} | {name: gate.bits for name, gate in gates.items() if gate is not None}
 
 
-def _differences(label: str, first: Any, again: Any) -> Iterator[str]:
-    yield from _bits_differ(label, first, {name: part and part.bits for name, part in again.items()})
-
-
-def _bits_differ(label: str, want: Any, bits: Any) -> Iterator[str]:
-    for name, part in want.items():
-        if part is not None and (different := int((part.bits != bits[name]).sum())):
-            yield f"{label}: {different} elements of {name} differ in bits"
-
-
-def _difference(label: str, got: TypedArray, want: TypedArray) -> Iterator[str]:
-    differs = (got.bits != want.bits) & ~(is_nan(got.bits, got.dtype) & is_nan(want.bits, got.dtype))
-    if differs.any():
-        at = tuple(int(i) for i in np.argwhere(differs)[0])
-        yield (f"{label}: {int(differs.sum())} of {differs.size} elements differ in bits, the first at {list(at)}: "
-               f"0x{int(want.bits[at]):x} and 0x{int(got.bits[at]):x}")  # fmt: skip
+def _differences(label: str, want: Verdict, again: Mapping[str, np.ndarray]) -> Iterator[str]:
+    wanted = _bits(want)
+    for name, bits in again.items():
+        differs, dtype = wanted[name] != bits, want.out.dtype if name == "out" else "float32"
+        differs &= ~(is_nan(wanted[name], dtype) & is_nan(bits, dtype))
+        if differs.any():
+            at = tuple(int(i) for i in np.argwhere(differs)[0])
+            yield (f"{label}: {int(differs.sum())} of {differs.size} elements of {name} differ in bits, the first at "
+                   f"{list(at)}: 0x{int(wanted[name][at]):x} and 0x{int(bits[at]):x}")  # fmt: skip
