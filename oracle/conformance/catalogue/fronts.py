@@ -35,17 +35,16 @@ def prologues() -> list[Case]:
     found += [
         front(f"heads-{'-'.join(map(str, heads))}", f"{_NORM} {_HEADS}", heads=heads, lengths=(2, 3), tail=1,
               dtype=f16 if heads[2] % 2 else bf16, relation="separate_norm",
-              tier="core" if heads in (sizes[1], sizes[3]) else "full")
+              tier="core" if heads == sizes[3] else "full")
         for heads in sizes
     ]  # fmt: skip
     return [
         *found,
         # the norm
-        front("norm-none", "norm-misapplied", options={"qk_l2norm": False}, tier="core", relation="separate_norm"),
+        front("norm-none", "norm-misapplied", options={"qk_l2norm": False}, relation="separate_norm"),
         front("norm-none-scaled", "norm-misapplied q-scale-misapplied", dtype=f32,
               options={"qk_l2norm": False, "q_scale": 0.3}, relation="separate_norm"),
-        front("scaled", "q-scale-misapplied", heads=(1, 2, 128, 32), lengths=(2, 3), options={"q_scale": SCALE},
-              tier="core", relation="separate_norm"),
+        front("scaled", "q-scale-misapplied", heads=(1, 2, 128, 32), lengths=(2, 3), options={"q_scale": SCALE}, relation="separate_norm"),
         front("scaled-f32", "q-scale-misapplied norm-sum-order", dtype=f32, heads=(2, 2, 13, 8), lengths=(4, 3),
               options={"q_scale": SCALE, "norm_eps": 1e-5}, relation="separate_norm"),
         front("near-eps", "norm-eps-outside-root", dtype=f32, data="near_eps", tier="core", relation="separate_norm"),
@@ -58,7 +57,7 @@ def prologues() -> list[Case]:
         # gates
         front("gates-none", "gates-not-optional", gates=(), tier="core"),
         front("gate-alone", "gates-not-optional decay-misapplied", gates=("a", "A_log")),
-        front("beta-alone", "gates-not-optional beta-rounded", gates=("b",), tier="core"),
+        front("beta-alone", "gates-not-optional beta-rounded", gates=("b",)),
         front("gates-f32", _GATES, dtypes={"a": f32, "b": f32, "dt_bias": bf16, "A_log": bf16}, lengths=(5, 9)),
         front("gates-far", "softplus-overflow", data="far_gates", dtypes={"a": f32}, tier="core"),
         front("gates-channel-far", "softplus-overflow", data="far_gates", channel=True, dtype=f16),
@@ -77,7 +76,7 @@ def prologues() -> list[Case]:
         front("layout-transposed", "stride-restriction-surprises", channel=True,
               layout={"x": "transposed", "a": "transposed", "dt_bias": "transposed", "conv_states": "transposed"}),
         front("channel-offset", "split-misplaced", args={"channels": 61}, options={"channel_offset": 9}, tail=2, tier="core"),
-        front("nan", "state-not-bit-exact", data="nan_payload", dtype=f32, tail=2),
+        front("nan", "state-not-bit-exact", data="nan_payload", dtype=f32, tail=2, **linear),
         # rows and slots
         front("stateless", "null-state-pointer", slots=None, num_slots=None, has=None, tail=3, tier="core"),
         front("padding", f"{_DEAD} padding-row-output-uninitialised", lengths=(2, 3, 1, 4), slots=(4, -1, 0, 9),
@@ -86,10 +85,10 @@ def prologues() -> list[Case]:
               options={"qk_l2norm": False}),
         front("empty-rows", "empty-sequence-mishandled", lengths=(2, 0, 1, 0), slots=(3, 3, 1, 7), num_slots=8, tail=3,
               options={"empty_rows": "apply"}, has=(True, False, False, True)),
-        front("no-rows", "empty-sequence-mishandled", lengths=(), tail=4, tier="core"),
+        front("no-rows", "empty-sequence-mishandled", lengths=(), tail=4),
         front("back", "wide-slot-window-misplaced", state_len=6, options={"state_layout": "back"}, lengths=(2, 9)),
         front("ring", "circular-buffer-ignored", state_len=6, options={"state_layout": "ring"}, lengths=(2, 9),
-              args={"cache_seqlens": (7, 3)}, has=(True, True), tier="core"),
+              args={"cache_seqlens": (7, 3)}, has=(True, True)),
         front("write-slots", "cross-block-migration", lengths=(2, 4), slots=(1, 4), num_slots=8,
               args={"write_indices": (0, 5)}),
         front("snapshots", "boundary-snapshot-wrong", lengths=(4, 9), has=(True, True), slots=(0, 1), num_slots=16,
@@ -108,7 +107,7 @@ def steps() -> list[Case]:
     return [
         *(
             front(f"width-{width}", f"{_NORM} {_HEADS}", width=width, step=True, dtype=bf16 if width % 2 else f16,
-                  tier="core" if width == 4 else "full")
+                  tier="full")
             for width in (1, 2, 3, 4, 8)
         ),
         front("heads-128", f"{_NORM} {_HEADS}", step=True, heads=(1, 2, 128, 128), relation="separate_norm", tier="core",
@@ -145,10 +144,9 @@ def steps() -> list[Case]:
 def gated_convolutions() -> list[Case]:
     """LFM2's form: prefills and decode steps."""
     f32, f16, bf16 = "float32", "float16", "bfloat16"
-    core = (3, 5)
     found = [
         gated(f"width-{width}", _GATED, width=width, step=step, tail=0 if step else 2,
-              dtype=(bf16, f16, f32)[width % 3], tier="core" if width in core else "full",
+              dtype=(bf16, f16, f32)[width % 3], tier="core" if width == 3 else "full",
               **({} if step else {"lengths": (1, 5, 0, 3)}))
         for width in range(2, 9)
         for step in (False, True)
@@ -156,22 +154,22 @@ def gated_convolutions() -> list[Case]:
     return [
         *found,
         gated("width-1", _GATED, width=1, dtype=f16),
-        gated("silu", _GATED, activation="silu", tier="core"),
+        gated("silu", _GATED, activation="silu"),
         gated("silu-f32", _GATED, activation="silu", dtype=f32, step=True, seqlen=2),
-        gated("no-bias", _GATED, bias=False, dtype=f16, tier="core"),
+        gated("no-bias", _GATED, bias=False, dtype=f16),
         gated("dim-130", f"{_GATED} channel-tail-unmasked", dim=130, lengths=(3, 2)),
         gated("offsets", _GATED, args={"channels": 40}, options={"channel_offsets": (29, 3, 14)}, tail=2, tier="core"),
         gated("offsets-step", _GATED, step=True, args={"channels": 45}, options={"channel_offsets": (11, 35, 0)}),
         gated("offsets-shared", _GATED, args={"channels": 25}, options={"channel_offsets": (0, 5, 5)}),
         gated("dtypes-mixed", "state-dtype-differs-from-input",
-              dtypes={"bcx": bf16, "weight": f32, "bias": f16, "conv_states": f32}, tier="core"),
+              dtypes={"bcx": bf16, "weight": f32, "bias": f16, "conv_states": f32}),
         gated("dtypes-mixed-back", "state-dtype-differs-from-input", dtypes={"bcx": f32, "conv_states": f16}, step=True),
         gated("layouts", "stride-restriction-surprises", layout={"bcx": "slice", "conv_states": "transposed", "weight": "transposed"}),
         gated("layout-transposed", "stride-restriction-surprises", layout={"bcx": "transposed"}, tail=2),
         gated("nan", "dead-rows-in-front", data="nan_payload", tail=3, dtype=f32),
-        gated("stateless", "null-state-pointer", slots=None, num_slots=None, has=None, tail=3, tier="core"),
+        gated("stateless", "null-state-pointer", slots=None, num_slots=None, has=None, tail=3),
         gated("padding", f"{_DEAD} {_GATED}", lengths=(2, 3, 1, 4), slots=(4, -1, 0, 9), num_slots=6, tail=5, tier="core"),
-        gated("padding-step", _DEAD, step=True, slots=(4, -1, 0, 9), num_slots=6, tier="core"),
+        gated("padding-step", _DEAD, step=True, slots=(4, -1, 0, 9), num_slots=6),
         gated("ring", "circular-buffer-ignored", state_len=6, options={"state_layout": "ring"}, lengths=(2, 9),
               args={"cache_seqlens": (7, 3)}, has=(True, True)),
         gated("back-step", "wide-slot-window-misplaced", step=True, state_len=5, options={"state_layout": "back"}),
@@ -184,8 +182,7 @@ def gated_convolutions() -> list[Case]:
         gated("tree", "tree-uses-flat-order", step=True, batch=1, seqlen=8, slots=(1,), num_slots=3,
               args={"tree_parents": (TREE,)}, options={"commit": False}),
         gated("long", "tile-halo-wrong launch-plan-too-small", lengths=(70, 33), dim=6, relation="front_schedules"),
-        gated("split", "history-dropped-on-continuation", lengths=(9, 2, 6), relation="front_split", slots=(4, 0, 2),
-              tier="core"),
+        gated("split", "history-dropped-on-continuation", lengths=(9, 2, 6), relation="front_split", slots=(4, 0, 2)),
         gated("tokens", "history-dropped-on-continuation", step=True, seqlen=3, relation="front_steps", batch=2, tier="core"),
     ]  # fmt: skip
 
