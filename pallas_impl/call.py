@@ -130,8 +130,10 @@ def _prologue(arrays, call):
         flat = prologue.flat_gates(_arrays(call))
         out, pool, windows = _update(flat, options) if is_update else (*_prefill(flat, options), None)
         return plain_prologue.output(call, out, pool, windows)
-    run = run_update if is_update else run_prefill
-    return plain_prologue.composed(call, run)
+    norm = None
+    if prologue.has_norm_kernel(call, sizes.conv):
+        norm = functools.partial(prologue.norm_heads, interpret=interpreter(options.interpret))
+    return plain_prologue.composed(call, run_update if is_update else run_prefill, norm)
 
 
 def run_gated(call):

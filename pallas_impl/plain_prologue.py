@@ -51,20 +51,24 @@ def output(call, parts, pool, windows):
     return PrologueWindowOutput(*results, windows)
 
 
-def composed(call, run):
-    """The result of a checked call from `run`, which runs the call of the plain operation inside."""
+def composed(call, run, norm=None):
+    """The result of a checked call from `run`, which runs the call of the plain operation inside.
+
+    `norm(y, heads)`: makes q and k of y [tokens, dim], else jax.numpy does.
+    """
     conv, dtype, heads = call.convolution(), call.x.dtype, heads_of(call)
     if not heads.storage and heads.changes:  # exact, and then nothing is rounded but what is stored here
         conv = conv._replace(x=conv.x.astype(jnp.float32))
     y, pool, *windows = run(conv)
     live = live_tokens(conv)
     gates = gates_of(call, heads, lambda value: plain.where_live(live, value))
-    q, k, v = split_heads(plain.stored(y), heads, dtype)
-    q = plain.where_live(live, q)  # a zero of either sign
+    q, k, v = split_heads(plain.stored(y), heads, dtype, norm)
+    if heads.q_scale < 0:
+        q = plain.where_live(live, q)  # else a zero with a sign
     return output(call, (q, k, v, *gates), pool, windows[0] if windows else None)
 
 
-def split_heads(y, heads, dtype):
+def split_heads(y, heads, dtype, by_kernel=None):
     """q, k and v [..., channels] of what was convolved."""
     of_q, of_k, _ = heads.sizes
     q, k, v = jnp.split(y, (of_q, of_q + of_k), axis=-1)
@@ -76,7 +80,9 @@ def split_heads(y, heads, dtype):
             values = normed(apart, heads.eps).reshape(values.shape)
         return (values if scale == 1.0 else values * scale).astype(dtype)
 
-    if heads.changes:
+    if by_kernel is not None:
+        q, k = (part.reshape(q.shape) for part in by_kernel(y.reshape(-1, y.shape[-1]), heads))
+    elif heads.changes:
         q, k = norm(q, heads.q_scale), norm(k, 1.0)
     return q, k, v.astype(dtype)
 

@@ -18,13 +18,17 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math, memref, vector
 from jaxlib.mlir.dialects import llvm  # not in jax.extend.mlir
 
-from pallas_impl.arithmetic import WARPGROUP, div, layout
+from pallas_impl.arithmetic import WARPGROUP, div, layout, rem
 from pallas_impl.config import cdiv
+from pallas_impl.launch import parts, run
 from pallas_impl.plain_prologue import decay, finished, heads_of, rate
 from pallas_impl.records import Heads
+from pallas_impl.rows import load_rows, store_rows
+from pallas_impl.slots import part_of_out
 
 VECTOR = 8  # neighbouring channels that a thread norms at a time
 WARP = 32
+NORM_T = 16  # tokens of a tile of `norm_heads`
 
 
 def is_fused(call, sizes, options):
@@ -49,6 +53,56 @@ def flat_gates(arrays):
     if arrays.dt_bias is not None:
         flat["dt_bias"] = arrays.dt_bias.reshape(-1)
     return arrays._replace(**flat)
+
+
+# The norm behind kernels that leave it out, so that the bits are those of the fused ones.
+
+
+def has_norm_kernel(call, sizes):
+    """Whether `norm_heads` takes what the convolution of a call stores."""
+    heads = heads_of(call)
+    if call.backend == "xla" or not heads.storage or not heads.norm or not call.x.size:
+        return False
+    return _norm_tile_of(heads) is not None and not sizes.dim % (16 // call.x.dtype.itemsize)
+
+
+def _norm_tile_of(heads):
+    """Channels of a tile of whole heads; None where there is none."""
+    size, of_q = heads.head_k_dim, heads.sizes[0]
+    if size < VECTOR or size & (size - 1):
+        return None
+    return next((d for d in (256, 128) if not of_q % d and size <= d), None)
+
+
+def norm_heads(y, heads, interpret):
+    """q and k, normed, of y [tokens, dim], a result of the convolution."""
+    tokens, block_d = y.shape[0], _norm_tile_of(heads)
+    of_q, of_k, _ = heads.sizes
+    columns = (of_q + of_k) // block_d
+
+    def body(refs):
+        program = lax.axis_index("program")
+        begin = div(program, columns) * NORM_T
+        channels = pl.ds(rem(program, columns) * block_d, block_d)
+        length = jnp.minimum(tokens - begin, NORM_T)
+        load_rows(refs.y, channels, refs.tile, refs.tile_ready, begin, length)
+        plgpu.barrier_wait(refs.tile_ready)
+        scale = jnp.where(channels.start < of_q, heads.q_scale, 1.0)
+        norm_tile(refs.tile, None, length, scale, heads, interpret=bool(interpret))
+        plgpu.commit_smem()
+        part_of_out(refs.outs, channels, lambda out, part: store_rows(refs.tile, out, part, begin, length))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    return run(
+        body,
+        "norm",
+        cdiv(tokens, NORM_T) * columns,
+        dict(y=y),
+        parts(y.dtype, tokens, of_q + of_k, (of_q, of_k)),
+        dict(tile=plgpu.SMEM((NORM_T, block_d), y.dtype), tile_ready=plgpu.Barrier()),
+        interpret=interpret,
+        tokens=tokens,
+    )
 
 
 # In a kernel: a tile of shared memory.

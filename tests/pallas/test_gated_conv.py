@@ -102,3 +102,25 @@ def test_one_kernel(leading):
     assert "output_operand_alias<" in text
     assert "stablehlo.multiply" not in text
     assert "stablehlo.slice" not in text
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("mosaic_gpu", marks=pytest.mark.gpu)])
+def test_the_same_bits_on_every_path(backend):
+    """Two tokens a row as a prefill, as one step and as two, of a dim that no tile divides as well."""
+    for dim in (128, 152):
+        bcx, weight, pool = random(3, 2, 3 * dim), random(dim, 3), random(5, 2, dim)
+        slots, flags = jnp.array([2, -1, 0], jnp.int32), jnp.ones((3,), bool)
+        both = gated_short_conv_update(bcx, weight, None, pool, slots, backend=backend)
+        starts = jnp.arange(4, dtype=jnp.int32) * 2
+        rows = gated_short_conv_fn(
+            bcx.reshape(6, -1), weight, None, pool, starts, slots, flags, backend=backend
+        )
+        one = gated_short_conv_update(bcx[:, 0], weight, None, pool, slots, backend=backend)
+        two = gated_short_conv_update(bcx[:, 1], weight, None, one.conv_states, slots, backend=backend)
+        want = np.asarray(both.out).view(np.uint16)
+        assert np.array_equal(np.asarray(rows.out).view(np.uint16).reshape(want.shape), want)
+        assert np.array_equal(np.stack([np.asarray(a.out).view(np.uint16) for a in (one, two)], 1), want)
+        for found in (rows, two):
+            assert np.array_equal(
+                np.asarray(found.conv_states).view(np.uint16), np.asarray(both.conv_states).view(np.uint16)
+            )

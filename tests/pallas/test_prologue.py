@@ -232,3 +232,29 @@ def test_under_jit_with_a_donated_pool():
     found = run(pool.copy(), given | more)
     for got, expected in zip(found, want, strict=True):
         same_bits(got, expected)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("mosaic_gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_same_bits_on_every_path(backend, dtype):
+    """Two tokens a row as a prefill, as one step and as two; padding among the rows."""
+    dim, pool = dim_of(SMALL), random(5, 3, dim_of(SMALL), dtype=dtype)
+    x, weight, bias = random(3, 2, dim, dtype=dtype), random(dim, 4, dtype=dtype), random(dim, dtype=dtype)
+    slots, options = jnp.array([2, -1, 0], jnp.int32), dict(**SMALL, q_scale=0.3, backend=backend)
+    step = functools.partial(
+        gated_delta_prologue_update, weight=weight, bias=bias, cache_indices=slots, **options
+    )
+    both = step(x, conv_states=pool)
+    starts, flags = jnp.arange(4, dtype=jnp.int32) * 2, jnp.ones((3,), bool)
+    rows = gated_delta_prologue_fn(x.reshape(6, dim), weight, bias, pool, starts, slots, flags, **options)
+    one = step(x[:, 0], conv_states=pool)
+    two = step(x[:, 1], conv_states=one.conv_states)
+    for name in "qkv":
+        want = getattr(both, name)
+        same_bits(getattr(rows, name).reshape(want.shape), want)
+        same_bits(jnp.stack([getattr(one, name), getattr(two, name)], axis=1), want)
+    same_bits(rows.conv_states, both.conv_states)
+    same_bits(two.conv_states, both.conv_states)
+    y = causal_conv1d_update(x, weight, bias, pool, slots, activation="silu", backend=backend).out
+    given = dict(x=x, weight=weight, bias=bias, conv_states=pool, cache_indices=slots, **SMALL, q_scale=0.3)
+    check_heads(both, y, PrologueUpdateCall, given)
