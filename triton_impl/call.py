@@ -195,12 +195,13 @@ def parts(out, shape, split_sizes):
 def front_of(call, found):
     """q, k, v, g and beta of what a prologue's call returned: views of the flat tensor in their shapes, None for what is absent."""
     flat, g, beta = found
-    q, k, v = parts(flat, call.x.shape, plain_prologue.widths(call))
-    keys = (call.num_k_heads, call.head_k_dim)
+    leading = call.x.shape[:-1]
+    keys = (*leading, call.num_k_heads, call.head_k_dim)
+    wide = leading.numel() * call.num_k_heads * call.head_k_dim
     return (
-        q.unflatten(-1, keys),
-        k.unflatten(-1, keys),
-        v.unflatten(-1, (call.num_v_heads, call.head_v_dim)),
+        flat[:wide].view(keys),
+        flat[wide : 2 * wide].view(keys),
+        flat[2 * wide :].view(*leading, call.num_v_heads, call.head_v_dim),
         None if call.a is None else g,
         None if call.b is None else beta,
     )
@@ -505,13 +506,16 @@ class PreparedFront:
         self.arrays, self.state_arrays = _fields(call, names), _fields(call, state_names)
         self.behind, self.behind_arrays = behind[0], _fields(call, behind[1])
         self.record, self.convolution, self.copies = type(call), convolution, copies
-        self.memory = plain_prologue.empty_front(call._replace(x=call.x.to("meta")))
-        self.device = call.x.device
+        memory = plain_prologue.empty_front(call._replace(x=call.x.to("meta")))
+        self.memory = [
+            functools.partial(torch.empty, tuple(t.shape), dtype=t.dtype, device=call.x.device)
+            for t in memory
+        ]
         written = [] if convolution is not None else written_fields(call)
         self.written = _fields(call, written) if written else None
 
     def __call__(self, args, out=None):
-        found = flat, g, beta = tuple(torch.empty_like(t, device=self.device) for t in self.memory)
+        flat, g, beta = found = tuple([new() for new in self.memory])
         if self.convolution is not None:
             source = self.convolution(
                 plain_prologue.convolution_of(self.record(*args)), None if self.copies else flat

@@ -550,11 +550,15 @@ def _gate_strides(call, rows=False):
     rows: a row has one token, and rows count as tokens.
     """
     found = {}
+    packed = call.query_start_loc is not None
     axes = call.x.dim() - 1
     for name in ("a", "b"):
         if (array := getattr(call, name)) is not None:
             strides = array.stride()
-            outer = (0, strides[0]) if rows or axes == 1 else strides[:2]
+            if rows or (axes == 1 and packed):
+                outer = (0, strides[0])
+            else:
+                outer = (strides[0], 0) if axes == 1 else strides[:2]
             found[name] = (*outer, *strides[axes:], 0)[:4]
     if call.dt_bias is not None:
         found["dt_bias"] = (*call.dt_bias.stride(), 0)[:2]

@@ -184,3 +184,10 @@ def test_nothing_to_do(backend):
     found = judge(FN, given, backend)
     assert found["q"].shape == (0, 2, 16)
     assert found["g"].shape == (0, 4)
+
+
+def test_gates_of_rows_that_another_kernel_convolves(backend):
+    """x [batch, dim] in a ring: a row's gates are its own, not the first row's."""
+    given = arrays(HEADS, (4,), state_len=5) | HEADS
+    ring = {"state_layout": "ring", "cache_seqlens": torch.tensor([7, 0, 3, 2])}
+    judge(UPDATE, given | ring, backend)
