@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from triton_impl.launch import Launch, known_pad, strides_of
+from triton_impl.launch import Launch, known_pad, overlaps, strides_of, wait_for_inputs
 from triton_impl.records import Channels, Items, constants, holds, slot_of, strides_record, windows_of
 from triton_impl.rows import counted
 from triton_impl.slots import find_slot, store_window
@@ -19,6 +19,7 @@ class Options(NamedTuple):
 
     columns: Any
     block_d: Any
+    pdl: Any
 
 
 @triton.jit(
@@ -30,6 +31,7 @@ def _commit_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) // dim_blocks).to(tl.int64)
     ch = (tl.program_id(0) % dim_blocks) * o.block_d + tl.arange(0, o.block_d)
+    wait_for_inputs(o)
     step = counted(tl.load(accepted_steps + row * strides.accepted_steps))
     slots, indices = (
         Items(cache_indices, strides.cache_indices),
@@ -57,6 +59,7 @@ def prepare(call, sizes, config):
       A Launch of ARRAYS.
     """
     dim_blocks = triton.cdiv(sizes.dim, config.block_d)
+    options = Options(sizes.history, config.block_d, overlaps(call.conv_states.device))
     values = (
         Strides(*strides_of(call, ARRAYS)),
         sizes.batch,
@@ -67,6 +70,6 @@ def prepare(call, sizes, config):
         known_pad(call.pad_slot_id, sizes.num_buffers),
         sizes.steps,
         dim_blocks,
-        constants(Options(sizes.history, config.block_d)),
+        constants(options),
     )
-    return Launch(_commit_kernel, (sizes.batch * dim_blocks, 1, 1), values, num_warps=config.num_warps)
+    return Launch(_commit_kernel, (sizes.batch * dim_blocks, 1, 1), values, num_warps=config.num_warps, launch_pdl=options.pdl or None)

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
+from triton_impl.arithmetic import native_ptx
 from triton_impl.config import MAX_GRID_YZ
 
 _HOOKS = triton.knobs.runtime
@@ -129,6 +131,23 @@ def launcher_entry(compiled, grid, arguments):
 
 def _same(some, others):
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def overlaps(device):
+    """Whether a kernel on a device is launched while the one before it ends: programmatic dependent launch (PDL)."""
+    return native_ptx() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_inputs(o: tl.constexpr):
+    """Stands in front of a kernel's first access to memory, on every path.
+
+    Launched by PDL (`o.pdl`) a program may begin before kernels ahead have ended, and before their writes are seen. Behind
+    this they have; then kernels behind may begin in turn.
+    """
+    if o.pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def warp_size():

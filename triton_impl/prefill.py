@@ -35,7 +35,7 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.config import MAX_GRID_YZ
-from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
+from triton_impl.launch import Launch, known_pad, like_result, overlaps, program_grid, strides_of, wait_for_inputs
 from triton_impl.records import (
     Items,
     Row,
@@ -95,6 +95,7 @@ class Options(NamedTuple):
     levels: Any
     aligned: Any
     ptx: Any
+    pdl: Any
     hip: Any
     norm: Any = None
     gate: Any = None
@@ -355,6 +356,7 @@ def _prefill_kernel(
     # mapping of programs; the taps are under way while the row is looked for
     block_d, place = channel_block_and_place(channel_blocks, o.folded)
     channels, out = part_of_out(block_d, out, dim, tokens, o)
+    wait_for_inputs(o)
     weights = load_weights(weight, bias, strides, channels, o)
     row, start, end, slot, flag, block = row_of_program(rows, place, o)
     base = start if o.walk else start - start % (1 << o.levels)
@@ -415,6 +417,7 @@ def prepare(call, sizes, config, stores, gate=None):
         levels=0 if config.walk else levels(x),
         aligned=not config.walk and aligned(x),
         ptx=native_ptx(),
+        pdl=overlaps(call.x.device),
         hip=torch.version.hip is not None,
         gate=gate,
     )
@@ -429,7 +432,7 @@ def prepare(call, sizes, config, stores, gate=None):
         blocks if folded else None,
         constants(options),
     )
-    return Launch(_prefill_kernel, grid, values, num_warps=config.num_warps)
+    return Launch(_prefill_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
 
 
 def levels(x):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from triton_impl.launch import Launch, known_pad, strides_of
+from triton_impl.launch import Launch, known_pad, overlaps, strides_of, wait_for_inputs
 from triton_impl.records import (
     Channels,
     Items,
@@ -44,6 +44,7 @@ class Options(NamedTuple):
     span: Any
     search: Any
     block_d: Any
+    pdl: Any
     gate: Any = None
 
 
@@ -78,6 +79,7 @@ def _states_kernel(
         Items(cache_indices, strides.cache_indices),
         Items(has_initial_state, strides.has_initial_state),
     )
+    wait_for_inputs(o)
     rows = Rows(query_start_loc, slots, flags, batch, tokens)
     if snapshot_indices is None:
         row = program
@@ -170,6 +172,7 @@ def prepare(call, sizes, config, gate=None):
         span=min(block, 2**31 - 1),  # no batch has more tokens
         search=32 if sizes.batch < 32 else 128,
         block_d=config.block_d,
+        pdl=overlaps(call.x.device),
         gate=gate,
     )
     values = (
@@ -184,4 +187,4 @@ def prepare(call, sizes, config, gate=None):
         dim_blocks,
         constants(options),
     )
-    return Launch(_states_kernel, (programs * dim_blocks, 1, 1), values, num_warps=config.num_warps)
+    return Launch(_states_kernel, (programs * dim_blocks, 1, 1), values, num_warps=config.num_warps, launch_pdl=options.pdl or None)

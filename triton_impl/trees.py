@@ -22,7 +22,7 @@ from triton_impl.arithmetic import (
     round_to,
     word_bits,
 )
-from triton_impl.launch import Launch, known_pad, like_result, strides_of
+from triton_impl.launch import Launch, known_pad, like_result, overlaps, strides_of, wait_for_inputs
 from triton_impl.records import (
     Items,
     Tokens,
@@ -56,6 +56,7 @@ class Options(NamedTuple):
     nodes: Any
     block_d: Any
     ptx: Any
+    pdl: Any
     gate: Any = None
 
 
@@ -110,6 +111,7 @@ def _tree_kernel(
         Items(cache_indices, strides.cache_indices),
         Items(cache_seqlens, strides.cache_seqlens),
     )
+    wait_for_inputs(o)
     slot, live = find_slot(indices, row, row < batch, num_slots, pad_slot_id)
     first = first_column(seqlens, None, row, row < batch, state_len, o)
     old = slot_of(conv_states, slot, strides.conv_states, first, state_len)
@@ -182,6 +184,7 @@ def prepare(call, sizes, config, gate=None):
         nodes=nodes,
         block_d=config.block_d,
         ptx=native_ptx(),
+        pdl=overlaps(call.x.device),
         gate=gate,
     )
     values = (
@@ -198,7 +201,7 @@ def prepare(call, sizes, config, gate=None):
         constants(options),
     )
     grid = (sizes.batch * triton.cdiv(sizes.seqlen, nodes) * dim_blocks, 1, 1)
-    return Launch(_tree_kernel, grid, values, num_warps=config.num_warps)
+    return Launch(_tree_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
 
 
 def parents_from_links(next_token, next_sibling):

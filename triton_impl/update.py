@@ -21,7 +21,7 @@ from triton_impl.arithmetic import (
     round_to,
     word_bits,
 )
-from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
+from triton_impl.launch import Launch, known_pad, like_result, overlaps, program_grid, strides_of, wait_for_inputs
 from triton_impl.records import (
     Channels,
     Items,
@@ -50,6 +50,7 @@ class Options(NamedTuple):
     rows: Any
     block_d: Any
     ptx: Any
+    pdl: Any
     layout: Any = "front"
     norm: Any = None
     gate: Any = None
@@ -119,6 +120,7 @@ def _update_kernel(
     # mapping of programs
     block_d, place = channel_block_and_place(tl.cdiv(dim, o.block_d), o.folded)
     ch = block_d * o.block_d + tl.arange(0, o.block_d)
+    wait_for_inputs(o)
     indices = Items(cache_indices, strides.cache_indices)
     pool = Pool(conv_states, num_slots, pad_slot_id)
     first_row = place.to(tl.int64) * o.rows
@@ -147,6 +149,7 @@ def prepare(call, sizes, config):
         rows=config.rows,
         block_d=config.block_d,
         ptx=native_ptx(),
+        pdl=overlaps(call.x.device),
     )
     values = (
         Strides((x[0], x[-1]), *others, (out[0], out[-1])),
@@ -156,4 +159,4 @@ def prepare(call, sizes, config):
         known_pad(call.pad_slot_id, sizes.num_slots),
         constants(options),
     )
-    return Launch(_update_kernel, grid, values, num_warps=config.num_warps)
+    return Launch(_update_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)

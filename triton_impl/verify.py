@@ -23,7 +23,7 @@ from triton_impl.arithmetic import (
     widen,
     word_bits,
 )
-from triton_impl.launch import Launch, known_pad, like_result, program_grid, strides_of
+from triton_impl.launch import Launch, known_pad, like_result, overlaps, program_grid, strides_of, wait_for_inputs
 from triton_impl.records import (
     Channels,
     Items,
@@ -78,6 +78,7 @@ class Options(NamedTuple):
     folded: Any
     block_d: Any
     ptx: Any
+    pdl: Any
     gate: Any = None
 
 
@@ -114,6 +115,8 @@ def _verify_kernel(
     block_d, row = channel_block_and_place(dim_blocks, o.folded)
     row = row.to(tl.int64)
     channels, out = part_of_out(block_d, out, dim, tokens, o)
+
+    wait_for_inputs(o)
 
     # tokens of the row; packed rows from `batch` on are the tail
     in_rows = row < batch
@@ -251,6 +254,7 @@ def prepare(call, sizes, config, gate=None):
         folded=folded,
         block_d=config.block_d,
         ptx=native_ptx(),
+        pdl=overlaps(call.x.device),
         gate=gate,
     )
     values = (
@@ -269,7 +273,7 @@ def prepare(call, sizes, config, gate=None):
         tail if packed else None,
         constants(options),
     )
-    return Launch(_verify_kernel, grid, values, num_warps=config.num_warps)
+    return Launch(_verify_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
 
 
 def _of_rows(tensor, packed):

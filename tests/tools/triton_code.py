@@ -101,6 +101,8 @@ def recorded(target):
     interpreted, fills = triton.knobs.runtime.interpret, torch.utils.deterministic.fill_uninitialized_memory
     JITFunction.run, JITFunction._do_compile = run_recorded, record
     driver.set_active(_Driver(target))
+    capability = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda device=None: divmod(target.arch, 10)
     torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes, under tests/conftest.py
     triton.knobs.runtime.interpret = True  # so that backend="triton" takes tensors of a CPU
     try:
@@ -108,6 +110,7 @@ def recorded(target):
     finally:
         JITFunction.run, JITFunction._do_compile = run, do_compile
         driver._active = None
+        torch.cuda.get_device_capability = capability
         triton.knobs.runtime.interpret = interpreted
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
