@@ -60,7 +60,7 @@ def update_choices():
     for rows, (block_d, warps) in itertools.product(
         [1, 2, 4, 8], [(256, 1), (512, 2), (1024, 4), (512, 1), (128, 1)]
     ):
-        yield f"r{rows} d{block_d} w{warps}", config.UpdateConfig(rows, block_d, warps)
+        yield f"r{rows} d{block_d} w{warps}", config.UpdateConfig(rows, block_d, warps, False)
 
 
 def prefill_inputs(lengths, dim, dtype=torch.bfloat16):

@@ -605,7 +605,9 @@ def _plan_prefill(call, sizes, gate=None):
         outputs = kernel.prepare(call, sizes, config, stores=stores, gate=gate), kernel.ARRAYS
     if call.conv_states is not None and not own_state and sizes.batch:
         kernel = kernels("states")
-        config = row_config(sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size())
+        config = row_config(
+            sizes.tokens, sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size()
+        )
         states = kernel.prepare(call, sizes, config, gate), kernel.ARRAYS
     return Prepared(call, outputs, states, _memory(call))
 
@@ -619,7 +621,9 @@ def _plan_update(call, sizes, gate=None):
         config = update_config(sizes.batch, sizes.dim, itemsize, kernels("launch").warp_size())
         outputs = kernel.prepare(call, sizes, config)
     else:
-        config = verify_config(sizes.dim, itemsize, kernels("launch").warp_size())
+        config = verify_config(
+            call.x.numel() // sizes.dim, sizes.dim, itemsize, kernels("launch").warp_size()
+        )
         outputs = kernel.prepare(call, sizes, config, gate)
     return Prepared(call, (outputs, kernel.ARRAYS), memory=_memory(call))
 
@@ -628,7 +632,9 @@ def _plan_commit(call, sizes):
     if not (sizes.batch and sizes.history):
         return Prepared(call, (None, ()))
     kernel = kernels("commit")
-    config = row_config(sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size())
+    config = row_config(
+        sizes.batch, sizes.dim, call.conv_states.element_size(), kernels("launch").warp_size()
+    )
     return Prepared(call, (kernel.prepare(call, sizes, config), kernel.ARRAYS))
 
 

@@ -20,6 +20,7 @@ class Options(NamedTuple):
     columns: Any
     block_d: Any
     pdl: Any
+    hurry: Any
 
 
 @triton.jit(
@@ -59,7 +60,7 @@ def prepare(call, sizes, config):
       A Launch of ARRAYS.
     """
     dim_blocks = triton.cdiv(sizes.dim, config.block_d)
-    options = Options(sizes.history, config.block_d, overlaps(call.conv_states.device))
+    options = Options(sizes.history, config.block_d, overlaps(call.conv_states.device), config.hurry)
     values = (
         Strides(*strides_of(call, ARRAYS)),
         sizes.batch,
@@ -72,4 +73,10 @@ def prepare(call, sizes, config):
         dim_blocks,
         constants(options),
     )
-    return Launch(_commit_kernel, (sizes.batch * dim_blocks, 1, 1), values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(
+        _commit_kernel,
+        (sizes.batch * dim_blocks, 1, 1),
+        values,
+        num_warps=config.num_warps,
+        launch_pdl=options.pdl or None,
+    )

@@ -6,6 +6,9 @@ MAX_GRID_YZ = 65535
 # Small batches of up to so many programs take per_sequence with "auto": all run at once, and none has to look for its
 # row. Beyond, flat was the faster on every batch measured: its programs work on neighbouring memory.
 PROGRAMS_AT_ONCE = 960
+# Steps of so many elements run at once: only latency shows, and the next kernel may begin while they run. Where programs
+# still wait for their turn, those of the next kernel would take it.
+AT_ONCE = 1 << 18
 
 
 class PrefillConfig(NamedTuple):
@@ -35,11 +38,18 @@ class PrefillConfig(NamedTuple):
 
 
 class UpdateConfig(NamedTuple):
-    """How a decode step is launched: rows and channels a program, warps a program."""
+    """How a decode step is launched.
+
+    Attributes:
+      rows, block_d: rows and channels a program.
+      num_warps: warps a program.
+      hurry: whether the next kernel may begin once all programs have (`launch.wait_for_inputs`).
+    """
 
     rows: int
     block_d: int
     num_warps: int
+    hurry: bool
 
 
 def next_power_of_2(n: int) -> int:
@@ -131,14 +141,15 @@ def kernel_of(call) -> str:
     return "token" if plain and (len(call.x.shape) == 2 or call.x.shape[1] == 1) else "rows"
 
 
-def row_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
-    """One row and one warp of 16-byte accesses a program; arguments as in `update_config`."""
-    return UpdateConfig(1, min(max(next_power_of_2(dim), warp_size), warp_size * (16 // itemsize)), 1)
+def row_config(tokens: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+    """One row and one warp of 16-byte accesses a program; arguments as in `update_config`, tokens of all rows."""
+    block_d = min(max(next_power_of_2(dim), warp_size), warp_size * (16 // itemsize))
+    return UpdateConfig(1, block_d, 1, hurry=tokens * dim <= AT_ONCE)
 
 
-def verify_config(dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
+def verify_config(tokens: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
     """The same with 8-byte accesses, for rows of several tokens: twice the warps hide their arithmetic."""
-    return row_config(dim, 2 * itemsize, warp_size)
+    return row_config(tokens, dim, 2 * itemsize, warp_size)
 
 
 def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
@@ -149,10 +160,11 @@ def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> U
       itemsize: bytes of an element of x.
       warp_size: threads of a warp of the device.
     """
-    if batch * dim <= 1 << 18:  # only latency shows: two channels a thread, so fewer instructions in a row
+    if batch * dim <= AT_ONCE:  # only latency shows: two channels a thread, so fewer instructions in a row
         block_d = min(max(next_power_of_2(dim), warp_size), 8 * warp_size)
-        return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1))
-    return verify_config(dim, itemsize, warp_size)._replace(rows=2)  # two rows share the taps
+        return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1), hurry=True)
+    # rows of a program share the taps
+    return verify_config(batch, dim, itemsize, warp_size)._replace(rows=2 if batch * dim <= 1 << 22 else 4)
 
 
 def prologue_config(

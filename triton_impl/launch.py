@@ -142,12 +142,13 @@ def overlaps(device):
 def wait_for_inputs(o: tl.constexpr):
     """Stands in front of a kernel's first access to memory, on every path.
 
-    Launched by PDL (`o.pdl`) a program may begin before kernels ahead have ended, and before their writes are seen. Behind
-    this they have; then kernels behind may begin in turn.
+    Launched by PDL (`o.pdl`) a program may begin before the kernels ahead have ended and their writes are seen; behind this
+    they have, and are. `o.hurry` lets the next kernel begin in turn, once all programs have come here.
     """
     if o.pdl:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if o.hurry:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 def warp_size():

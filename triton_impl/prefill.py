@@ -35,7 +35,15 @@ from triton_impl.arithmetic import (
     word_bits,
 )
 from triton_impl.config import MAX_GRID_YZ
-from triton_impl.launch import Launch, known_pad, like_result, overlaps, program_grid, strides_of, wait_for_inputs
+from triton_impl.launch import (
+    Launch,
+    known_pad,
+    like_result,
+    overlaps,
+    program_grid,
+    strides_of,
+    wait_for_inputs,
+)
 from triton_impl.records import (
     Items,
     Row,
@@ -96,6 +104,7 @@ class Options(NamedTuple):
     aligned: Any
     ptx: Any
     pdl: Any
+    hurry: Any
     hip: Any
     norm: Any = None
     gate: Any = None
@@ -418,6 +427,7 @@ def prepare(call, sizes, config, stores, gate=None):
         aligned=not config.walk and aligned(x),
         ptx=native_ptx(),
         pdl=overlaps(call.x.device),
+        hurry=True,
         hip=torch.version.hip is not None,
         gate=gate,
     )

@@ -45,6 +45,7 @@ class Options(NamedTuple):
     search: Any
     block_d: Any
     pdl: Any
+    hurry: Any
     gate: Any = None
 
 
@@ -173,6 +174,7 @@ def prepare(call, sizes, config, gate=None):
         search=32 if sizes.batch < 32 else 128,
         block_d=config.block_d,
         pdl=overlaps(call.x.device),
+        hurry=config.hurry,
         gate=gate,
     )
     values = (
@@ -187,4 +189,10 @@ def prepare(call, sizes, config, gate=None):
         dim_blocks,
         constants(options),
     )
-    return Launch(_states_kernel, (programs * dim_blocks, 1, 1), values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(
+        _states_kernel,
+        (programs * dim_blocks, 1, 1),
+        values,
+        num_warps=config.num_warps,
+        launch_pdl=options.pdl or None,
+    )

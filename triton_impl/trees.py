@@ -57,6 +57,7 @@ class Options(NamedTuple):
     block_d: Any
     ptx: Any
     pdl: Any
+    hurry: Any
     gate: Any = None
 
 
@@ -185,6 +186,7 @@ def prepare(call, sizes, config, gate=None):
         block_d=config.block_d,
         ptx=native_ptx(),
         pdl=overlaps(call.x.device),
+        hurry=config.hurry,
         gate=gate,
     )
     values = (

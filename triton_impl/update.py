@@ -21,7 +21,15 @@ from triton_impl.arithmetic import (
     round_to,
     word_bits,
 )
-from triton_impl.launch import Launch, known_pad, like_result, overlaps, program_grid, strides_of, wait_for_inputs
+from triton_impl.launch import (
+    Launch,
+    known_pad,
+    like_result,
+    overlaps,
+    program_grid,
+    strides_of,
+    wait_for_inputs,
+)
 from triton_impl.records import (
     Channels,
     Items,
@@ -51,6 +59,7 @@ class Options(NamedTuple):
     block_d: Any
     ptx: Any
     pdl: Any
+    hurry: Any
     layout: Any = "front"
     norm: Any = None
     gate: Any = None
@@ -150,6 +159,7 @@ def prepare(call, sizes, config):
         block_d=config.block_d,
         ptx=native_ptx(),
         pdl=overlaps(call.x.device),
+        hurry=config.hurry,
     )
     values = (
         Strides((x[0], x[-1]), *others, (out[0], out[-1])),

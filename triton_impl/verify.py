@@ -23,7 +23,15 @@ from triton_impl.arithmetic import (
     widen,
     word_bits,
 )
-from triton_impl.launch import Launch, known_pad, like_result, overlaps, program_grid, strides_of, wait_for_inputs
+from triton_impl.launch import (
+    Launch,
+    known_pad,
+    like_result,
+    overlaps,
+    program_grid,
+    strides_of,
+    wait_for_inputs,
+)
 from triton_impl.records import (
     Channels,
     Items,
@@ -79,6 +87,7 @@ class Options(NamedTuple):
     block_d: Any
     ptx: Any
     pdl: Any
+    hurry: Any
     gate: Any = None
 
 
@@ -255,6 +264,7 @@ def prepare(call, sizes, config, gate=None):
         block_d=config.block_d,
         ptx=native_ptx(),
         pdl=overlaps(call.x.device),
+        hurry=config.hurry,
         gate=gate,
     )
     values = (

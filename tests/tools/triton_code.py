@@ -105,9 +105,12 @@ def recorded(target):
     torch.cuda.get_device_capability = lambda device=None: divmod(target.arch, 10)
     torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes, under tests/conftest.py
     triton.knobs.runtime.interpret = True  # so that backend="triton" takes tensors of a CPU
+    calls = importlib.import_module("triton_impl.call")
+    calls.forget()  # what was prepared for another device
     try:
         yield launches
     finally:
+        calls.forget()
         JITFunction.run, JITFunction._do_compile = run, do_compile
         driver._active = None
         torch.cuda.get_device_capability = capability
@@ -187,10 +190,14 @@ def machine_opcodes(binary):
     """How often each machine instruction occurs, by its name without modifiers but the width of a memory access."""
     if "amdgcn" in binary.asm:
         return Counter(re.findall(r"^\t([a-z]\w+)", binary.asm["amdgcn"], re.MULTILINE))
+    return Counter(_short(name) for name in instructions(binary) if name != "NOP")
+
+
+def instructions(binary):
+    """The names of NVIDIA's machine instructions, in their order."""
     with _cubin(binary) as path:
         text = tool("cuobjdump", "-sass", path)
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
-    return Counter(_short(name) for name in found if name != "NOP")
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
 
 
 def _short(name):
