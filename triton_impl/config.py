@@ -203,4 +203,5 @@ def prologue_update_config(
     plain = update_config(batch, dim, itemsize, warp_size)
     channels = max(lanes // warp_size, plain.block_d // (warp_size * plain.num_warps))
     block_d = max(plain.block_d, warp_size * channels)
-    return plain._replace(block_d=block_d, num_warps=block_d // (warp_size * channels))
+    rows = min(plain.rows, 2)  # a row has more in registers
+    return plain._replace(rows=rows, block_d=block_d, num_warps=block_d // (warp_size * channels))
