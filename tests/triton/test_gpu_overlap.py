@@ -174,7 +174,11 @@ def test_without_the_wait_it_would_be(name, monkeypatch):
     run(operation, arrays, options)
     ready, views = in_one_memory(arrays)
     arriving = torch.zeros_like(ready)
-    late_copy(ready, arriving)
-    got = run(operation, views(arriving), options)
+
+    def late():
+        late_copy(ready, arriving)
+        return run(operation, views(arriving), options)
+
+    got = in_a_graph(late)
     torch.cuda.synchronize()
     assert not torch.equal(got, run(operation, views(ready), options))
