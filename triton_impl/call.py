@@ -507,15 +507,20 @@ class PreparedFront:
         self.behind, self.behind_arrays = behind[0], _fields(call, behind[1])
         self.record, self.convolution, self.copies = type(call), convolution, copies
         memory = plain_prologue.empty_front(call._replace(x=call.x.to("meta")))
-        self.memory = [
-            functools.partial(torch.empty, tuple(t.shape), dtype=t.dtype, device=call.x.device)
-            for t in memory
-        ]
+        self.memory, self.quick = [], []
+        quick = call.x.device.type == "cuda" and not several_devices() and _empty_strided_cuda is not None
+        for t in memory:
+            like = tuple(t.shape), t.stride()
+            new = functools.partial(torch.empty_strided, *like, dtype=t.dtype, device=call.x.device)
+            self.memory.append(new)
+            self.quick.append(functools.partial(_empty_strided_cuda, *like, t.dtype) if quick else new)
         written = [] if convolution is not None else written_fields(call)
         self.written = _fields(call, written) if written else None
 
     def __call__(self, args, out=None):
-        flat, g, beta = found = tuple([new() for new in self.memory])
+        # memory that is to be filled is the dispatcher's
+        filled = torch._C._get_deterministic_algorithms()
+        flat, g, beta = found = tuple([new() for new in (self.memory if filled else self.quick)])
         if self.convolution is not None:
             source = self.convolution(
                 plain_prologue.convolution_of(self.record(*args)), None if self.copies else flat
