@@ -8,7 +8,7 @@ interpreter (but for names with "compile", which need its compiler), JAX on the 
 With `--gpu` only the marked tests run, and a missing GPU is a failure.
 
 SECOND_JAX=1 says that the kernels' files of tests/pallas run once more, under another JAX: then tests of the plain path, which have xla
-in their names or parameters, are left out, and the conformance suite takes a case for every feature.
+in their names or parameters, are left out, the conformance suite takes a case for every feature, and files of ONE_CASE a case a test.
 """
 
 import gc
@@ -22,6 +22,13 @@ import pytest
 # On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
 # What rests on how XLA compiles has files of its own, besides the conformance suite, which says by itself.
 AS_USERS_COMPILE = ("test_bits.py", "test_conformance.py")
+# Under a second JAX one case a test: the conformance suite has every feature of these operations in a case there.
+ONE_CASE = (
+    "test_operations.py",
+    "test_rolling.py",
+    "test_serving.py",
+    "test_serving_jit.py",
+)
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
@@ -76,8 +83,21 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
     if os.environ.get("SECOND_JAX") == "1":
-        config.hook.pytest_deselected(items=[item for item in items if "xla" in item.name])
-        items[:] = [item for item in items if "xla" not in item.name]
+        kept = first_cases([item for item in items if "xla" not in item.name])
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def first_cases(items):
+    """Of the files in ONE_CASE the first case of every test, all of the others."""
+    seen, kept = set(), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test not in seen or item.path.name not in ONE_CASE:
+            kept.append(item)
+        if not item.get_closest_marker("gpu"):  # it would be skipped
+            seen.add(test)
+    return kept
 
 
 def two_frameworks() -> str | None:
