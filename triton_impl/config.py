@@ -49,7 +49,7 @@ class UpdateConfig(NamedTuple):
     rows: int
     block_d: int
     num_warps: int
-    hurry: bool
+    hurry: bool = True
 
 
 def next_power_of_2(n: int) -> int:
