@@ -18,7 +18,7 @@ import triton.language as tl
 from triton_impl import prefill, update
 from triton_impl.arithmetic import Norm, finish, load_weights, native_ptx, round_to, widen, word_bits
 from triton_impl.config import MAX_GRID_YZ, next_power_of_2
-from triton_impl.launch import Launch, known_pad, program_grid, strides_of
+from triton_impl.launch import Launch, known_pad, overlaps, program_grid, strides_of, wait_for_inputs
 from triton_impl.prefill import block_of_row, row_of_program, slot_in_layout
 from triton_impl.records import (
     Channels,
@@ -234,6 +234,7 @@ def _prologue_kernel(
     # mapping of programs; the taps are under way while the row is looked for
     block_d, place = channel_block_and_place(channel_blocks, v.folded)
     channels, out = head_channels(block_d, out, tokens, h, v.block_d)
+    wait_for_inputs(v)
     weights = load_weights(weight, bias, strides, channels, v)
     row, start, end, slot, flag, block = row_of_program(rows, place, v)
     last_block = (end - start - 1) // v.block_t
@@ -271,6 +272,7 @@ def _prologue_update_kernel(
     first = place.to(tl.int64) * v.rows
     indices = Items(cache_indices, strides.cache_indices)
     pool = Pool(conv_states, num_slots, pad_slot_id)
+    wait_for_inputs(v)
     if block_d >= h.gates_from:
         t = first + tl.arange(0, v.rows)
         _, live = find_slot(indices, t, t < batch, num_slots, pad_slot_id)
@@ -403,6 +405,8 @@ def prepare(call, sizes, config, stores):
         levels=0,
         aligned=False,
         ptx=native_ptx(),
+        pdl=overlaps(call.x.device),
+        hurry=True,
         hip=torch.version.hip is not None,
     )
     strides = Strides(*strides_of(call, ARRAYS))._replace(**_gate_strides(call))
@@ -417,7 +421,7 @@ def prepare(call, sizes, config, stores):
         constants(h),
         *_variants(options, call, sizes),
     )
-    return Launch(_prologue_kernel, grid, values, num_warps=config.num_warps)
+    return Launch(_prologue_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
 
 
 def prepare_update(call, sizes, config):
@@ -441,6 +445,8 @@ def prepare_update(call, sizes, config):
         rows=config.rows,
         block_d=config.block_d,
         ptx=native_ptx(),
+        pdl=overlaps(call.x.device),
+        hurry=config.hurry,
     )
     strides = UpdateStrides(*strides_of(call, UPDATE_ARRAYS))._replace(**_gate_strides(call, rows=True))
     strides = strides._replace(x=(call.x.stride(0), call.x.stride(-1)))
@@ -453,7 +459,9 @@ def prepare_update(call, sizes, config):
         constants(h),
         *_variants(options, call, sizes),
     )
-    return Launch(_prologue_update_kernel, grid, values, num_warps=config.num_warps)
+    return Launch(
+        _prologue_update_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None
+    )
 
 
 def prepare_behind(call, sizes, config, copies):
