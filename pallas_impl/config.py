@@ -116,7 +116,7 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
     """
     block_d = choose_block_d(dim)
     average = tokens // max(batch, 1)
-    enough = tokens * cdiv(dim, block_d) >= 32 * 1056  # for every program an H100 holds at once
+    enough = tokens * cdiv(dim, block_d) >= 16 * 1056  # for every program an H100 holds at once
     block_t = 16 if enough and average >= 8 else 8
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     row_blocks = max(cdiv(longest, block_t), 1)
