@@ -102,14 +102,22 @@ def prefill_config(
         elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
             channels = 2
             block_t = group = 16
+        elif max_seqlen is not None and max(max_seqlen, width - 1) <= 8:  # rows of one short block
+            channels, block_t, group = 4, 8, 8
         else:  # short rows mostly wait: fewer registers, so that more of them wait at a time
             channels, block_t, group, stages = 4, 16, 8, 2
-        block_d = min(max(next_power_of_2(dim), warp_size), 4 * warp_size * channels)
+        most = 4 * warp_size * channels
+        if not small and (block_t == 8 or (channels == 2 and -dim % most >= most // 2)):
+            most //= 2  # a short block, or half of the lanes of the last one idle
+        block_d = min(max(next_power_of_2(dim), warp_size), most)
         num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
     at_once = small and (batch + 1) * row_blocks * -(-dim // block_d) <= PROGRAMS_AT_ONCE
+    whole = (
+        walk and row_blocks == 1
+    )  # a block a row: no more programs than flat has, and none looks for its row
     return PrefillConfig(
-        flat=schedule == "flat" or (schedule == "auto" and not at_once),
+        flat=schedule == "flat" or (schedule == "auto" and not (at_once or whole)),
         walk=walk,
         block_t=block_t,
         block_d=block_d,

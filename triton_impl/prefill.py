@@ -45,6 +45,7 @@ from triton_impl.launch import (
     wait_for_inputs,
 )
 from triton_impl.records import (
+    Channels,
     Items,
     Row,
     Rows,
@@ -302,6 +303,16 @@ def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
 
 
 @triton.jit
+def _new_window(x, row, channels, o: tl.constexpr):
+    """The window behind a row's last token."""
+    entries = ()
+    for c in tl.static_range(o.width - 1):
+        position = row.end + (c - o.width + 1)
+        entries = entries + (_entry(x, row, position, channels, row.slot.ptr.dtype.element_ty, o),)
+    return entries
+
+
+@triton.jit
 def block_of_row(x, residual, out, row, first, channels, weights, o: tl.constexpr):
     """The block of a row that begins at token `first`: outputs, and where it is the first, the new window."""
     last = first + tl.minimum(row.end - first, o.block_t)
@@ -309,18 +320,22 @@ def block_of_row(x, residual, out, row, first, channels, weights, o: tl.constexp
         if o.walk and (row.end - row.start == 1):
             _token(x, residual, out, row, channels, weights, o)
         else:
+            leaves = first <= row.start
+            entries = ()
+            early: tl.constexpr = o.walk and o.stores and not o.flat and o.block_t <= 8  # one wait less
+            if early:
+                some = Channels(channels.index, channels.exist & holds(leaves))
+                entries = _new_window(x, row, some, o)
             if o.walk:
                 _walk_block(x, residual, out, row, first, last, channels, weights, o)
             else:
                 _tile_block(x, residual, out, row, first, last, channels, weights, o)
             if o.stores and o.width > 1:
-                if first <= row.start:
-                    dtype: tl.constexpr = row.slot.ptr.dtype.element_ty
-                    entries = ()
-                    for c in tl.static_range(o.width - 1):
-                        position = row.end + (c - o.width + 1)
-                        entries = entries + (_entry(x, row, position, channels, dtype, o),)
-                    _leave_window(entries, row.slot, channels, o)
+                if leaves:
+                    if early:
+                        _leave_window(entries, row.slot, channels, o)
+                    else:
+                        _leave_window(_new_window(x, row, channels, o), row.slot, channels, o)
     else:
         zero_tail(out, tl.maximum(first, row.start), last, 1, channels)
 
