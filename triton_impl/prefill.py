@@ -104,11 +104,11 @@ class Options(NamedTuple):
     levels: Any
     aligned: Any
     ptx: Any
-    pdl: Any
-    hurry: Any
     hip: Any
     norm: Any = None
     gate: Any = None
+    pdl: Any = False
+    hurry: Any = False
 
 
 @triton.jit

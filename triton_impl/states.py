@@ -44,9 +44,9 @@ class Options(NamedTuple):
     span: Any
     search: Any
     block_d: Any
-    pdl: Any
-    hurry: Any
     gate: Any = None
+    pdl: Any = False
+    hurry: Any = False
 
 
 @triton.jit

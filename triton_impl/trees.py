@@ -56,9 +56,9 @@ class Options(NamedTuple):
     nodes: Any
     block_d: Any
     ptx: Any
-    pdl: Any
-    hurry: Any
     gate: Any = None
+    pdl: Any = False
+    hurry: Any = False
 
 
 @triton.jit

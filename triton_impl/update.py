@@ -58,11 +58,11 @@ class Options(NamedTuple):
     rows: Any
     block_d: Any
     ptx: Any
-    pdl: Any
-    hurry: Any
     layout: Any = "front"
     norm: Any = None
     gate: Any = None
+    pdl: Any = False
+    hurry: Any = False
 
 
 @triton.jit

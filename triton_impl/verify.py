@@ -86,9 +86,9 @@ class Options(NamedTuple):
     folded: Any
     block_d: Any
     ptx: Any
-    pdl: Any
-    hurry: Any
     gate: Any = None
+    pdl: Any = False
+    hurry: Any = False
 
 
 @triton.jit
