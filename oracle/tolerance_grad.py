@@ -42,16 +42,18 @@ def gradient_bounds(
     query_start_loc: Any = None,
     *,
     activation: str | None = None,
+    dout_error: np.ndarray | None = None,
 ) -> Gradients:
     """The largest allowed |gradient - reference| of every element, for arguments as in `causal_conv1d_backward`.
 
-    Each gradient has the dtype of its argument.
+    Each gradient has the dtype of its argument. `dout_error` is how far dout itself may lie from what is given.
     """
     sizes = contract.RowsCall(x, weight, bias, initial_states, query_start_loc, activation=activation).check()
     history = sizes.width - 1
     w = typed(weight).values()
     start = np.zeros(sizes.dim) if bias is None else typed(bias).values()
     upstream = float64(dout).reshape(sizes.tokens, sizes.dim)
+    moved = np.zeros(upstream.shape) if dout_error is None else dout_error.reshape(upstream.shape)
     upstream_state = None if dfinal_states is None else np.abs(float64(dfinal_states))
     u, taken = UNIT_ROUNDOFF_FLOAT32, SMALLEST_NORMAL_FLOAT32
     rounded = (min(BLOCK, sizes.tokens) + -(-sizes.tokens // BLOCK) + sizes.batch + 2) * u
@@ -66,10 +68,11 @@ def gradient_bounds(
         pre = start + sum(w[:, j] * taps[j] for j in range(sizes.width))
         magnitude = np.abs(start) + sum(np.abs(w[:, j] * taps[j]) for j in range(sizes.width))
         g = upstream[row.tokens]
-        g_error = np.zeros(g.shape)
+        g_error = moved[row.tokens]
         if activation:
-            g_error = np.abs(g) * slope_error(pre, 2 * sizes.width * u * magnitude)
-            g = g * silu_slope(pre)
+            slope, inexact = silu_slope(pre), slope_error(pre, 2 * sizes.width * u * magnitude)
+            g_error = np.abs(g) * inexact + g_error * (np.abs(slope) + inexact)
+            g = g * slope
             g_error += u * np.abs(g) + taken
         size = np.abs(g) + g_error
 
