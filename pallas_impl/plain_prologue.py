@@ -5,6 +5,7 @@ import operator
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from oracle.contract_prologue import PrologueOutput, PrologueWindowOutput
 from pallas_impl import plain
@@ -173,4 +174,16 @@ def decay(value, A_log, dt_bias, lower_bound):
 def rate(value, storage):
     """beta of b's values; rounded to the dtype `storage`, if there is one."""
     found = sigmoid(value.astype(jnp.float32))
-    return found if storage is None else found.astype(storage).astype(jnp.float32)
+    return found if storage is None else stored(found, storage)
+
+
+def stored(value, dtype):
+    """Float32 values in [0, 1] as a dtype holds them; XLA may leave out a conversion there and back."""
+    kind = jnp.finfo(dtype)
+    near = lax.reduce_precision(value, kind.nexp, kind.nmant)
+    if kind.nexp == 8:
+        return near
+    steps = float(
+        1 << (kind.nmant - kind.minexp)
+    )  # below the normal values, which reduce_precision has as zero
+    return jnp.where(value < kind.smallest_normal, jnp.round(value * steps) / steps, near)

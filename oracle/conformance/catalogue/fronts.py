@@ -83,7 +83,7 @@ def prologues() -> list[Case]:
               num_slots=6, tail=5, tier="core"),
         front("padding-f32", _DEAD, dtype=f32, channel=True, lengths=(2, 3, 1, 4), slots=(4, -1, 0, 9), num_slots=6, tail=5,
               options={"qk_l2norm": False}),
-        front("empty-rows", "empty-sequence-mishandled", lengths=(2, 0, 1, 0), slots=(3, 3, 1, 7), num_slots=8, tail=3,
+        front("empty-rows", "empty-sequence-mishandled", lengths=(2, 0, 1, 0), slots=(3, 5, 1, 7), num_slots=8, tail=3,
               options={"empty_rows": "apply"}, has=(True, False, False, True)),
         front("no-rows", "empty-sequence-mishandled", lengths=(), tail=4),
         front("back", "wide-slot-window-misplaced", state_len=6, options={"state_layout": "back"}, lengths=(2, 9)),
