@@ -135,7 +135,9 @@ def test_a_cache_that_is_given_is_read(library):
     assert same([jnp.concatenate([first, second], axis=1)], [module(x).out])
 
 
-@pytest.mark.parametrize("backend", ["xla", "mosaic_gpu_interpret"])
+@pytest.mark.parametrize(
+    "backend", ["xla", "mosaic_gpu_interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu)]
+)
 def test_gradients(library, backend):
     """Of the parameters and of x, through the differentiable form."""
     module = create(library, 8, 3, backend=backend)
@@ -151,6 +153,42 @@ def test_gradients(library, backend):
         found = library.equinox.filter_grad(lambda module: loss(x, module))(module)
     for got, want in zip((dx, found.weight[...], found.bias[...]), wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_training_on_explicit_axes(library):
+    """Five steps on the kernels over a mesh as `jax.make_mesh` makes it, rows split: the losses of one GPU."""
+    devices = jax.devices()[:2]
+    mesh = jax.make_mesh((len(devices),), ("data",), devices=devices)
+    module = create(library, 256, 4)
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((4, 40, 256)), jnp.float32)
+    if library.__name__.endswith("nnx"):
+        graph, state = library.nnx.split(module)
+        run = lambda state, x: library.nnx.merge(graph, state)(x).out  # noqa: E731
+    else:
+        state, static = library.equinox.partition(module, library.equinox.is_array)
+        run = lambda state, x: library.equinox.combine(state, static)(x).out  # noqa: E731
+
+    target = 2 * run(state, x)
+
+    @jax.jit
+    def step(state, x, target):
+        loss, slope = jax.value_and_grad(lambda state: ((run(state, x) - target) ** 2).mean())(state)
+        return loss, jax.tree.map(lambda a, g: a - 100 * g, state, slope)
+
+    def losses(place):
+        held, given, wanted = jax.device_put(state, place(())), *jax.device_put((x, target), place(("data",)))
+        found = []
+        for _ in range(5):
+            loss, held = step(held, given, wanted)
+            found.append(float(loss))
+        return found
+
+    alone = losses(lambda spec: devices[0])
+    with jax.set_mesh(mesh):
+        split = losses(lambda spec: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    np.testing.assert_allclose(split, alone, rtol=1e-5)
+    assert alone[-1] < 0.9 * alone[0]
 
 
 def test_decode_takes_packed_rows_and_serving_arguments(library):

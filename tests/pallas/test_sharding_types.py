@@ -43,6 +43,14 @@ def put(mesh, specs, arrays):
     return {name: jax.device_put(a, NamedSharding(mesh, specs.get(name, P()))) for name, a in arrays.items()}
 
 
+def widened(arrays):
+    """The arrays with 64 times as many channels."""
+    return {
+        n: jnp.repeat(a, 64, 0 if n in ("weight", "bias") else -1) if a.shape[-1] == DIM or n == "weight" else a
+        for n, a in arrays.items()
+    }
+
+
 def training(**options):
     return functools.partial(pallas_impl.causal_conv1d, activation="silu", **options)
 
@@ -170,11 +178,10 @@ def test_kernels_lower_for_two_gpus(name):
     """Explicit axes: one kernel a device (and the second of a prefill), on its own part."""
     make, arrays, specs = CALLS[name]
     mesh = AbstractMesh((2,), ("d",), axis_types=(AxisType.Explicit,))
-    wide = {n: jnp.repeat(a, 64, 0 if n in ("weight", "bias") else -1) if a.shape[-1] == DIM or n == "weight" else a
-            for n, a in arrays.items()}  # fmt: skip
     shapes = {
-        n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, specs.get(n, P()))) for n, a in wide.items()
-    }  # fmt: skip
+        n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, specs.get(n, P())))
+        for n, a in widened(arrays).items()
+    }
     text = jax.jit(make(backend="mosaic_gpu")).trace(**shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call @mosaic_gpu" in text
     assert not COLLECTIVE.search(text)
@@ -254,3 +261,53 @@ def test_the_compiler_gathers_nothing_for_a_kernel(plain_kernels):
             Exception, match=f"Unsupported: {message}"
         ):  # by way of XLA, which raises its own class
             jax.jit(make(backend="mosaic_gpu_interpret")).lower(**put(mesh, specs, arrays)).compile()
+
+
+# On GPUs: a mesh of one, or of two where there are two.
+
+
+def on_gpus(name, kind):
+    """(a call of `CALLS` on the kernels, its arrays with enough channels, the same split over at most two GPUs)."""
+    make, arrays, specs = CALLS[name]
+    arrays = widened(arrays)
+    devices = jax.devices("gpu")[:2]
+    mesh = jax.make_mesh((len(devices),), ("d",), axis_types=(kind,), devices=devices)
+    return make(backend="mosaic_gpu"), jax.device_put(arrays, devices[0]), put(mesh, specs, arrays)
+
+
+def same_bits(found, wanted):
+    return np.array_equal(np.asarray(found).view(np.uint32), np.asarray(wanted).view(np.uint32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("name", CALLS)
+def test_gpus_give_the_bits_of_one(name, kind, wrap):
+    run, arrays, placed = on_gpus(name, kind)
+    wanted, got = run(**arrays), wrap(run)(**placed)
+    for found, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert same_bits(found, want)
+        assert len(found.sharding.device_set) == min(2, jax.device_count())
+        chosen_by_xla = kind is AxisType.Auto and wrap is jax.jit
+        assert jax.device_count() == 1 or chosen_by_xla or not found.sharding.is_fully_replicated
+    if wrap is jax.jit:
+        assert not COLLECTIVE.search(wrap(run).lower(**placed).compile().as_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=["explicit", "auto"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("training")])
+def test_gpus_give_the_gradients_of_one(name, kind):
+    """Those of weight and bias are sums over the devices that split rows, so of other roundings."""
+    run, arrays, placed = on_gpus(name, kind)
+    if name == "training, channels of x alone":
+        placed |= {n: jax.device_put(placed[n], NamedSharding(placed["x"].sharding.mesh, P("d"))) for n in ("weight", "bias")}
+    gradients = jax.jit(jax.grad(lambda arrays: sum((a**2).sum() for a in run(**arrays))))
+    wanted = gradients(arrays)
+    with jax.set_mesh(placed["x"].sharding.mesh):
+        found = gradients(placed)
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, wanted[name], rtol=1e-5, atol=1e-5)
+        if kind is AxisType.Explicit:
+            assert gradient.sharding.is_equivalent_to(placed[name].sharding, gradient.ndim)
