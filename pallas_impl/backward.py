@@ -290,7 +290,7 @@ def _kernel(refs, *, columns, config, silu, interpret):
             """Token t of the block; returns the gradient of the entry that it completes."""
             past, gs, sums = carry
             past = (*past, tile[t].astype(jnp.float32))
-            g, *sums = _step(
+            g, *sums = gradient_step(
                 past,
                 taps,
                 bias,
@@ -347,7 +347,7 @@ def _zeros(interpret):
     return in_layout(jnp.zeros((BACKWARD_D,), jnp.float32), interpret=interpret)
 
 
-def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interpret):
+def gradient_step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interpret):
     """One token: its g, zero unless it is `here` in the row, and the sums with it added where it is `counted`."""
     width = len(taps)
     if interpret:
@@ -356,7 +356,7 @@ def _step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interp
             g = g * silu_slope(convolve(past, taps, bias, silu=False, interpret=True))
         g = jnp.where(here, g, 0.0)
         terms = [value * g for value in past] + [g] * has_bias
-        return g, *(jnp.where(counted, s + term, s) for s, term in zip(sums, terms, strict=True))
+        return g, *(jnp.where(counted, s + term, s) for s, term in zip(sums, terms, strict=False))
 
     kind, scalar = layout(BACKWARD_D), plgpu.Layout.WG_SPLAT
     row = plgpu.ShapeDtypeStruct((BACKWARD_D,), jnp.float32, kind)

@@ -53,6 +53,15 @@ def run_prefill(call):
     return _run_prefill(call, sizes, backend)
 
 
+def prefill_part(call):
+    """Runs an `FnCall` on a kernel, which stores no state. Returns (out, `Arrays` behind it, `Options`) for other kernels."""
+    call, sizes, backend = _checked(call, call.x)
+    options = _prefill_options(call, sizes, backend)._replace(commit=False)
+    arrays = _narrow(_arrays(call), sizes.batch, options)
+    out, pool = _prefill(arrays, options)
+    return out, arrays._replace(conv_states=pool), options._replace(interpret=interpreter(options.interpret))
+
+
 def _run_prefill(call, sizes, backend):
     return ConvOutput(*_prefill(_arrays(call), _prefill_options(call, sizes, backend)))
 

@@ -20,13 +20,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from oracle.contract import ConvOutput, FnCall, RowsCall, Unsupported, normalised
-from pallas_impl import api, plain
+from pallas_impl import api, exchange, plain
 from pallas_impl.arithmetic import WARPGROUP
 from pallas_impl.backward import differentiate
-from pallas_impl.call import interpreter, resolve
+from pallas_impl.call import interpreter, prefill_part, resolve
 from pallas_impl.config import cdiv
 from pallas_impl.launch import run
-from pallas_impl.tracing import vary_alike
+from pallas_impl.records import Arrays
+from pallas_impl.records import Options as KernelOptions
+from pallas_impl.tracing import axes_are_typed, vary_alike
 
 TOGETHER = 8  # devices whose last tokens travel with the new windows in one sum
 
@@ -91,6 +93,13 @@ def causal_conv1d_fn(
     begin = lax.axis_index(axis_name) * tokens
     offsets = plain.offsets(query_start_loc, lax.axis_size(axis_name) * tokens)
     starts = jnp.clip(offsets - begin, 0, tokens)
+    if _mends_on_kernels(backend, x, weight, conv_states, axis_name) and batch:
+        if conv_states is None:
+            told = _halo(x, history, axis_name)[None]
+        else:
+            told = lax.all_gather(exchange.message(x, offsets, begin, history), axis_name)
+        part = call._replace(query_start_loc=starts)
+        return _prefill_on_kernels(part, told, offsets, _spread(begin, offsets), axis_name)
     here = offsets[:-1] >= begin  # the row does not begin in an earlier part
 
     slots = rows = None
@@ -171,6 +180,25 @@ def causal_conv1d_fn(
     new = lax.bitcast_convert_type(told, conv_states.dtype)
     written = jnp.where(offsets[1:] > offsets[:-1], slots, -1)
     return ConvOutput(out, plain.write_windows(conv_states, written, new))
+
+
+def _mends_on_kernels(backend, x, weight, conv_states, axis_name):
+    """Whether the kernels of `exchange` do what is left to do at the cuts."""
+    if backend == "xla" or not exchange.fits(x.shape[0], x.shape[1], weight.shape[1] - 1):
+        return False
+    if conv_states is None:
+        return True
+    # A pool that is the same on all devices comes from a kernel without a type that says so.
+    return lax.axis_size(axis_name) <= TOGETHER and conv_states.size > 0 and not axes_are_typed(x)
+
+
+def _prefill_on_kernels(part, told, offsets, begin, axis_name):
+    """A ConvOutput of a checked `FnCall` on a part of the tokens, with its own offsets; `offsets` are of the whole."""
+    out, arrays, options = prefill_part(part)
+    out, told = lax.optimization_barrier((out, told))  # the kernel waits for nothing from afar
+    arrays = arrays._replace(query_start_loc=offsets)
+    whole = lax.axis_size(axis_name) * part.x.shape[0]
+    return ConvOutput(*exchange.mend_first(out, arrays, told, begin, whole=whole, options=options))
 
 
 def causal_conv1d(
@@ -283,6 +311,13 @@ def _forward(options, x, weight, bias, query_start_loc):
             jnp.zeros((history, x.shape[1]), x.dtype),
         )
     halo, head, out = _halo(x, history, options.axis_name), min(tokens, history), None
+    if _mends_on_kernels(options.backend, x, weight, None, options.axis_name):
+        activation, max_seqlen, schedule, backend = options.of(tokens)
+        part = FnCall(
+            x, weight, bias, None, starts, activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend
+        )  # fmt: skip
+        out = _prefill_on_kernels(part, halo[None], offsets, _spread(begin, offsets), options.axis_name).out
+        return out, (x, weight, bias, query_start_loc, halo)
     if head < tokens:
         out, halo = lax.optimization_barrier((convolve(tokens, None), halo))  # as in a prefill
     first = convolve(head, _windows(halo, offsets, begin))
@@ -304,7 +339,14 @@ def _backward(options, residuals, dout):
     precise = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
     inputs = x, *precise, _windows(halo, offsets, begin), starts
     dx, dweight, dbias, *_ = differentiate(options.of(tokens), inputs, (dout, None))
-    if after is not None:
+    if after is not None and _mends_on_kernels(options.backend, x, weight, None, options.axis_name):
+        dx, after = lax.optimization_barrier((dx, after))
+        arrays = Arrays(x=x, weight=weight, bias=bias, query_start_loc=offsets)
+        interpret = interpreter(options.backend == "mosaic_gpu_interpret")
+        static = KernelOptions(silu=options.activation is not None, interpret=interpret)
+        whole = lax.axis_size(options.axis_name) * tokens
+        dx = exchange.mend_last(dx, dout, arrays, after, _spread(begin, offsets), whole=whole, options=static)
+    elif after is not None:
         dx, after = lax.optimization_barrier((dx, after))
         last = _last_dx(options, dout, x, weight, bias, offsets, halo, after, begin)
         dx = overwrite(dx, last, tokens - last.shape[0], options.backend)
@@ -314,6 +356,11 @@ def _backward(options, residuals, dout):
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+def _spread(begin, offsets):
+    """The begin of a part as an array of the offsets' shape: XLA then computes both in one kernel."""
+    return jnp.broadcast_to(begin, offsets.shape)
 
 
 def _place(options, x, query_start_loc):

@@ -29,6 +29,11 @@ def vary_alike(*arrays):
     return jax.tree.map(lambda array: _vary(array, axes), arrays)
 
 
+def axes_are_typed(array):
+    """Whether an array's type says over which axes of a `jax.shard_map` it varies: not if that was told to check nothing."""
+    return bool(_varying(array))
+
+
 def beside_shard_map(run, arrays):
     """`run(arrays)`, where inside `jax.shard_map` no type says over which axes an array varies; results vary as arrays do.
 
