@@ -11,6 +11,7 @@ places up in their order, so the sums have the same bits in every run and in bot
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from pallas_impl.arithmetic import (
     silu_slope_of_register,
 )
 from pallas_impl.call import CLIPS, interpreter
-from pallas_impl.config import BACKWARD_D, backward_config, cdiv, tma_dim
+from pallas_impl.config import BACKWARD_D, BackwardConfig, backward_config, cdiv, tma_dim
 from pallas_impl.launch import run
 from pallas_impl.rows import copy_out, find_row, row_facts, store_rows, store_zeros
 from pallas_impl.tracing import refuse_transforms
@@ -43,13 +44,15 @@ from pallas_impl.tracing import refuse_transforms
 GROUP = 8  # tokens between two turns of the loop, and places of the workspace loaded at a time
 
 
-def differentiate(options, inputs, upstream):
+def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=None):
     """The gradients of the differentiable form.
 
     Args:
       options: (activation, max_seqlen, schedule, backend).
       inputs: x [tokens, dim], weight, bias, initial_states, query_start_loc.
       upstream: the gradients of its two results, None where no loss depends on one.
+      unrounded: those of weight and bias are wanted as float32.
+      before_sums: an array, which is to have arrived before the kernel of the sums begins.
 
     Returns:
       A gradient for each of `inputs`, None for query_start_loc.
@@ -60,22 +63,34 @@ def differentiate(options, inputs, upstream):
         dout = jnp.zeros_like(inputs[0])
 
     if backend == "xla" or inputs[0].size == 0 or inputs[-1].shape[0] == 1:
-        found = plain.backward(dout, dfinal, *inputs, silu=activation is not None)
+        x, weight, bias, *others = inputs
+        if unrounded:  # float32 copies change no product
+            weight, bias = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
+        found = plain.backward(dout, dfinal, x, weight, bias, *others, silu=activation is not None)
     else:
         arrays = refuse_transforms(dout, dfinal, *inputs[:4])
-        interpret = backend == "mosaic_gpu_interpret"
-        found = _padded(*arrays, inputs[4], activation is not None, max_seqlen, schedule, interpret)
+        (tokens, dim), batch = inputs[0].shape, inputs[-1].shape[0] - 1
+        config = backward_config(tokens, dim, batch, inputs[0].dtype.itemsize, max_seqlen, schedule)
+        static = _Options(activation is not None, config, backend == "mosaic_gpu_interpret", unrounded)
+        found = _padded(*arrays, inputs[4], before_sums, static)
     return (*found, None)
 
 
-def _padded(
-    dout, dfinal, x, weight, bias, initial_states, query_start_loc, silu, max_seqlen, schedule, interpret
-):
+class _Options(NamedTuple):
+    """`interpret` is a bool, below `_padded` False or the parameters of Pallas' GPU interpreter."""
+
+    silu: bool
+    config: BackwardConfig
+    interpret: Any
+    unrounded: bool
+
+
+def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, before_sums, o):
     """Calls the kernels with arrays that TMA can address: a dim that is too short or odd is padded."""
-    (tokens, dim), batch = x.shape, query_start_loc.shape[0] - 1
+    tokens, dim = x.shape
     arrays = [a for a in (dout, dfinal, x, initial_states) if a is not None]
     extra = tma_dim(dim, tuple(a.dtype.itemsize for a in arrays)) - dim
-    if interpret and not CLIPS:
+    if o.interpret and not CLIPS:
         extra = -dim % BACKWARD_D
     starts = query_start_loc
     if starts.dtype != jnp.int32:
@@ -86,7 +101,6 @@ def _padded(
             return array
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
 
-    config = backward_config(tokens, dim, batch, x.dtype.itemsize, max_seqlen, schedule)
     dx, dweight, dbias, dinitial = launch(
         wide(dout),
         wide(dfinal),
@@ -95,9 +109,8 @@ def _padded(
         wide(bias),
         wide(initial_states),
         starts,
-        silu=silu,
-        config=config,
-        interpret=interpreter(interpret),
+        before_sums,
+        o._replace(interpret=interpreter(o.interpret)),
     )
     return (
         dx[:, :dim],
@@ -107,7 +120,7 @@ def _padded(
     )
 
 
-def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, silu, config, interpret):
+def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, before_sums, o):
     """Runs both kernels.
 
     Args:
@@ -115,19 +128,20 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, si
       dfinal: [batch, width-1, dim], or None.
       weight, bias, initial_states: as in `causal_conv1d`.
       query_start_loc: [batch+1] int32.
-      config: a `BackwardConfig`.
-      interpret: False, or the parameters of Pallas' GPU interpreter.
+      before_sums: as in `differentiate`.
+      o: `_Options`.
 
     Returns:
-      (dx, dweight, dbias, dinitial), each in the dtype of its argument; dbias and dinitial None without one.
+      (dx, dweight, dbias, dinitial), each in the dtype of its argument, dweight and dbias float32 if unrounded; dbias and
+      dinitial None without one.
     """
     (tokens, dim), width = x.shape, weight.shape[1]
     batch, history = query_start_loc.shape[0] - 1, width - 1
     if history == 0:
         dfinal = None
     columns = cdiv(dim, BACKWARD_D)
-    places = tokens // config.block_t + batch + 1
-    blocks = places if config.flat else (batch + 1) * config.row_blocks
+    places = tokens // o.config.block_t + batch + 1
+    blocks = places if o.config.flat else (batch + 1) * o.config.row_blocks
     kinds = width + (bias is not None)
 
     operands = {"x": x, "dout": dout, "weight": weight, "query_start_loc": query_start_loc}
@@ -141,8 +155,8 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, si
 
     rows = lambda n, dtype: plgpu.SMEM((n, BACKWARD_D), dtype)  # noqa: E731
     scratch = {
-        "tile": rows(config.block_t + history, x.dtype),
-        "upstream": rows(config.block_t + history, dout.dtype),
+        "tile": rows(o.config.block_t + history, x.dtype),
+        "upstream": rows(o.config.block_t + history, dout.dtype),
         "edge": rows(max(history, 1), x.dtype),
         "total": rows(kinds, jnp.float32),
         "tile_ready": plgpu.Barrier(num_arrivals=2),
@@ -158,20 +172,26 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, *, si
         scratch |= {"late": rows(history, dfinal.dtype), "late_ready": plgpu.Barrier(num_arrivals=1)}
 
     found = run(
-        functools.partial(_kernel, columns=columns, config=config, silu=silu, interpret=bool(interpret)),
+        functools.partial(
+            _kernel, columns=columns, config=o.config, silu=o.silu, interpret=bool(o.interpret)
+        ),
         "backward",
         blocks * columns,
         operands,
         outputs,
         scratch,
-        interpret=interpret,
-        tokens=places * config.block_t,
+        interpret=o.interpret,
+        tokens=places * o.config.block_t,
     )
     found = dict(zip(outputs, found, strict=True))
-    total = add_places(found["sums"], interpret)[:, :dim]
+    sums = found["sums"]
+    if before_sums is not None:
+        sums, _ = lax.optimization_barrier((sums, before_sums))
+    total = add_places(sums, o.interpret)[:, :dim]
     dinitial = found.get("dinitial", initial_states)  # with width 1 it has no elements
-    dbias = None if bias is None else total[width].astype(bias.dtype)
-    return found["dx"], total[:width].T.astype(weight.dtype), dbias, dinitial
+    rounded = lambda sums, array: sums if o.unrounded else sums.astype(array.dtype)  # noqa: E731
+    dbias = None if bias is None else rounded(total[width], bias)
+    return found["dx"], rounded(total[:width].T, weight), dbias, dinitial
 
 
 def _kernel(refs, *, columns, config, silu, interpret):

@@ -7,8 +7,8 @@ tokens. So `dx` is summed in one place, in the order of one device, and rounded 
 would add up rounded sums. It costs as many bytes as a float32 gradient would.
 
 The main kernel waits for neither. It runs at once, wrong at the cut, while what it lacks is on its way; the width-1
-tokens at the cut are then computed again and written over. All are plain calls of the operation, so the bits are
-those of one device.
+tokens at the cut are then computed again and written over: on kernels by one small launch (`exchange`), else by plain
+calls of the operation. Both use its own arithmetic, so the bits are those of one device.
 """
 
 import functools
@@ -335,10 +335,11 @@ def _backward(options, residuals, dout):
     if tokens and history:  # asked for before the main kernel starts, read after it
         heads = jnp.concatenate([x[:history], dout[:history]], axis=1)
         after = _halo(heads, history, options.axis_name, after=True)
-    # Float32 copies of weight and bias, which change no product, so that their gradients come unrounded.
-    precise = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
-    inputs = x, *precise, _windows(halo, offsets, begin), starts
-    dx, dweight, dbias, *_ = differentiate(options.of(tokens), inputs, (dout, None))
+    inputs = x, weight, bias, _windows(halo, offsets, begin), starts
+    # XLA hides one exchange behind what it takes for long enough; behind the sums alone it would not be hidden.
+    dx, dweight, dbias, *_ = differentiate(
+        options.of(tokens), inputs, (dout, None), unrounded=True, before_sums=after
+    )
     if after is not None and _mends_on_kernels(options.backend, x, weight, None, options.axis_name):
         dx, after = lax.optimization_barrier((dx, after))
         arrays = Arrays(x=x, weight=weight, bias=bias, query_start_loc=offsets)

@@ -73,8 +73,12 @@ def _first_kernel(refs, *, batch, columns, whole, o):
     channels = pl.ds(column * WARPGROUP, WARPGROUP)
     begin = refs.begin[0]
     start, end = row_facts(refs.query_start_loc, row, batch, whole)
-    slot, live = find_slot(refs.cache_indices, row, batch, None if pool is None else pool.shape[0], o.pad_slot_id)
-    stateful = refs.has_initial_state[row] if pool is not None and refs.has_initial_state is not None else False
+    slot, live = find_slot(
+        refs.cache_indices, row, batch, None if pool is None else pool.shape[0], o.pad_slot_id
+    )
+    stateful = (
+        refs.has_initial_state[row] if pool is not None and refs.has_initial_state is not None else False
+    )
 
     def entry(device, i, position, dtype):
         """The row's input at a position, which vector i of a device is, or before the row one of its old window."""

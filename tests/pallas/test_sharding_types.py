@@ -46,7 +46,9 @@ def put(mesh, specs, arrays):
 def widened(arrays):
     """The arrays with 64 times as many channels."""
     return {
-        n: jnp.repeat(a, 64, 0 if n in ("weight", "bias") else -1) if a.shape[-1] == DIM or n == "weight" else a
+        n: jnp.repeat(a, 64, 0 if n in ("weight", "bias") else -1)
+        if a.shape[-1] == DIM or n == "weight"
+        else a
         for n, a in arrays.items()
     }
 
@@ -302,7 +304,10 @@ def test_gpus_give_the_gradients_of_one(name, kind):
     """Those of weight and bias are sums over the devices that split rows, so of other roundings."""
     run, arrays, placed = on_gpus(name, kind)
     if name == "training, channels of x alone":
-        placed |= {n: jax.device_put(placed[n], NamedSharding(placed["x"].sharding.mesh, P("d"))) for n in ("weight", "bias")}
+        placed |= {
+            n: jax.device_put(placed[n], NamedSharding(placed["x"].sharding.mesh, P("d")))
+            for n in ("weight", "bias")
+        }
     gradients = jax.jit(jax.grad(lambda arrays: sum((a**2).sum() for a in run(**arrays))))
     wanted = gradients(arrays)
     with jax.set_mesh(placed["x"].sharding.mesh):

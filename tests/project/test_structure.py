@@ -16,7 +16,6 @@ FOLDERS = ("modules", "compat")  # what stands in them follows each framework's 
 ONE_TWIN_ONLY = {
     "pallas_impl/parts.py": "arrays that know how they are split over a mesh are JAX's idea",
     "pallas_impl/sharding.py": "arguments split over a mesh are JAX's idea; torch has process groups",
-    "triton_impl/exchange.py": "kernels around collectives; in JAX XLA makes what is around its own",
     "triton_impl/packed_rows.py": "memory and views, which JAX arrays have not",
     "triton_impl/module.py": "the former place of a public class, three lines",
     "triton_impl/state_pool.py": "the former place of a public class, three lines",
