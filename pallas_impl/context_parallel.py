@@ -314,8 +314,16 @@ def _forward(options, x, weight, bias, query_start_loc):
     if _mends_on_kernels(options.backend, x, weight, None, options.axis_name):
         activation, max_seqlen, schedule, backend = options.of(tokens)
         part = FnCall(
-            x, weight, bias, None, starts, activation=activation, max_seqlen=max_seqlen, schedule=schedule, backend=backend
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            None,
+            starts,
+            activation=activation,
+            max_seqlen=max_seqlen,
+            schedule=schedule,
+            backend=backend,
+        )
         out = _prefill_on_kernels(part, halo[None], offsets, _spread(begin, offsets), options.axis_name).out
         return out, (x, weight, bias, query_start_loc, halo)
     if head < tokens:

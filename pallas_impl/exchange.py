@@ -178,9 +178,17 @@ def _last_kernel(refs, *, batch, columns, whole, o):
             past = (*past, token(t))
             g = read(dout, t, channels) if t < tokens else read(after, t - tokens, upstream_channels)
             (g,) = gradient_step(
-                past, taps, bias, g, (), (t >= start) & (t < end), jnp.bool_(False), silu=o.silu, has_bias=False,
+                past,
+                taps,
+                bias,
+                g,
+                (),
+                (t >= start) & (t < end),
+                jnp.bool_(False),
+                silu=o.silu,
+                has_bias=False,
                 interpret=interpret,
-            )  # fmt: skip
+            )
             gs = (*gs, g)
             if t >= tokens:
                 gradient = convolve(gs, taps[::-1], zero, silu=False, interpret=interpret)
