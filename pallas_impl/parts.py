@@ -14,7 +14,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from oracle.contract import Unsupported
-from pallas_impl.tracing import refuse_transforms
+from pallas_impl.tracing import refuse_transforms, without_references
 
 BATCH, CHANNELS = "rows", "channels"
 
@@ -117,7 +117,7 @@ def partitioned(run, call, roles, results, sums=()):
         )
 
         def part(*arrays):
-            found, tree = jax.tree.flatten(whole(*arrays))
+            found, tree = jax.tree.flatten(without_references(whole, *arrays))
             if rows is not None:
                 found = [jax.lax.psum(a, rows) if i in sums else a for i, a in enumerate(found)]
             return jax.tree.unflatten(tree, found)

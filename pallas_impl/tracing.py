@@ -90,6 +90,13 @@ def mappable(operation, rule):
     return mapped
 
 
+def without_references(run, *arrays):
+    """`run(*arrays)` without the references that kernels write to: `jax.jit` discharges them, `custom_partitioning` does not."""
+    traced, kinds = jax.make_jaxpr(run, return_shape=True)(*arrays)
+    found = jaxpr_as_fun(discharge.discharge_state(traced))(*jax.tree.leaves(arrays))
+    return jax.tree.unflatten(jax.tree.structure(kinds), found)
+
+
 @discharge.register_discharge_rule(custom_vmap_p)
 def _inline_custom_vmap(*given, call, **_):
     """What JAX 0.10 to 0.12 leave out: a kernel, which writes to references, inside `custom_vmap`. No vmap follows here."""

@@ -243,3 +243,31 @@ def test_training_over_two_gpus(two_h100s):
         "collective-permute-start", "backward", "collective-permute-done", "backward_sums",
         "all-reduce-start", "mend_last", "all-reduce-done",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d_fn", "causal_conv1d_update", "commit_windows"])
+def test_kernels_that_write_a_pool_split_by_the_compiler(two_h100s, monkeypatch, name):
+    """Auto axes inside jit, channels split: XLA takes the kernel, which writes to a reference, on each device's part."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    pool, x = ((8, 3, 512), "bfloat16", P(None, None, "d")), ((8, 512), "bfloat16", P(None, "d"))
+    weight = (512, 4), "bfloat16", P("d")
+    kinds = {
+        "causal_conv1d_fn": dict(
+            x=x, weight=weight, bias=None, conv_states=pool, query_start_loc=((3,), "int32", P())
+        ),
+        "causal_conv1d_update": dict(x=x, weight=weight, bias=None, conv_states=pool),
+        "commit_windows": dict(
+            conv_states=pool,
+            window_out=((2, 3, 3, 512), "bfloat16", P(None, None, None, "d")),
+            accepted_steps=((2,), "int32", P()),
+        ),
+    }[name]
+    arguments = {
+        key: kind and jax.ShapeDtypeStruct(*kind[:2], sharding=jax.sharding.NamedSharding(two_h100s, kind[2]))
+        for key, kind in kinds.items()
+    }
+    run = jax.jit(functools.partial(getattr(pallas_impl, name), backend="mosaic_gpu"))
+    with jax.set_mesh(two_h100s):
+        executable = run.trace(**arguments).lower(lowering_platforms=("cuda",)).compile()
+    assert len(re.findall(r"custom-call\(", executable.as_text())) == 1
+    assert not re.search(r"all-(gather|reduce|to-all)|collective-permute", executable.as_text())
