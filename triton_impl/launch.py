@@ -30,7 +30,9 @@ class Launch:
 
     def __init__(self, kernel, grid, values, **options):
         self._kernel, self._grid, self._values = kernel, grid, values
-        self._options = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        # said at each launch, since Triton 3.9 warns of the default and 3.10 changes it
+        self._options = {"enable_fp_fusion": True} | given
         self._again = self._entry = self._read = None
 
     def __call__(self, *tensors):
