@@ -3,9 +3,6 @@
 Ahead of a call stands a kernel that lets the next one begin at once, waits for half a millisecond, and only then copies.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import triton
@@ -159,42 +156,3 @@ def test_nothing_is_written_too_early(name, way):
     torch.cuda.synchronize()
     assert torch.equal(seen, before)
     assert name == "tree" or not torch.equal(memory, before), "a call that writes nothing shows nothing"
-
-
-@triton.jit
-def _never_wait(o: tl.constexpr):
-    """The wait in a branch that is never taken: a kernel without any would not be launched early at all."""
-    if tl.extra.cuda.globaltimer() == 0:
-        tl.extra.cuda.gdc_wait()
-
-
-def right_without_the_wait():
-    """The calls that are right although nothing waits; for a process of its own, before anything is compiled."""
-    for module in KERNELS:
-        module.wait_for_inputs = _never_wait
-    source = torch.zeros(8, dtype=torch.int64, device=DEVICE)
-    late_copy(source, source.clone())
-    right = []
-    for name in CALLS:
-        operation, arrays, options = call_of(name)
-        run(operation, arrays, options)
-        ready, views = in_one_memory(arrays)
-        arriving = torch.zeros_like(ready)
-
-        def late(source=ready, target=arriving, operation=operation, views=views, options=options):
-            late_copy(source, target)
-            return run(operation, views(target), options)
-
-        got = in_a_graph(late)
-        torch.cuda.synchronize()
-        if torch.equal(got, run(operation, views(ready), options)):
-            right.append(name)
-    return right
-
-
-def test_without_the_wait_calls_would_be_wrong():
-    """In a process of its own: kernels are kept by their source, which here is another."""
-    script = "from tests.triton import test_gpu_overlap as t; print('right:', t.right_without_the_wait())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "right: []"
