@@ -183,7 +183,6 @@ def stored(value, dtype):
     near = lax.reduce_precision(value, kind.nexp, kind.nmant)
     if kind.nexp == 8:
         return near
-    steps = float(
-        1 << (kind.nmant - kind.minexp)
-    )  # below the normal values, which reduce_precision has as zero
+    # below the normal values, which reduce_precision has as zero
+    steps = float(1 << (kind.nmant - kind.minexp))
     return jnp.where(value < kind.smallest_normal, jnp.round(value * steps) / steps, near)

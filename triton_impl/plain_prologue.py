@@ -44,9 +44,7 @@ def prologue(call):
     tokens = live.shape[0]
     parts = []
     for name, part in zip("qkv", flat.split([tokens * width for width in widths(call)]), strict=True):
-        heads, channels = (
-            (call.num_v_heads, call.head_v_dim) if name == "v" else (call.num_k_heads, call.head_k_dim)
-        )
+        heads, channels = _heads(call, name)
         y = part.float().view(tokens, heads, channels)
         if name != "v":
             if call.qk_l2norm:
@@ -79,9 +77,7 @@ def backward(call, upstream, dfinal, starts, initial_states):
     flat = plain.prefill(convolution_of(call))
     values = flat.split([tokens * width for width in widths(call)])
     for name, part, given in zip("qkv", values, upstream, strict=True):
-        heads, channels = (
-            (call.num_v_heads, call.head_v_dim) if name == "v" else (call.num_k_heads, call.head_k_dim)
-        )
+        heads, channels = _heads(call, name)
         y, g = part.float().view(tokens, heads, channels), given.float().reshape(tokens, heads, channels)
         if name == "q" and call.q_scale != 1.0:
             g = g * call.q_scale
@@ -119,7 +115,7 @@ def gates_backward(call, dg, dbeta):
         else:
             s = torch.where(z > 20.0, 1.0, torch.sigmoid(z))
             dz = -rate * s * dg
-            drate = -rate * torch.where(z > 20.0, z, torch.log1p(torch.exp(z.clamp(max=20.0)))) * dg
+            drate = -rate * _softplus(z) * dg
         dz, drate = _alive(dz, live), _alive(drate, live)
         da, drate = dz.to(call.a.dtype), drate.sum([0, *range(2, drate.dim())]).to(call.A_log.dtype)
         if call.dt_bias is not None:
@@ -129,6 +125,15 @@ def gates_backward(call, dg, dbeta):
         upstream = torch.zeros_like(s) if dbeta is None else dbeta.float().view_as(s)
         db = _alive(s * (1.0 - s) * upstream, live).to(call.b.dtype)
     return da, db, drate, dbias
+
+
+def _heads(call, name):
+    """Heads of q, k or v, and channels of one."""
+    return (call.num_v_heads, call.head_v_dim) if name == "v" else (call.num_k_heads, call.head_k_dim)
+
+
+def _softplus(z):
+    return torch.where(z > 20.0, z, torch.log1p(torch.exp(z.clamp(max=20.0))))
 
 
 def _alive(values, live):
@@ -153,4 +158,4 @@ def _decay(call):
         z = z + call.dt_bias.float()
     if call.lower_bound is not None:
         return call.lower_bound * torch.sigmoid(rate * z)
-    return -rate * torch.where(z > 20.0, z, torch.log1p(torch.exp(z.clamp(max=20.0))))
+    return -rate * _softplus(z)
