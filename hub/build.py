@@ -19,11 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("oracle", "triton_impl")
 START = "hub.layers"
-# What `triton_impl.call.kernels` imports by name, where Triton is installed.
-KERNELS = tuple(
-    f"triton_impl.{name}" for name in ("prefill", "states", "update", "verify", "trees", "commit", "backward")
-)
 NAME, VERSION, BACKENDS = "twinconv", 1, ("cuda", "rocm", "cpu")
+# What `triton_impl.call` imports by name, where Triton is installed: its tuple KERNELS, read without torch.
+KERNELS = tuple(
+    f"triton_impl.{name}"
+    for node in ast.parse((ROOT / "triton_impl" / "call.py").read_text()).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KERNELS"
+    for name in ast.literal_eval(node.value)
+)
 ENTRY = '''"""The causal conv1d of Mamba, Gated DeltaNet, KDA and LFM2 layers: {version}."""
 
 from . import layers

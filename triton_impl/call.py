@@ -729,16 +729,17 @@ def _fake(record, args):
 
 tracing.define_operators(run_real, _fake)
 
+KERNELS = (
+    "prefill",
+    "states",
+    "update",
+    "verify",
+    "trees",
+    "commit",
+    "backward",
+    "prologue",
+    "prologue_backward",
+)
 with contextlib.suppress(Unsupported):  # without Triton, the plain path
-    for _name in (
-        "prefill",
-        "states",
-        "update",
-        "verify",
-        "trees",
-        "commit",
-        "backward",
-        "prologue",
-        "prologue_backward",
-    ):
+    for _name in KERNELS:
         kernels(_name)
