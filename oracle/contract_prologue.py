@@ -30,22 +30,20 @@ Rows that do nothing, and the tail: zero in every result, g and beta too, whatev
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from oracle import contract_checks as checks
 from oracle.contract import (
     Array,
     FnCall,
-    IndexArray,
     Integer,
     OnHost,
     RowsCall,
-    Size,
     Sizes,
     UpdateCall,
-    WrittenArray,
     record,
 )
 from oracle.contract_checks import FLOAT_DTYPES, below, host_float, host_int, shown
@@ -119,17 +117,37 @@ class GatedConvSizes(NamedTuple):
 _record = functools.partial(record, registry=RECORDS)
 
 
-@_record("gated_delta_prologue_fn", positional=7)
-class PrologueFnCall(NamedTuple):
-    """A packed prefill.
+def _fields(own: Any, plain: Any, without: Sequence[str] = (), x: str = "x") -> Any:
+    """A tuple of the fields of a front's call: the convolution's positional ones, the front's own, the convolution's others.
+
+    A field that both have stands among the front's own, with its default there.
+
+    Args:
+      own: a record of the front's own fields.
+      plain: the record of the convolution, whose x is called `x` here.
+      without: fields that it has and the front has not.
+    """
+    hints = get_type_hints(plain, include_extras=True) | get_type_hints(own, globals(), include_extras=True)
+    defaults = plain._field_defaults | own._field_defaults
+    shared = [name for name in plain._fields if name not in {*own._fields, *without}]
+    names = [*shared[: plain.POSITIONAL], *own._fields, *shared[plain.POSITIONAL :]]
+    called = {name: x if name == "x" else name for name in names}
+    given = [defaults[name] for name in names if name in defaults]
+    made: Any = collections.namedtuple(own.__name__, called.values(), defaults=given)  # type: ignore[misc]
+    made.__annotations__ = {called[name]: hints[name] for name in names}
+    return made
+
+
+class PrologueArguments(NamedTuple):
+    """What the prologue takes beside the arguments of the convolution, and with another default.
 
     Attributes:
-      x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state: as in `FnCall`, with
-        dim = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim.
       num_k_heads: host int >= 1, heads of q and of k.
       num_v_heads: host int, heads of v, a multiple of `num_k_heads`.
-      head_k_dim, head_v_dim: host ints, channels of a head, 1 to 256.
+      head_k_dim, head_v_dim: host ints, channels of a head, 1 to 256; the weight has
+        dim = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim.
       a: [tokens, num_v_heads] float; or a gate for each channel of k, [tokens, num_v_heads, head_k_dim]; or None: no g.
+        Its leading axes are those of x, as those of b.
       b: [tokens, num_v_heads] float, or None: no beta.
       A_log: [num_v_heads] float; with `a`, and only there.
       dt_bias: float, one axis less than `a`: [num_v_heads] or [num_v_heads, head_k_dim]; None: zero. Only with `a`.
@@ -139,16 +157,9 @@ class PrologueFnCall(NamedTuple):
       lower_bound: a number < 0, rounded to float32: g is a sigmoid between it and 0; or None: a softplus.
       norm_rounding: "storage": y is rounded to x's dtype before the norm and the scale; "none": only q and k are.
       beta_rounding: "none", or "storage": beta is rounded to b's dtype, and still float32.
-      activation, and all behind it: as in `FnCall`.
+      activation: as in `FnCall`.
     """
 
-    x: Array
-    weight: Array
-    bias: Array | None
-    conv_states: WrittenArray | None
-    query_start_loc: IndexArray
-    cache_indices: IndexArray | None = None
-    has_initial_state: IndexArray | None = None
     num_k_heads: Integer = None
     num_v_heads: Integer = None
     head_k_dim: Integer = None
@@ -164,25 +175,41 @@ class PrologueFnCall(NamedTuple):
     norm_rounding: str = "storage"
     beta_rounding: str = "none"
     activation: str | None = "silu"
-    pad_slot_id: Integer = -1
-    max_seqlen: Size | None = None
-    schedule: str = "auto"
-    backend: str = "auto"
-    validate: bool = False
-    state_layout: str = "front"
-    cache_seqlens: IndexArray | None = None
-    write_indices: IndexArray | None = None
-    empty_rows: str = "skip"
-    snapshot_indices: IndexArray | None = None
-    snapshot_block_size: Size | None = None
-    num_computed_tokens: IndexArray | None = None
-    track_indices: IndexArray | None = None
-    track_lengths: IndexArray | None = None
-    channel_offset: Size | None = None
 
-    def convolution(self) -> FnCall:
-        """The call of the plain convolution."""
-        return _part(self, FnCall)
+
+class GatedConvArguments(NamedTuple):
+    """What the gated convolution takes beside the arguments of the plain one, whose x is `bcx`.
+
+    Attributes:
+      channel_offsets: three host ints, the first channels of B, C and x, each of dim channels, in a tuple; they may
+        overlap. None: (0, dim, 2 * dim), and channels is 3 * dim.
+      activation: as in `FnCall`.
+    """
+
+    channel_offsets: Sizes | None = None
+    activation: str | None = None
+
+
+class Front:
+    """A call of a front around one of the plain convolution, whose record is `PLAIN`."""
+
+    __slots__ = ()
+    PLAIN: Any
+
+    def convolution(self: Any) -> Any:
+        """The call of the plain convolution, of the record `PLAIN`; of a gated one with `bcx` for u."""
+        given = {name: getattr(self, name) for name in self.PLAIN._fields if name in self._fields}
+        return self.PLAIN(**given | {"x": self[0]})
+
+    def check_values(self, sizes: Any, on_host: OnHost) -> None:
+        """Checks the index data, as the plain record does."""
+        self.convolution().check_values(sizes.conv, on_host)
+
+
+class Prologue(Front):
+    """A call of the prologue."""
+
+    __slots__ = ()
 
     def check(self) -> PrologueSizes:
         """Checks the shapes, dtypes and options; reads no data.
@@ -193,277 +220,96 @@ class PrologueFnCall(NamedTuple):
         """
         return _check_prologue(self)
 
-    def check_values(self, sizes: PrologueSizes, on_host: OnHost) -> None:
-        """Checks the index data, as `FnCall.check_values`."""
-        self.convolution().check_values(sizes.conv, on_host)
+
+class GatedConv(Front):
+    """A call of the gated convolution.
+
+    AXES: what shape `bcx` may have, by the number of its axes: with `query_start_loc`, and without.
+    """
+
+    __slots__ = ()
+    AXES: tuple[dict[int, str], dict[int, str]]
+
+    def check(self) -> GatedConvSizes:
+        """Checks the shapes, dtypes and options; reads no data.
+
+        Raises:
+          ValueError: a shape or an option is wrong.
+          TypeError: a dtype or the type of an option is wrong.
+        """
+        return _check_gated(self)
+
+
+_WHOLE = ("residual", "split_sizes")  # what the front does with the output itself
+_OFFSETS = (*_WHOLE, "channel_offset")
+_PACKED = {2: "[tokens, channels]"}
+_prologue_fn: Any = _fields(PrologueArguments, FnCall, _WHOLE)
+_prologue_update: Any = _fields(PrologueArguments, UpdateCall, _WHOLE)
+_prologue_rows: Any = _fields(PrologueArguments, RowsCall)
+_gated_fn: Any = _fields(GatedConvArguments, FnCall, _OFFSETS, "bcx")
+_gated_update: Any = _fields(GatedConvArguments, UpdateCall, _OFFSETS, "bcx")
+_gated_rows: Any = _fields(GatedConvArguments, RowsCall, (), "bcx")
+
+
+@_record("gated_delta_prologue_fn", positional=7)
+class PrologueFnCall(_prologue_fn, Prologue):
+    """A packed prefill; the arguments of `FnCall` but `residual` and `split_sizes`, and `PrologueArguments`."""
+
+    __slots__, PLAIN = (), FnCall
 
 
 @_record("gated_delta_prologue_update", positional=5)
-class PrologueUpdateCall(NamedTuple):
-    """A decode step.
+class PrologueUpdateCall(_prologue_update, Prologue):
+    """A decode step; the arguments of `UpdateCall` but `residual` and `split_sizes`, and `PrologueArguments`."""
 
-    Attributes:
-      x, weight, bias, conv_states, cache_indices: as in `UpdateCall`.
-      num_k_heads, to beta_rounding: as in `PrologueFnCall`, the leading axes of a and b those of x.
-      activation, and all behind it: as in `UpdateCall`.
-    """
-
-    x: Array
-    weight: Array
-    bias: Array | None
-    conv_states: WrittenArray
-    cache_indices: IndexArray | None = None
-    num_k_heads: Integer = None
-    num_v_heads: Integer = None
-    head_k_dim: Integer = None
-    head_v_dim: Integer = None
-    a: Array | None = None
-    b: Array | None = None
-    A_log: Array | None = None
-    dt_bias: Array | None = None
-    qk_l2norm: bool = True
-    norm_eps: float = 1e-6
-    q_scale: float = 1.0
-    lower_bound: float | None = None
-    norm_rounding: str = "storage"
-    beta_rounding: str = "none"
-    activation: str | None = "silu"
-    query_start_loc: IndexArray | None = None
-    num_accepted_tokens: IndexArray | None = None
-    max_seqlen: Size | None = None
-    pad_slot_id: Integer = -1
-    backend: str = "auto"
-    validate: bool = False
-    state_layout: str = "front"
-    cache_seqlens: IndexArray | None = None
-    write_indices: IndexArray | None = None
-    track_indices: IndexArray | None = None
-    window_out: WrittenArray | None = None
-    window_indices: IndexArray | None = None
-    commit: bool = True
-    tree_parents: IndexArray | None = None
-    channel_offset: Size | None = None
-
-    def convolution(self) -> UpdateCall:
-        """The call of the plain convolution."""
-        return _part(self, UpdateCall)
-
-    def check(self) -> PrologueSizes:
-        """Checks the shapes, dtypes and options; reads no data.
-
-        Raises:
-          ValueError: a shape or an option is wrong.
-          TypeError: a dtype or the type of an option is wrong.
-        """
-        return _check_prologue(self)
-
-    def check_values(self, sizes: PrologueSizes, on_host: OnHost) -> None:
-        """Checks the index data, as `UpdateCall.check_values`."""
-        self.convolution().check_values(sizes.conv, on_host)
+    __slots__, PLAIN = (), UpdateCall
 
 
 @_record("gated_delta_prologue", positional=5)
-class PrologueCall(NamedTuple):
-    """The differentiable form; see `RowsCall` for its rows and its states.
+class PrologueCall(_prologue_rows, Prologue):
+    """The differentiable form; see `RowsCall` for its rows, its states and its arguments, and `PrologueArguments`.
 
     It mutates nothing. It is differentiable in x, weight, bias, initial_states, a, b, A_log and dt_bias, through every
     result; a rounding inside counts as the identity. `conv_states` of the result are the final states.
-
-    Attributes:
-      x, weight, bias, initial_states, query_start_loc: as in `RowsCall`.
-      num_k_heads, to beta_rounding: as in `PrologueFnCall`, the leading axes of a and b those of x.
-      activation, and all behind it: as in `RowsCall`.
     """
 
-    x: Array
-    weight: Array
-    bias: Array | None = None
-    initial_states: Array | None = None
-    query_start_loc: IndexArray | None = None
-    num_k_heads: Integer = None
-    num_v_heads: Integer = None
-    head_k_dim: Integer = None
-    head_v_dim: Integer = None
-    a: Array | None = None
-    b: Array | None = None
-    A_log: Array | None = None
-    dt_bias: Array | None = None
-    qk_l2norm: bool = True
-    norm_eps: float = 1e-6
-    q_scale: float = 1.0
-    lower_bound: float | None = None
-    norm_rounding: str = "storage"
-    beta_rounding: str = "none"
-    activation: str | None = "silu"
-    max_seqlen: Size | None = None
-    schedule: str = "auto"
-    backend: str = "auto"
-
-    def convolution(self) -> RowsCall:
-        """The call of the plain convolution."""
-        return _part(self, RowsCall)
-
-    def check(self) -> PrologueSizes:
-        """Checks the shapes, dtypes and options; reads no data.
-
-        Raises:
-          ValueError: a shape or an option is wrong.
-          TypeError: a dtype or the type of an option is wrong.
-        """
-        return _check_prologue(self)
+    __slots__, PLAIN = (), RowsCall
 
 
 @_record("gated_short_conv_fn", positional=7)
-class GatedConvFnCall(NamedTuple):
-    """A packed prefill. The result is a `ConvOutput`: out [tokens, dim] in the dtype of `bcx`, and the pool of u.
+class GatedConvFnCall(_gated_fn, GatedConv):
+    """A packed prefill of `bcx` [tokens, channels] float32, float16 or bfloat16, the projection that holds B, C and x.
 
-    Attributes:
-      bcx: [tokens, channels] float32, float16 or bfloat16: the projection that B, C and x are slices of.
-      weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state: as in `FnCall`.
-      channel_offsets: three host ints, the first channels of B, C and x, each of dim channels, in a tuple; they may
-        overlap. None: (0, dim, 2 * dim), and channels is 3 * dim.
-      activation, and all behind it: as in `FnCall`.
+    The other arguments are those of `FnCall` but `residual`, `split_sizes` and `channel_offset`, and `GatedConvArguments`.
+    The result is a `ConvOutput`: out [tokens, dim] in the dtype of `bcx`, and the pool of u.
     """
 
-    bcx: Array
-    weight: Array
-    bias: Array | None
-    conv_states: WrittenArray | None
-    query_start_loc: IndexArray
-    cache_indices: IndexArray | None = None
-    has_initial_state: IndexArray | None = None
-    channel_offsets: Sizes | None = None
-    activation: str | None = None
-    pad_slot_id: Integer = -1
-    max_seqlen: Size | None = None
-    schedule: str = "auto"
-    backend: str = "auto"
-    validate: bool = False
-    state_layout: str = "front"
-    cache_seqlens: IndexArray | None = None
-    write_indices: IndexArray | None = None
-    empty_rows: str = "skip"
-    snapshot_indices: IndexArray | None = None
-    snapshot_block_size: Size | None = None
-    num_computed_tokens: IndexArray | None = None
-    track_indices: IndexArray | None = None
-    track_lengths: IndexArray | None = None
-
-    def convolution(self) -> FnCall:
-        """The call of the plain convolution, with `bcx` for u."""
-        return _part(self, FnCall, x=self.bcx)
-
-    def check(self) -> GatedConvSizes:
-        """Checks the shapes, dtypes and options; reads no data.
-
-        Raises:
-          ValueError: a shape or an option is wrong.
-          TypeError: a dtype or the type of an option is wrong.
-        """
-        _check_bcx(self, 2, "[tokens, channels]")
-        return _check_gated(self)
-
-    def check_values(self, sizes: GatedConvSizes, on_host: OnHost) -> None:
-        """Checks the index data, as `FnCall.check_values`."""
-        self.convolution().check_values(sizes.conv, on_host)
+    __slots__, PLAIN, AXES = (), FnCall, (_PACKED, _PACKED)
 
 
 @_record("gated_short_conv_update", positional=5)
-class GatedConvUpdateCall(NamedTuple):
-    """A decode step. The result is a `ConvOutput`, with `window_out` a `ConvWindowOutput`.
+class GatedConvUpdateCall(_gated_update, GatedConv):
+    """A decode step of `bcx` [batch, channels], [batch, seqlen, channels], or [tokens, channels] with `query_start_loc`.
 
-    Attributes:
-      bcx: [batch, channels], [batch, seqlen, channels], or [tokens, channels] with `query_start_loc`.
-      weight, bias, conv_states, cache_indices: as in `UpdateCall`.
-      channel_offsets: as in `GatedConvFnCall`.
-      activation, and all behind it: as in `UpdateCall`. `window_out` receives windows of u.
+    The other arguments are those of `UpdateCall` but `residual`, `split_sizes` and `channel_offset`, and
+    `GatedConvArguments`. `window_out` receives windows of u. The result is a `ConvOutput`, with `window_out` a
+    `ConvWindowOutput`.
     """
 
-    bcx: Array
-    weight: Array
-    bias: Array | None
-    conv_states: WrittenArray
-    cache_indices: IndexArray | None = None
-    channel_offsets: Sizes | None = None
-    activation: str | None = None
-    query_start_loc: IndexArray | None = None
-    num_accepted_tokens: IndexArray | None = None
-    max_seqlen: Size | None = None
-    pad_slot_id: Integer = -1
-    backend: str = "auto"
-    validate: bool = False
-    state_layout: str = "front"
-    cache_seqlens: IndexArray | None = None
-    write_indices: IndexArray | None = None
-    track_indices: IndexArray | None = None
-    window_out: WrittenArray | None = None
-    window_indices: IndexArray | None = None
-    commit: bool = True
-    tree_parents: IndexArray | None = None
-
-    def convolution(self) -> UpdateCall:
-        """The call of the plain convolution, with `bcx` for u."""
-        return _part(self, UpdateCall, x=self.bcx)
-
-    def check(self) -> GatedConvSizes:
-        """Checks the shapes, dtypes and options; reads no data.
-
-        Raises:
-          ValueError: a shape or an option is wrong.
-          TypeError: a dtype or the type of an option is wrong.
-        """
-        if self.query_start_loc is not None:
-            _check_bcx(self, 2, "[tokens, channels]")
-        elif len(checks.shape_of("bcx", self.bcx)) != 3:
-            _check_bcx(self, 2, "[batch, channels] or [batch, seqlen, channels]")
-        return _check_gated(self)
-
-    def check_values(self, sizes: GatedConvSizes, on_host: OnHost) -> None:
-        """Checks the index data, as `UpdateCall.check_values`."""
-        self.convolution().check_values(sizes.conv, on_host)
+    __slots__, PLAIN = (), UpdateCall
+    AXES = (_PACKED, {2: "[batch, channels] or [batch, seqlen, channels]", 3: ""})
 
 
 @_record("gated_short_conv", positional=5)
-class GatedConvCall(NamedTuple):
-    """The differentiable form; see `RowsCall` for its rows and its states, which are those of u.
+class GatedConvCall(_gated_rows, GatedConv):
+    """The differentiable form of `bcx` [tokens, channels] with `query_start_loc`, or [batch, seqlen, channels] without.
 
-    It mutates nothing. It is differentiable in bcx, weight, bias and initial_states, through both results; a rounding
-    inside counts as the identity.
-
-    Attributes:
-      bcx: [tokens, channels] with `query_start_loc`, or [batch, seqlen, channels] without.
-      weight, bias, initial_states, query_start_loc: as in `RowsCall`.
-      channel_offsets: as in `GatedConvFnCall`.
-      activation, and all behind it: as in `RowsCall`.
+    See `RowsCall` for its rows, its states, which are those of u, and its arguments, and `GatedConvArguments`. It mutates
+    nothing. It is differentiable in bcx, weight, bias and initial_states, through both results; a rounding inside
+    counts as the identity.
     """
 
-    bcx: Array
-    weight: Array
-    bias: Array | None = None
-    initial_states: Array | None = None
-    query_start_loc: IndexArray | None = None
-    channel_offsets: Sizes | None = None
-    activation: str | None = None
-    max_seqlen: Size | None = None
-    schedule: str = "auto"
-    backend: str = "auto"
-
-    def convolution(self) -> RowsCall:
-        """The call of the plain convolution, with `bcx` for u."""
-        return _part(self, RowsCall, x=self.bcx)
-
-    def check(self) -> GatedConvSizes:
-        """Checks the shapes, dtypes and options; reads no data.
-
-        Raises:
-          ValueError: a shape or an option is wrong.
-          TypeError: a dtype or the type of an option is wrong.
-        """
-        if self.query_start_loc is None:
-            _check_bcx(self, 3, "[batch, seqlen, channels]")
-        else:
-            _check_bcx(self, 2, "[tokens, channels]")
-        return _check_gated(self)
+    __slots__, PLAIN, AXES = (), RowsCall, (_PACKED, {3: "[batch, seqlen, channels]"})
 
 
 class Columns(NamedTuple):
@@ -471,11 +317,6 @@ class Columns(NamedTuple):
 
     shape: tuple[Any, ...]
     dtype: Any
-
-
-def _part(call: Any, kind: Any, **given: Any) -> Any:
-    """The fields of a call that another record has as well."""
-    return kind(**{name: getattr(call, name) for name in kind._fields if name in call._fields}, **given)
 
 
 def _check_prologue(call: Any) -> PrologueSizes:
@@ -532,13 +373,10 @@ def _check_gate(
     return "channel" if channel else "head"
 
 
-def _check_bcx(call: Any, axes: int, wanted: str) -> None:
-    shape = checks.shape_of("bcx", call.bcx)
-    if len(shape) != axes:
-        raise ValueError(f"bcx: expected shape {wanted}, got {list(shape)}")
-
-
 def _check_gated(call: Any) -> GatedConvSizes:
+    shape, wanted = checks.shape_of("bcx", call.bcx), call.AXES[call.query_start_loc is None]
+    if len(shape) not in wanted:
+        raise ValueError(f"bcx: expected shape {next(iter(wanted.values()))}, got {list(shape)}")
     checks.check_dtype("bcx", call.bcx, FLOAT_DTYPES)
     dim, _ = checks.weight_shape(call.weight)
     *leading, channels = call.bcx.shape

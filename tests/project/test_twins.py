@@ -6,9 +6,12 @@ function took different keyword arguments; the checks below are each shown to fa
 
 import ast
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+from oracle import contract, contract_prologue
 
 ROOT = Path(__file__).resolve().parents[2]
 TWINS = ("triton_impl", "pallas_impl")
@@ -95,6 +98,19 @@ def records(source):
     return found
 
 
+def fields(record):
+    """The same of a record that was put together of others, which no syntax tree shows."""
+    defaults = record._field_defaults
+    return [
+        (
+            name,
+            "positional" if i < record.POSITIONAL else "keyword only",
+            None if name not in defaults or name in record.REQUIRED else repr(defaults[name]),
+        )
+        for i, name in enumerate(record._fields)
+    ]
+
+
 def required(field):
     return ast.unparse(field.value) == "None" and "None" not in ast.unparse(field.annotation)
 
@@ -145,7 +161,7 @@ def exports(source):
 
 
 RECORDS = records(read("oracle/contract.py"))
-FRONT_RECORDS = records(read("oracle/contract_prologue.py"))
+FRONT_RECORDS = {operation: fields(record) for operation, record in contract_prologue.RECORDS.items()}
 REFERENCE = read("oracle/reference.py")
 
 
@@ -163,6 +179,10 @@ def test_signatures_are_the_contracts(path, operations):
 def test_every_record_is_looked_at():
     assert set(RECORDS) == {*OPERATIONS, *FUNCTIONAL, *SPECULATION}
     assert set(FRONT_RECORDS) == {*FRONTS, *FUNCTIONAL_FRONTS}
+
+
+def test_records_read_alike_from_source_and_from_their_fields():
+    assert {name: fields(contract.RECORDS[name]) for name in RECORDS} == RECORDS
 
 
 def test_signatures_of_fronts_are_the_contracts():
@@ -282,6 +302,20 @@ def test_a_changed_record_is_seen(old, new):
     source = read("oracle/contract.py")
     assert old in source
     assert records(source.replace(old, new)) != RECORDS
+
+
+def test_a_changed_record_of_a_front_is_seen():
+    record = contract_prologue.PrologueFnCall
+    own, plain = contract_prologue.PrologueArguments, contract_prologue.FnCall
+    assert record._fields[:7] == plain._fields[:7]
+    assert [name for name in record._fields[7:] if name not in plain._fields] == list(own._fields[:-1])
+    changed = types.SimpleNamespace(
+        _fields=record._fields[::-1],
+        _field_defaults=record._field_defaults,
+        POSITIONAL=7,
+        REQUIRED=record.REQUIRED,
+    )
+    assert fields(changed) != FRONT_RECORDS["gated_delta_prologue_fn"]
 
 
 def test_a_missing_operation_is_seen():

@@ -83,8 +83,14 @@ def damages(node):
         yield "number + 1", lambda n: setattr(n, "value", n.value + 1)
 
 
+# What records are made of: damage to it shows in records that are made anew.
+MAKES_RECORDS = ("record", "_fields", "Front", "Prologue", "GatedConv")
+
+
 def is_check(node):
-    return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.ClassDef) and node.decorator_list)
+    if isinstance(node, ast.ClassDef):
+        return node.decorator_list or node.name in MAKES_RECORDS
+    return isinstance(node, ast.FunctionDef)
 
 
 def mutants(source):
@@ -110,14 +116,19 @@ def damaged_contracts():
 
     It is the same copy each time, damaged in another place; but what makes the records damages a copy of its own.
     """
-    source = inspect.getsource(contract)
-    for name, description, tree in mutants(source):
-        if name == "record":
+    for original in (contract, contract_prologue):
+        source = inspect.getsource(original)
+        for name, description, tree in mutants(source):
+            if name not in MAKES_RECORDS:
+                continue
             body = [tree.body[0] if getattr(n, "name", "") == name else n for n in ast.parse(source).body]
             try:
                 module = load(ast.unparse(ast.Module(body, [])))
             except Exception:  # that is noticed
                 continue
+            if original is contract_prologue:
+                fronts, module = module, load(inspect.getsource(contract))
+                module.contract_prologue = fronts
             yield name, description, module
     originals = contract, contract_checks, contract_values, contract_prologue
     copies = module, checks, values, fronts = [load(inspect.getsource(original)) for original in originals]
@@ -125,7 +136,7 @@ def damaged_contracts():
     rebind(module, checks)
     for damaged, original in zip(copies, originals, strict=True):
         for name, description, tree in mutants(inspect.getsource(original)):
-            if name == "record":
+            if name in MAKES_RECORDS:
                 continue
             sound = getattr(damaged, name)
             records = [(kept, dict(kept)) for kept in (module.RECORDS, fronts.RECORDS)]
