@@ -42,9 +42,10 @@ env312: .venv/.installed
 	echo "making .venv312 with $$("$$python" --version)"; "$$python" -m venv .venv312; \
 	$(MAKE) --no-print-directory --silent .venv312/.installed
 
-.venv312/.installed: pyproject.toml requirements/cpu-jax-0.12.txt
+.venv312/.installed: pyproject.toml requirements/cpu-jax-0.12.txt requirements/jax-models-3.12.txt
 	@echo "installing into .venv312 (requirements/cpu-jax-0.12.txt)"
 	@$(call install,.venv312,requirements/cpu-jax-0.12.txt,pallas$(comma)flax$(comma)equinox$(comma)test)
+	@.venv312/bin/python $(PIP_INSTALL) --no-deps --requirement requirements/jax-models-3.12.txt
 	@touch $@
 
 comma := ,

@@ -149,12 +149,17 @@ def test_groups_can_be_chosen_and_are_checked(project, capfd):
 
 
 def test_the_pallas_files_run_again_under_the_newer_jax(project, capfd):
-    root = project(**GOOD)
+    (alone,) = run_groups.NEWEST_JAX
+    root = project(**GOOD, **{f"test_pallas_{alone.removeprefix('test_')}": PASS})
     newer = root / run_groups.NEWER_JAX
     newer.parent.mkdir(parents=True)
     newer.symlink_to(sys.executable)
     parts = run_groups.find_parts(root, sys.executable, gpu=False)
-    assert [part.name for part in parts["pallas-newest"]] == ["pallas-newest-test_a"]
+    assert [part.name for part in parts["pallas"]] == ["pallas-test_a"]
+    assert [part.name for part in parts["pallas-newest"]] == [
+        "pallas-newest-test_a",
+        f"pallas-newest-{alone}",
+    ]
     assert parts["pallas-newest"][0].python == str(newer)
 
 
