@@ -336,6 +336,7 @@ def _runs_mosaic(device):
 @functools.partial(jax.jit, static_argnames=("options",))
 def _prefill(arrays, options):
     """Returns (out, conv_states)."""
+    arrays = jax.tree.map(jnp.asarray, arrays)  # under jax.disable_jit they come as they are
     x, starts = arrays.x, arrays.query_start_loc
     kernel = options.kernel is not None and x.size and starts.shape[0] > 1
     if not kernel or starts.dtype != jnp.int32:  # the kernels clamp them
@@ -347,6 +348,7 @@ def _prefill(arrays, options):
 @functools.partial(jax.jit, static_argnames=("options",))
 def _update(arrays, options):
     """Returns (out, conv_states, window_out)."""
+    arrays = jax.tree.map(jnp.asarray, arrays)
     shape, starts, dim = arrays.x.shape[:-1], arrays.query_start_loc, arrays.weight.shape[0]
     batch = shape[0] if starts is None else starts.shape[0] - 1
     kernel = options.kernel is not None and arrays.x.size and batch
@@ -372,6 +374,7 @@ def _update(arrays, options):
 @functools.partial(jax.jit, static_argnames=("options",))
 def _commit(arrays, options):
     """Returns the new pool."""
+    arrays = jax.tree.map(jnp.asarray, arrays)
     pool, windows = arrays.conv_states, arrays.window_out
     if windows.size == 0 or pool.shape[0] == 0 or arrays.accepted_steps.shape[0] == 0:
         return pool

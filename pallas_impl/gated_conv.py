@@ -36,8 +36,9 @@ def is_fused(call, sizes, options):
 
 def composed(call, run):
     """The result of a checked call from `run`, which runs the call of the plain operation inside."""
-    gate_in, gate_out, x = slices(call)
-    conv = call.convolution()._replace(x=plain.stored(gate_in * x))
-    found = run(conv)
-    out = gate_out * plain.stored(found.out)
-    return found._replace(out=plain.where_live(live_tokens(conv), out))
+    conv = call.convolution()
+    live = live_tokens(conv)
+    # Selected before they are multiplied, so that no gradient meets what lies in padding.
+    gate_in, gate_out, x = (plain.where_live(live, part) for part in slices(call))
+    found = run(conv._replace(x=plain.stored(gate_in * x)))
+    return found._replace(out=gate_out * plain.stored(found.out))

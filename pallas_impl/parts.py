@@ -59,6 +59,10 @@ def _run_parts(arrays, run, call, mesh, in_specs, out_specs):
             name: jax.reshard(array, NamedSharding(mesh, in_specs[name])) for name, array in arrays.items()
         }
     part = lambda arrays: tuple(run(call._replace(**arrays)))  # noqa: E731
+    if (
+        mesh.manual_axes
+    ):  # JAX takes no other values than arguments along to a derivative of a nested shard_map
+        part = jax.checkpoint(part)
     return jax.shard_map(part, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)(arrays)
 
 

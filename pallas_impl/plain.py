@@ -112,6 +112,8 @@ def take_entries(old, index):
 
 def scatter(pool, place, new):
     """The pool with `new` stored at `place`, outside the pool dropped; in place where XLA owns it."""
+    if pool.shape[0] == 0:  # JAX makes no derivative of that
+        return pool
     place, slices = _indices(place)
     store = lambda place, pool, new: pool.at[(*place, *slices)].set(new, mode="drop")  # noqa: E731
     if WIDENS_SCATTERS and pool.dtype == jnp.bfloat16:

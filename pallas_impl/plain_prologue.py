@@ -3,6 +3,7 @@
 import functools
 import operator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -62,7 +63,7 @@ def composed(call, run, norm=None):
         conv = conv._replace(x=conv.x.astype(jnp.float32))
     y, pool, *windows = run(conv)
     live = live_tokens(conv)
-    gates = gates_of(call, heads, lambda value: plain.where_live(live, value))
+    gates = gates_of(call, heads, live)
     q, k, v = split_heads(plain.stored(y), heads, dtype, norm)
     if heads.q_scale < 0:
         q = plain.where_live(live, q)  # else a zero with a sign
@@ -88,19 +89,24 @@ def split_heads(y, heads, dtype, by_kernel=None):
     return q, k, v.astype(dtype)
 
 
-def gates_of(call, heads, where_live):
-    """(g, beta) of a call, those that it has, zeros where no row is live."""
-    found = []
+def gates_of(call, heads, live):
+    """(g, beta) of a call, those that it has, zeros where no row is `live`; what lies there meets no gradient."""
+    found, read = [], lambda gate: plain.where_live(live, gate)
     if call.a is not None:
-        A_log = call.A_log.astype(jnp.float32)
-        if call.a.ndim > call.x.ndim:
-            A_log = A_log[:, None]
-        dt_bias = None if call.dt_bias is None else call.dt_bias.astype(jnp.float32)
-        found.append(where_live(decay(call.a.astype(jnp.float32), A_log, dt_bias, heads.lower_bound)))
+        found.append(decay(read(call.a).astype(jnp.float32), *parameters_of(call), heads.lower_bound))
     if call.b is not None:
         storage = call.b.dtype if heads.round_beta and call.b.dtype != jnp.float32 else None
-        found.append(where_live(rate(call.b, storage)))
-    return found
+        found.append(rate(read(call.b), storage))
+    return [plain.where_live(live, gate) for gate in found]
+
+
+def parameters_of(call):
+    """(A_log, dt_bias or None) in float32, with the axes of `a`."""
+    leading, channels = (1,) * (call.x.ndim - 1), (1,) * (call.a.ndim - call.x.ndim)
+    A_log = call.A_log.astype(jnp.float32).reshape(*leading, -1, *channels)
+    if call.dt_bias is None:
+        return A_log, None
+    return A_log, call.dt_bias.astype(jnp.float32).reshape(*leading, *call.dt_bias.shape)
 
 
 def live_tokens(conv):
@@ -155,8 +161,19 @@ def finished(row, scale, heads):
     return row if heads.q_scale == 1.0 else row * scale
 
 
+@jax.custom_jvp
 def sigmoid(z):
     return 1.0 / (1.0 + jnp.exp(-z))
+
+
+@sigmoid.defjvp
+def _sigmoid_tangent(primals, tangents):
+    """Of exp(-z) itself, infinite for a large argument, it would be a NaN."""
+    return sigmoid(*primals), sigmoid_slope(*primals) * tangents[0]
+
+
+def sigmoid_slope(z):
+    return sigmoid(z) * sigmoid(-z)
 
 
 def softplus(z):
@@ -177,6 +194,7 @@ def rate(value, storage):
     return found if storage is None else stored(found, storage)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def stored(value, dtype):
     """Float32 values in [0, 1] as a dtype holds them; XLA may leave out a conversion there and back."""
     kind = jnp.finfo(dtype)
@@ -186,3 +204,8 @@ def stored(value, dtype):
     # below the normal values, which reduce_precision has as zero
     steps = float(1 << (kind.nmant - kind.minexp))
     return jnp.where(value < kind.smallest_normal, jnp.round(value * steps) / steps, near)
+
+
+@stored.defjvp
+def _stored_tangent(dtype, primals, tangents):
+    return stored(*primals, dtype), tangents[0]

@@ -11,7 +11,15 @@ from pallas_impl import plain
 from pallas_impl.backward import differentiate
 from pallas_impl.call import run_prefill
 from pallas_impl.gated_conv import offsets, slices
-from pallas_impl.plain_prologue import heads_of, rounded, sigmoid, softplus, tree_sum
+from pallas_impl.plain_prologue import (
+    heads_of,
+    parameters_of,
+    rounded,
+    sigmoid,
+    sigmoid_slope,
+    softplus,
+    tree_sum,
+)
 
 
 def prologue(call, upstream):
@@ -63,41 +71,38 @@ def _norm_gradient(y, upstream, heads, scale):
     dn = upstream.reshape(y.shape).astype(jnp.float32) * jnp.float32(scale)
     if not heads.norm:
         return dn
-    apart = (y.shape[0], heads.num_k_heads, heads.head_k_dim)
+    shape, apart = y.shape, (y.shape[0], heads.num_k_heads, heads.head_k_dim)
     y, dn = y.astype(jnp.float32).reshape(apart), dn.reshape(apart)
     size = heads.head_k_dim
     padding = [(0, 0), (0, 0), (0, (1 << (size - 1).bit_length()) - size)]
     total = tree_sum(jnp.pad(rounded(y * y), padding))[..., None]
     r = 1.0 / jnp.sqrt(total + jnp.float32(heads.eps))
     along = (dn * (y * r)).sum(-1, keepdims=True)
-    return (r * (dn - (y * r) * along)).reshape(y.shape[0], -1)
+    return (r * (dn - (y * r) * along)).reshape(shape)
 
 
 def _gates(call, heads, live, dg, dbeta):
     found = dict.fromkeys(("a", "b", "A_log", "dt_bias"))
     if call.a is not None:
         dg = jnp.zeros(call.a.shape, jnp.float32) if dg is None else plain.where_live(live, dg)
-        a, A_log = plain.where_live(live, call.a.astype(jnp.float32)), call.A_log.astype(jnp.float32)
-        if a.ndim == 3:
-            A_log = A_log[:, None]
-        z = a if call.dt_bias is None else a + call.dt_bias.astype(jnp.float32)
+        a, (A_log, dt_bias) = plain.where_live(live, call.a.astype(jnp.float32)), parameters_of(call)
+        z = a if dt_bias is None else a + dt_bias
         scale = jnp.exp(A_log)
         if heads.lower_bound is None:
             dz = -dg * scale * jnp.where(z > 20.0, 1.0, sigmoid(z))
             dA_log = -dg * scale * softplus(z)
         else:
             t = scale * z
-            dt = dg * heads.lower_bound * sigmoid(t) * sigmoid(-t)
+            dt = dg * heads.lower_bound * sigmoid_slope(t)
             dz, dA_log = dt * scale, dt * t
-        axes = tuple(range(1, a.ndim))[1:]
         found["a"] = dz.astype(call.a.dtype)
-        found["A_log"] = dA_log.sum((0, *axes)).astype(call.A_log.dtype)
+        found["A_log"] = dA_log.sum((0, *range(2, a.ndim))).astype(call.A_log.dtype)
         if call.dt_bias is not None:
             found["dt_bias"] = dz.sum(0).astype(call.dt_bias.dtype)
     if call.b is not None:
         b = plain.where_live(live, call.b.astype(jnp.float32))
-        db = jnp.zeros(b.shape) if dbeta is None else plain.where_live(live, dbeta)
-        found["b"] = (db * sigmoid(b) * sigmoid(-b)).astype(call.b.dtype)
+        db = jnp.zeros_like(b) if dbeta is None else plain.where_live(live, dbeta)
+        found["b"] = (db * sigmoid_slope(b)).astype(call.b.dtype)
     return found
 
 

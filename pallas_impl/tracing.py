@@ -1,6 +1,7 @@
 """What JAX's transformations need to know: errors for vmap and derivatives of kernels, a name for export."""
 
 import jax
+import jax.numpy as jnp
 from jax import export
 from jax._src import config
 from jax._src.custom_batching import custom_vmap_p
@@ -21,12 +22,12 @@ def refuse_transforms(*arrays):
 
 
 def vary_alike(*arrays):
-    """The arrays, also in records and None, each over every axis of a `jax.shard_map` over which one of them varies.
+    """The arrays, also in records and None, as JAX arrays, each over every axis of a `jax.shard_map` over which one of them varies.
 
     The gradient of an array that was the same on all devices is then summed over them, as in plain jax.numpy.
     """
     axes = _varying(arrays)
-    return jax.tree.map(lambda array: _vary(array, axes), arrays)
+    return jax.tree.map(lambda array: _vary(jnp.asarray(array), axes), arrays)
 
 
 def axes_are_typed(array):

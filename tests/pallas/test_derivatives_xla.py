@@ -175,3 +175,52 @@ def test_padding_and_large_arguments_leave_gradients_finite():
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(*(arrays[n] for n in ("x", "weight", "conv_states"))):
         assert np.isfinite(gradient).all()
         assert np.any(gradient != 0)
+
+
+HEADS = dict(num_k_heads=1, num_v_heads=2, head_k_dim=2, head_v_dim=3)
+FRONTS = {
+    "front": ("gated_delta_prologue_fn", "x", 10, HEADS, ()),
+    "bounded, a gate a channel": (
+        "gated_delta_prologue_fn", "x", 10, HEADS | dict(lower_bound=-3.0, beta_rounding="storage"), (2,)
+    ),
+    "front of a step": ("gated_delta_prologue_update", "x", 10, HEADS, ()),
+    "gated": ("gated_short_conv_fn", "bcx", DIM, {}, None),
+    "gated step": ("gated_short_conv_update", "bcx", DIM, {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FRONTS)
+def test_fronts_of_padding_and_of_large_gates_leave_gradients_finite(case):
+    """NaN where no row is live, gates far from zero, a beta below the normal numbers of its dtype."""
+    operation, name, dim, options, channels = FRONTS[case]
+    arrays = prefill() if operation.endswith("_fn") else step()
+    tokens, dead = len(arrays.pop("x")), 7 if operation.endswith("_fn") else 1
+    arrays |= dict(weight=normal(1, dim, WIDTH), bias=normal(2, dim), conv_states=normal(3, 9, 3, dim))
+    given = {name: normal(0, tokens, dim if name == "x" else 3 * dim)}
+    if channels is not None:
+        b = normal(7, tokens, 2, dtype="float16").at[0].set(jnp.asarray([-200.0, -11.0], jnp.float16))
+        given |= dict(
+            a=normal(6, tokens, 2, *channels).at[2].set(-500.0), b=b, A_log=normal(8, 2),
+            dt_bias=normal(9, 2, *channels),
+        )  # fmt: skip
+    poisoned = {n: a if n in ("A_log", "dt_bias") else a.at[dead].set(jnp.nan) for n, a in given.items()}
+    run = functools.partial(getattr(pallas_impl, operation), backend="xla", **options)
+
+    @jax.jit
+    def loss(given):
+        return sum(result.astype(jnp.float32).sum() for result in jax.tree.leaves(run(**arrays | given)[:-1]))
+
+    gradients = jax.grad(loss)(poisoned)
+    for name, wanted in jax.grad(loss)(given).items():
+        np.testing.assert_array_equal(gradients[name], wanted, err_msg=name)
+        assert np.isfinite(wanted).all(), name
+    if channels is not None:
+        np.testing.assert_allclose(gradients["b"][0, 1], jax.nn.sigmoid(-11.0), rtol=0.05)
+
+
+@pytest.mark.parametrize("case", ["prefill", "windows", "commit"])
+def test_a_pool_without_slots(case):
+    operation, arrays, options = CASES[case]
+    empty = {name: arrays[name][:0] for name in ("conv_states", "window_out") if name in arrays}
+    loss, floats = loss_of(operation, arrays | empty, options)
+    assert all(np.isfinite(gradient).all() for gradient in jax.grad(loss)(floats).values())

@@ -135,3 +135,17 @@ def test_gradients_of_the_gated_convolution(backend, leading, offsets):
         return bcx[..., second : second + dim] * c, states
 
     compare(run, formula, arrays)
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)])
+def test_gradients_without_tokens_on_xla(leading):
+    dim, starts = 384, jnp.array([0, 0], jnp.int32) if len(leading) == 1 else None
+    given = dict(x=random(*leading, dim), weight=random(dim, 4), a=random(*leading, 2, 128), A_log=random(2))
+
+    def loss(given):
+        found = gated_delta_prologue(**given, query_start_loc=starts, **HEADS, backend="xla")
+        return sum(result.sum() for result in jax.tree.leaves(found))
+
+    for name, gradient in jax.grad(loss)(given).items():
+        assert gradient.shape == given[name].shape
+        assert not gradient.any()

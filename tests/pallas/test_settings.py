@@ -45,6 +45,16 @@ def rows(packed=True, **more):
     )  # fmt: skip
 
 
+HEADS = dict(num_k_heads=2, num_v_heads=2, head_k_dim=16, head_v_dim=32)
+
+
+def gates(*tokens, channels=()):
+    return dict(
+        a=floats("float16", *tokens, 2, *channels), b=floats("bfloat16", *tokens, 2), A_log=floats("float32", 2),
+        dt_bias=floats("bfloat16", 2, *channels),
+    )  # fmt: skip
+
+
 WINDOWS = floats("float32", 3, 3, 3, DIM)
 CALLS = {
     "prefill": ("causal_conv1d_fn", prefill(), {}),
@@ -80,26 +90,33 @@ CALLS = {
         "tree_parents_from_links",
         dict(next_token=index(1, -1, -1).reshape(1, 3), next_sibling=index(-1, 2, -1, dtype="int8").reshape(1, 3)), {},
     ),
+    "front": ("gated_delta_prologue_fn", prefill() | gates(6), HEADS),
+    "front of channels": (
+        "gated_delta_prologue_update", step() | gates(2, 3, channels=(16,)), HEADS | dict(lower_bound=-2.0, norm_rounding="none")
+    ),
+    "gated": ("gated_short_conv_fn", prefill(bcx=floats("bfloat16", 6, 3 * DIM)) | dict(x=None), {}),
+    "front, rows": ("gated_delta_prologue", rows() | gates(6), HEADS),
+    "gated, dense": ("gated_short_conv", rows(packed=False, bcx=floats("bfloat16", 2, 3, 3 * DIM)) | dict(x=None), {}),
     "rows": ("causal_conv1d", rows(), {}),
     "dense": ("causal_conv1d", rows(packed=False), {}),
 }  # fmt: skip
-OF_ROWS = ("x", "weight", "bias", "initial_states")
+DIFFERENTIABLE = ("causal_conv1d", "gated_delta_prologue", "gated_short_conv")
 
 
 def call_of(case, backend):
     """A function of the case's arrays, the gradients as well for the differentiable form, and these."""
     operation, arrays, options = CALLS[case]
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     if operation != "tree_parents_from_links":
         options = options | dict(backend=backend)
     if operation not in ("commit_windows", "tree_parents_from_links"):
         options = options | dict(activation="silu")
     call = functools.partial(getattr(pallas_impl, operation), **options)
-    if operation != "causal_conv1d":
+    if operation not in DIFFERENTIABLE:
         return call, arrays
 
-    def with_gradients(**arrays):
-        plain = {name: array for name, array in arrays.items() if name not in OF_ROWS}
-        out, pull = jax.vjp(lambda given: call(**given, **plain), {name: arrays[name] for name in OF_ROWS})
+    def with_gradients(query_start_loc=None, **arrays):
+        out, pull = jax.vjp(lambda arrays: call(**arrays, query_start_loc=query_start_loc), arrays)
         return out, pull(out)
 
     return with_gradients, arrays
@@ -128,3 +145,16 @@ def test_a_warm_call_outside_jit_transfers_nothing(case):
         found = jax.block_until_ready(call(**arrays))
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize("case", ["prefill", "rolling", "commit", "front", "gated", "rows", "gated, dense"])
+def test_numpy_arrays_without_jit_on_xla(case):
+    """`jax.disable_jit`, for a debugger: no program makes JAX arrays of them first."""
+    call, arrays = call_of(case, "xla")
+    wanted = call(**arrays)
+    with jax.disable_jit():
+        found = call(**{name: np.asarray(array) for name, array in arrays.items()})
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02
+        )

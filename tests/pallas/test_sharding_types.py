@@ -139,6 +139,30 @@ def test_gradients_on_explicit_axes(name, backend, devices, wrap):
         assert jax.typeof(found).sharding.spec == jax.typeof(placed[name]).sharding.spec
 
 
+@pytest.mark.parametrize("name", ["training, channels", "update, channels"])
+def test_gradients_inside_a_partial_shard_map_on_xla(name):
+    """Explicit axes that an outer `jax.shard_map` leaves to the types."""
+    make, arrays, specs = CALLS[name]
+    run = make(backend="xla")
+    mesh = jax.make_mesh(
+        (1, 2), ("rows", "d"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices("cpu")[:2]
+    )
+    of_rows = {n: P() if n in ("weight", "bias") else P("rows") for n in arrays}
+    both = {n: specs[n] if of_rows[n] == P() else P("rows", *specs[n][1:]) for n in arrays}
+
+    def loss(run, arrays):
+        return sum((result**2).sum() for result in run(arrays))
+
+    wanted = jax.grad(functools.partial(loss, lambda arrays: run(**arrays)))(arrays)
+    with jax.set_mesh(mesh):
+        part = jax.shard_map(
+            lambda arrays: tuple(run(**arrays)), in_specs=(of_rows,), out_specs=P("rows"), axis_names={"rows"}
+        )
+        found = jax.jit(jax.grad(functools.partial(loss, part)))(put(mesh, both, arrays))
+    for n, gradient in found.items():
+        np.testing.assert_allclose(gradient, wanted[n], rtol=1e-4, atol=1e-4)
+
+
 def test_what_depends_on_each_other_is_refused():
     mesh = mesh_of(2, AxisType.Explicit)
     four = STEP | dict(conv_states=PACKED["conv_states"])  # row 1 has slot 1, which is on the first device
