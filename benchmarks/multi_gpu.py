@@ -1,11 +1,12 @@
-"""The same work on one GPU and split over all of this machine: `python -m benchmarks.multi_gpu torch|jax [--out FILE]`.
+"""The same work on one GPU and split over all of this machine: `python -m benchmarks.multi_gpu [torch|jax]`, else both.
 
 Channels split (tensor parallel, nothing is sent) and tokens split (context parallel: width-1 tokens to the neighbour,
 the new window to all): a prefill with a pool, the training form forward, and its gradients. bfloat16, width 4, bias,
-SiLU, one row. Each result must first have the bits of one GPU; then one GPU and all of them take turns. A time is that
-of the slowest GPU, from the first call of many to the end of the last, divided by their number.
+SiLU, one row. Each result must first have the bits of one GPU; then one GPU and all of them take turns. A time is a steady
+one: `FEW` calls behind one another, then `--calls` more than that, each until the slowest GPU has ended; the difference is
+that of the calls alone, since start and end are in both. Results go to `results/<device>-x<GPUs>/`, or to `--out`.
 
-    NCCL_NVLS_ENABLE=0 python -m benchmarks.multi_gpu jax --out FILE
+    NCCL_NVLS_ENABLE=0 python -m benchmarks.multi_gpu
 
 "part": one GPU with its part alone, without a neighbour; what all of them take beyond it is the exchange.
 --dry-run: few tokens and channels, two CPU devices, no kernels: checks the program, times nothing.
@@ -16,6 +17,7 @@ import functools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,14 +29,21 @@ SPLITS = {"channels": (32768, 16384), "tokens": (131072, 4096)}
 STEPS = ("prefill", "forward", "backward")
 GOALS = {"channels": 1.95, "tokens": 1.9, "backward": 1.85}
 WIDTH, SLOTS = 4, 4
-CALLS, SAMPLES = 20, 7  # in a dry run one of each
+FRAMEWORKS = ("torch", "jax")
+FEW, SAMPLES = 20, 7  # in a dry run one of each
+RESULTS = Path(__file__).parent / "results"
+
+
+def steady(seconds, few, more):
+    """Seconds a call without start and end, of `seconds(calls)` for `few` calls and for `more` besides."""
+    return (seconds(few + more) - seconds(few)) / more
 
 
 def goal(split, step):
     return GOALS["backward" if step == "backward" else split]
 
 
-def jax_results(sizes, backend, calls):
+def jax_results(sizes, backend):
     """Yields a record a split and step; one process has all devices."""
     import jax
     import jax.numpy as jnp
@@ -73,13 +82,13 @@ def jax_results(sizes, backend, calls):
             for shard in parts.addressable_shards
         )
 
-    def seconds(call):
+    def seconds(call, calls):
         jax.block_until_ready(call())
         begin = time.perf_counter()
         for _ in range(calls):
             result = call()
         jax.block_until_ready(result)
-        return (time.perf_counter() - begin) / calls
+        return time.perf_counter() - begin
 
     def prefill_call(function, arguments, where):
         """A call with a donated pool, which each hands to the next."""
@@ -166,7 +175,7 @@ def jax_results(sizes, backend, calls):
             del one, every, alone_call
 
 
-def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, queue):
+def torch_rank(rank, ranks, rendezvous, sizes, device, backend, few, more, samples, queue):
     """One process of the Torch half; rank 0 puts the records."""
     import torch
     import torch.distributed as dist
@@ -188,7 +197,7 @@ def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, 
     torch.set_num_threads(1)
     wait = torch.cuda.synchronize if cuda else (lambda: None)
 
-    def seconds(call, everywhere):
+    def seconds(call, everywhere, calls):
         """Of the slowest rank; without `everywhere` the others do nothing meanwhile."""
         wait()
         dist.barrier()
@@ -201,7 +210,7 @@ def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, 
             for _ in range(calls):
                 call()
             wait()
-            spent = (time.perf_counter() - begin) / calls
+            spent = time.perf_counter() - begin
         slowest = torch.tensor([spent], dtype=torch.float64, device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return slowest.item()
@@ -238,9 +247,9 @@ def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, 
                     of["x"], of["weight"], of["bias"], of["conv_states"], offsets, **small, **options
                 ).out
 
-        def training(function, of, offsets, **more):
+        def training(function, of, offsets, **summed):
             leaves = [of[name].detach().requires_grad_() for name in ("x", "weight", "bias")]
-            out = function(*leaves, query_start_loc=offsets, **options, **more)
+            out = function(*leaves, query_start_loc=offsets, **options, **summed)
             out = getattr(out, "out", out)
             return out, functools.partial(torch.autograd.grad, out, leaves, of["dout"], retain_graph=True)
 
@@ -250,7 +259,7 @@ def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, 
             return getattr(out, "out", out)
 
         function = split_training if split == "tokens" else triton_impl.causal_conv1d
-        more = dict(sum_weight_gradients=True) if split == "tokens" else {}
+        summed = dict(sum_weight_gradients=True) if split == "tokens" else {}
         given = starts if split == "tokens" else own_starts
         for step in STEPS:
             if step == "prefill":
@@ -264,7 +273,7 @@ def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, 
             else:
                 _, one = training(triton_impl.causal_conv1d, whole, starts)
                 _, part = training(triton_impl.causal_conv1d, parts, own_starts)
-                _, every = training(function, parts, given, **more)
+                _, every = training(function, parts, given, **summed)
             wanted, found = one(), every()
             wanted, found = (a if torch.is_tensor(a) else a[0] for a in (wanted, found))
             place = wanted[here] if split == "tokens" else wanted[..., here]
@@ -277,25 +286,24 @@ def torch_rank(rank, ranks, rendezvous, sizes, device, backend, calls, samples, 
             record = dict(split=split, step=step, tokens=tokens, dim=dim, same_bits=bool(agrees.item()))
             times = {"one": [], "part": [], "all": []}
             for _ in range(samples if record["same_bits"] else 0):
-                times["one"].append(seconds(one, False))
-                times["part"].append(seconds(part, False))
-                times["all"].append(seconds(every, True))
+                for name, call in (("one", one), ("part", part), ("all", every)):
+                    times[name].append(steady(functools.partial(seconds, call, call is every), few, more))
             if rank == 0:
                 queue.put((record, times))
-            del one, part, every
+            one = part = every = call = None
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:
         queue.put(None)
 
 
-def torch_results(sizes, device, backend, ranks, calls, samples):
+def torch_results(sizes, device, backend, ranks, *counts):
     import torch.multiprocessing as multiprocessing
 
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, f"{folder}/rendezvous", sizes, device, backend, calls, samples, queue)
+        arguments = (ranks, f"{folder}/rendezvous", sizes, device, backend, *counts, queue)
         started = multiprocessing.start_processes(
             torch_rank, arguments, ranks, join=False, start_method="spawn"
         )
@@ -333,13 +341,21 @@ def finish(record, times):
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("framework", choices=["torch", "jax"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("framework", choices=FRAMEWORKS, nargs="?", help="default: both, one after the other")
+    parser.add_argument(
+        "--out", type=Path, help="folder; default: results/<device>-x<GPUs>, none in a dry run"
+    )
+    parser.add_argument(
+        "--calls", type=int, default=200, help="beyond the few that are subtracted (default: 200)"
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--split", choices=SPLITS, action="append", help="only these; default: all")
     options = parser.parse_args(argv)
+    if options.framework is None:  # a process of its own for each: either reserves the GPUs' memory
+        command = [sys.executable, "-m", "benchmarks.multi_gpu"]
+        return max(subprocess.run([*command, name, *argv], check=False).returncode for name in FRAMEWORKS)
     sizes = {name: (64, 256) if options.dry_run else SPLITS[name] for name in options.split or SPLITS}
-    calls, samples = (1, 1) if options.dry_run else (CALLS, SAMPLES)
+    few, more, samples = (1, 1, 1) if options.dry_run else (FEW, options.calls, SAMPLES)
     records = []
     if options.framework == "jax":
         if options.dry_run:
@@ -347,11 +363,11 @@ def main(argv):
         import jax
 
         device, version, count = jax.devices()[0].device_kind, jax.__version__, len(jax.devices())
-        for record, timed, seconds in jax_results(sizes, "xla" if options.dry_run else "mosaic_gpu", calls):
+        for record, timed, seconds in jax_results(sizes, "xla" if options.dry_run else "mosaic_gpu"):
             times = {name: [] for name in timed}
             for _ in range(samples if record["same_bits"] else 0):
-                for name, call in timed.items():
-                    times[name].append(seconds(call))
+                for name in timed:
+                    times[name].append(steady(functools.partial(seconds, timed[name]), few, more))
             records.append(finish(record, times))
             timed.clear()
     else:
@@ -362,13 +378,21 @@ def main(argv):
         if not options.dry_run:
             device, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
         kinds = ("cpu", "eager") if options.dry_run else ("cuda", "triton")
-        records = [finish(*found) for found in torch_results(sizes, *kinds, count, calls, samples)]
-    if options.out:
-        header = environment.describe() | dict(
-            device=device, devices=count, framework=options.framework, version=version,
-            method=f"wall clock of {CALLS} calls behind one another, median of {SAMPLES} turns, slowest GPU",
+        records = [finish(*found) for found in torch_results(sizes, *kinds, count, few, more, samples)]
+    where = environment.describe()
+    folder = options.out
+    if folder is None and not options.dry_run:
+        folder = RESULTS / f"{environment.slug(device)}-x{count}"
+    if folder is not None:
+        header = where | dict(
+            device=device, devices=count, framework=options.framework, version=version, dry_run=options.dry_run,
+            method=f"wall clock of {few + more} calls behind one another less that of {few}, over {more}; median of "
+            f"{samples} turns, slowest GPU",
         )  # fmt: skip
-        options.out.write_text(json.dumps(header | {"results": records}, indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{where['date'][:10]}-{where['commit']}-{options.framework}.json"
+        path.write_text(json.dumps(header | {"results": records}, indent=1) + "\n")
+        print(path)
     return (
         0 if all(record["same_bits"] for record in records) and len(records) == len(sizes) * len(STEPS) else 1
     )

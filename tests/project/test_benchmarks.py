@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import against, compare, environment, plots, report, run, timing
+from benchmarks import against, compare, environment, multi_gpu, plots, report, run, timing
 from benchmarks import workloads as wl
 from benchmarks.gate import Gate, make_inputs
 from benchmarks.providers import PROVIDERS, Missing, Prepared, Provider, Unsupported
@@ -771,6 +771,55 @@ def test_a_dry_run_of_both_frameworks(tmp_path):
             assert statuses[workload, provider] == ("passed" if workload == "tokens/4" else "unsupported")
         assert statuses[workload, "causal_conv1d"] in ("missing", "crashed")  # crashed: installed, but no GPU
     assert {clock for r in found.results for clock in r.timings} == {"wall"}
+
+
+# Several GPUs.
+
+
+def test_a_steady_time_has_neither_start_nor_end():
+    asked = []
+
+    def seconds(calls):
+        asked.append(calls)
+        return 400e-6 + 375e-6 * calls
+
+    assert multi_gpu.steady(seconds, 20, 200) == pytest.approx(375e-6)
+    assert sorted(asked) == [20, 220]
+
+
+def test_a_dry_run_over_two_devices_writes_its_file(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.multi_gpu",
+        "jax",
+        "--dry-run",
+        "--split",
+        "tokens",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-jax.json")
+    found = json.loads(path.read_text())
+    assert found["devices"] == 2
+    assert found["dry_run"]
+    assert [row["step"] for row in found["results"] if row["same_bits"]] == list(multi_gpu.STEPS)
+    assert all(
+        len(row["samples_us"][name]) == 1 for row in found["results"] for name in ("one", "part", "all")
+    )
+
+
+def test_both_frameworks_have_processes_of_their_own(monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, check: commands.append(command[3:]) or SimpleNamespace(returncode=len(commands) - 1),
+    )
+    assert multi_gpu.main(["--dry-run"]) == 1  # that of the second
+    assert commands == [["torch", "--dry-run"], ["jax", "--dry-run"]]
 
 
 # Reports.
