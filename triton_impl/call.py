@@ -13,7 +13,7 @@ from operator import itemgetter
 
 import torch
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 try:
     from torch._C._dynamo.guards import TensorGuards, _empty_strided_cuda
@@ -240,39 +240,33 @@ def _unrecognised(record, args, out):
                 "makes one)"
             )
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if tracing.asks_for_gradient(*tensors):
+    asks = tracing.asks_for_gradient(*tensors)
+    if asks:
         call.check()  # before anything is tied
-        return tied(record, args, tracing.through_operator if tracing.is_seen(tensors) else run_real)
     if tracing.is_seen(tensors):
         return tracing.through_operator(record, args)
-    return run_real(record, args, out)
+    return tied(record, args, run_real) if asks else run_real(record, args, out)
 
 
 def _traced(record, args):
-    if tracing.asks_for_gradient(*[arg for arg in args if isinstance(arg, torch.Tensor)]):
+    if not is_exporting() and tracing.asks_for_gradient(
+        *[arg for arg in args if isinstance(arg, torch.Tensor)]
+    ):
+        # the compiler would ask for the backward pass at once
+        torch._dynamo.graph_break(
+            msg="Unsupported: expected a call under torch.no_grad() or torch.inference_mode(), got one whose gradient is asked "
+            "for (the differentiable form is triton_impl.causal_conv1d)"
+        )
         return tied(record, args, tracing.through_operator)
     return tracing.through_operator(record, args)
 
 
 def tied(record, args, function):
-    """A call whose gradient is asked for: what it returns or writes refuses a backward pass, rather than to lose it."""
-    inputs = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+    """`tracing.tied` of a call: `function` of the record and its arguments runs it."""
     call = record(*args)
-    for name in written_fields(call):
-        written = getattr(call, name)
-        root = written._base if written._is_view() else written
-        if root.requires_grad and root.is_leaf:
-            raise Unsupported(
-                f"{name}: expected a tensor that asks for no gradient itself, since it is updated in place, got a leaf that does"
-            )
-        tracing.NoGradient.apply(written, True, *inputs)
-    with torch.no_grad():
-        result = function(record, args)
-    if result is None:
-        return None
-    if isinstance(result, torch.Tensor):
-        return tracing.NoGradient.apply(result, False, *inputs)
-    return tuple(tracing.NoGradient.apply(part, False, *inputs) for part in result)
+    written = {name: getattr(call, name) for name in written_fields(call)}
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return tracing.tied(written, tensors, lambda: function(record, args))
 
 
 def written_fields(call):

@@ -54,7 +54,7 @@ class Operator(NamedTuple):
     defaults: tuple[tuple[int, Any], ...]
 
 
-def define(record, name, fields, direct, fake):
+def define(record, name, fields, direct, fake, draft=False):
     """Defines the operator `name` of an operation.
 
     Args:
@@ -62,34 +62,67 @@ def define(record, name, fields, direct, fake):
       fields: names of its arguments, in the record's order.
       direct: runs a call on real tensors, given all arguments in the record's order.
       fake: the same for fake tensors: checks, and an empty result.
+      draft: whether `commit` is False, and the pool is only read.
     """
     places = tuple(map(record._fields.index, fields))
     others = [i for i in range(len(record._fields)) if i not in places and record._fields[i] != "validate"]
-    library.define(f"{name}({', '.join(arguments(record, fields))}) -> {_returns(record)}")
-    complete = _completion(record, fields)
+    defaults = record._field_defaults | ({"commit": False} if draft else {})
+    default = {i: defaults.get(record._fields[i]) for i in others}
+    written = [f for f in fields if f in record.WRITTEN and not (draft and f == "conv_states")]
+    schema = ", ".join(arguments(record, fields, written))
+    library.define(f"{name}({schema}) -> {_returns(record)}")
+    complete = _completion(record, fields, defaults)
     library.impl(name, lambda *values: direct(complete(values)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"twinconv::{name}", lambda *values: fake(complete(values)), lib=library)
-    default = {i: record._field_defaults.get(record._fields[i]) for i in others}
+    operator = getattr(torch.ops.twinconv, name).default
+    _follow(name, operator, {field: fields.index(field) for field in written})
     absent = [i for i in others if default[i] is None]
     OPERATORS[record] = (
         *OPERATORS.get(record, ()),
         Operator(
-            getattr(torch.ops.twinconv, name).default,
+            operator,
             places,
-            tuple(record._fields.index(field) for field in fields if field in record.WRITTEN),
+            tuple(map(record._fields.index, written)),
             tuple(absent),
             tuple((i, default[i]) for i in others if i not in absent),
         ),
     )
 
 
-def arguments(record, fields):
-    """The fields of a record as arguments in an operator's schema."""
+def _follow(name, operator, written):
+    """Gives an operator what custom_op has: a gradient is not lost but refused, what is written is counted.
+
+    Args:
+      written: the places of what it writes among its arguments, by name.
+    """
+
+    def autograd(keys, *values):
+        def run():
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keys & torch._C._after_autograd_keyset, *values)
+
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if not asks_for_gradient(*tensors):
+            return run()
+        return tied({field: values[place] for field, place in written.items()}, tensors, run)
+
+    def count(keys, *values):
+        torch._C._increment_version([values[place] for place in written.values()])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *values)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    if written:
+        library.impl(name, count, "ADInplaceOrView", with_keyset=True)
+
+
+def arguments(record, fields, written=()):
+    """The fields of a record as arguments in an operator's schema; it mutates those that are `written`."""
     letters = iter("abc")
     types = {"integer": "int", "size": "SymInt", "sizes": "SymInt[]"}
     for field in fields:
         kind = record.KINDS[field]
-        if kind == "written array":
+        if field in written:
             yield f"Tensor({next(letters)}!) {field}"
         else:
             type_ = "Tensor" if kind.endswith("array") else types.get(kind, kind)
@@ -102,12 +135,12 @@ def _returns(record):
     return "()" if record is CommitCall else "Tensor"
 
 
-def _completion(record, fields):
-    """A function from an operator's arguments to all of the record's, in its order."""
+def _completion(record, fields, defaults):
+    """A function from an operator's arguments to all of the record's, in its order; others have their defaults."""
     rest = [name for name in record._fields if name not in fields]
     given = [*fields, *rest]
     pick = itemgetter(*(given.index(name) for name in record._fields))
-    constants = tuple(record._field_defaults.get(name) for name in rest)
+    constants = tuple(map(defaults.get, rest))
     if "split_sizes" not in fields:
         return lambda values: pick((*values, *constants))
     sizes = fields.index("split_sizes")  # an operator gets a list
@@ -238,6 +271,31 @@ class NoGradient(torch.autograd.Function):
         )
 
 
+def tied(written, tensors, function):
+    """Runs a call whose gradient is asked for: what it returns or writes refuses a backward pass, rather than to lose it.
+
+    Args:
+      written: what it writes, by name.
+      tensors: all of its tensors.
+      function: runs it; its result is a tensor, a tuple of them, or None.
+    """
+    inputs = [tensor for tensor in tensors if tensor.requires_grad]
+    for name, tensor in written.items():
+        root = tensor._base if tensor._is_view() else tensor
+        if root.requires_grad and root.is_leaf:
+            raise Unsupported(
+                f"{name}: expected a tensor that asks for no gradient itself, since it is updated in place, got a leaf that does"
+            )
+        NoGradient.apply(tensor, True, *inputs)
+    with torch.no_grad():
+        result = function()
+    if result is None:
+        return None
+    if isinstance(result, torch.Tensor):
+        return NoGradient.apply(result, False, *inputs)
+    return tuple(NoGradient.apply(part, False, *inputs) for part in result)
+
+
 def refuse_second_gradient(ctx, *grads):
     """The backward pass of a backward pass."""
     raise Unsupported(
@@ -289,7 +347,12 @@ def define_operators(direct, fake):
         "track_lengths",
     }
     windows = {"window_out", "window_indices"}
-    variants = {
+    drafts = {}
+    for record in (UpdateCall, PrologueUpdateCall, GatedConvUpdateCall):
+        fields = [f for f in record._fields if f != "commit"]
+        drafts[f"{record.OPERATION}_draft"] = record, [f for f in fields if f not in windows]
+        drafts[f"{record.OPERATION}_draft_windows"] = record, fields
+    variants = drafts | {
         "causal_conv1d_fn_stateless": (FnCall, [f for f in FnCall._fields if f not in pooled]),
         "causal_conv1d_fn": (FnCall, FnCall._fields[: FnCall._fields.index("validate")]),
         "causal_conv1d_fn_serving": (FnCall, FnCall._fields),
@@ -326,6 +389,7 @@ def define_operators(direct, fake):
             fields,
             lambda args, record=record: direct(record, args),
             lambda args, record=record: fake(record, args),
+            draft=name in drafts,
         )
         if record is not CommitCall:
             count_flops(name)

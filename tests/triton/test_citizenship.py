@@ -60,6 +60,35 @@ def verify(t, **options):
 
 OPERATIONS = {"fn": fn, "update": update, "verify": verify}
 
+HEADS = dict(num_k_heads=1, num_v_heads=1, head_k_dim=1, head_v_dim=2)  # of DIM channels
+
+
+def gates(t, tokens):
+    return dict(a=t["x"][:tokens, :1], b=t["x"][:tokens, 1:2], A_log=t["bias"][:1], dt_bias=t["bias"][1:2])
+
+
+def prologue_fn(t, **options):
+    return triton_impl.gated_delta_prologue_fn(**t, **HEADS, **gates(t, len(t["x"])), **options)
+
+
+def prologue_update(t, **options):
+    given = {name: t[name] for name in ("weight", "bias", "conv_states", "cache_indices")}
+    return triton_impl.gated_delta_prologue_update(t["x"][:2], **given, **HEADS, **gates(t, 2), **options)
+
+
+def gated_fn(t, **options):
+    given = {name: value for name, value in t.items() if name != "x"}
+    return triton_impl.gated_short_conv_fn(torch.cat([t["x"]] * 3, -1), **given, **options)
+
+
+def gated_update(t, **options):
+    given = {name: t[name] for name in ("weight", "bias", "conv_states", "cache_indices")}
+    return triton_impl.gated_short_conv_update(torch.cat([t["x"][:2]] * 3, -1), **given, **options)
+
+
+UPDATES = {"update": update, "prologue_update": prologue_update, "gated_update": gated_update}
+ALL = UPDATES | {"fn": fn, "verify": verify, "prologue_fn": prologue_fn, "gated_fn": gated_fn}
+
 # Compiled as users compile.
 
 
@@ -183,6 +212,52 @@ def test_a_leaf_that_asks_for_a_gradient_is_not_written(operation):
     assert torch.equal(t["conv_states"], before)
 
 
+@pytest.mark.parametrize("operation", ALL)
+def test_no_gradient_is_lost_in_a_traced_program(operation):
+    """What a tracer kept of a call is its operator."""
+    t = tensors()
+    names = [*t]
+    with torch.no_grad():
+        traced = make_fx(lambda *given: ALL[operation](dict(zip(names, given, strict=True))))(*t.values())
+    assert "twinconv" in traced.code
+    t["weight"].requires_grad_()
+    result = traced(*t.values())
+    for found in result[:1] if operation == "verify" else (result[0], result.conv_states):
+        assert found.requires_grad
+        with pytest.raises(Unsupported, match="no_grad"):
+            found.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("operation", ["fn", "update", "prologue_update"])
+def test_parameters_that_ask_for_a_gradient_are_exported(operation, strict):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(tensors()["weight"])
+
+        def forward(self, t):
+            return ALL[operation](t | {"weight": self.weight})[0]
+
+    t = tensors()
+    t.pop("weight")
+    program = torch.export.export(
+        Layer(), (t | {"conv_states": t["conv_states"].clone()},), strict=strict
+    ).module()
+    with torch.no_grad():
+        assert torch.equal(program(t), Layer()(t | {"conv_states": tensors()["conv_states"]}))
+    with pytest.raises(Unsupported, match="no_grad"):
+        program(t).sum().backward()
+
+
+@pytest.mark.parametrize("operation", ["fn", "update", "prologue_fn"])
+def test_a_graph_that_asks_for_a_gradient_is_refused_by_name(operation):
+    t = tensors()
+    t["weight"].requires_grad_()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"expected a call under torch\.no_grad"):
+        torch.compile(ALL[operation], fullgraph=True, backend="aot_eager")(t)
+
+
 @DEVICES
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("which", ["x", "weight", "conv_states"])
@@ -286,6 +361,43 @@ def test_x_that_is_replaced_is_counted(device):
             before = x._version
             sglang.causal_conv1d_update(x, t["conv_states"].mT, t["weight"], t["bias"])
             assert x._version > before
+
+
+@pytest.mark.parametrize("operation", ALL)
+def test_what_is_written_is_counted_within_a_mode(operation):
+    t = tensors()
+    windows = torch.zeros(2, 1, WIDTH - 1, DIM)
+    written = windows if operation == "verify" else t["conv_states"]
+    options = dict(window_out=windows) if operation == "verify" else {}
+    with torch.no_grad(), FlopCounterMode(display=False):
+        before = written._version
+        ALL[operation](t, **options)
+        assert written._version > before
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("operation", UPDATES)
+def test_a_pool_that_is_only_read_is_not_counted(operation, windows):
+    """A draft leaves the pool as it is, also through an operator."""
+    options = dict(window_out=torch.zeros(2, 1, WIDTH - 1, DIM)) if windows else {}
+    t = tensors()
+    leaf = torch.ones(DIM, requires_grad=True)
+    product = leaf * t["conv_states"]
+    before = t["conv_states"]._version
+
+    def draft(t, **options):
+        return UPDATES[operation](t, commit=False, **options)[0]
+
+    with torch.no_grad():
+        want = draft(t, **options)
+        with FlopCounterMode(display=False):
+            draft(t, **options)
+        compiled = torch.compile(draft, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(t, **options), want)
+        lazy = t | {"conv_states": torch._neg_view(-t["conv_states"])}
+        assert torch.equal(draft(lazy, **options), want)
+    assert t["conv_states"]._version == before
+    product.sum().backward()
 
 
 # Meta, lazy and other tensors.
