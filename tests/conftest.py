@@ -17,6 +17,7 @@ import os
 import random
 import sys
 
+import numpy as np
 import pytest
 
 # On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
@@ -110,8 +111,7 @@ def two_frameworks() -> str | None:
 def pytest_collection_finish(session):
     if message := two_frameworks():
         raise pytest.UsageError(message)
-    gc.freeze()  # a tenth of an interpreter's time is the search for garbage among what was imported
-    gc.set_threshold(100_000, 50, 100)
+    quick_interpreters()
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -137,16 +137,28 @@ def pytest_runtest_setup(item):
         pytest.fail(f"--gpu was asked for, but {reason}", pytrace=False)
 
 
-def patch_once():
-    """Makes Triton's interpreter, where it is loaded, patch `triton.language` once a launch.
+def quick_interpreters():
+    """Takes out of the interpreters that are loaded what they do again and again to no end: half of their time.
 
-    It does so again at every call of a device function, which finds nothing left to patch in 40 % of its time.
+    Where another version has no such function, nothing happens.
     """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    patch = getattr(interpreter, "_patch_lang", None)
-    if patch is None or hasattr(patch, "once"):
+    gc.freeze()  # a tenth of the time is the search for garbage among what was imported
+    gc.set_threshold(100_000, 50, 100)
+    patch_once(sys.modules.get("triton.runtime.interpreter"))
+    if "jax" in sys.modules:
+        plain_callbacks()
+
+
+def patch_once(interpreter):
+    """Makes Triton's interpreter patch `triton.language` once a launch, and keep its table of NumPy's dtypes.
+
+    It patches again at every call of a device function, which finds nothing left to patch, and makes the table
+    at every operation.
+    """
+    patch, dtype_of = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "_get_np_dtype", None)
+    if patch is None or dtype_of is None or hasattr(patch, "once"):
         return
-    language = interpreter.tl
+    language, dtypes = interpreter.tl, {}
 
     def once(function):
         seen = [m for m in function.__globals__.values() if m is language or m is language.core]
@@ -154,8 +166,29 @@ def patch_once():
             return interpreter._LangPatchScope()  # inside a kernel: nothing to put back
         return patch(function)
 
+    def kept(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype_of(dtype)
+        return dtypes[name]
+
     once.once = True
-    interpreter._patch_lang = once
+    interpreter._patch_lang, interpreter._get_np_dtype = once, kept
+
+
+def plain_callbacks():
+    """Hands the callbacks of Pallas' interpreter NumPy arrays: it makes them of the jax.Array that each is first put into."""
+    from jax._src import callback as callbacks
+    from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+    def called(*arguments, callback, **_):
+        return [np.asarray(value) for value in callback(*map(np.array, arguments))]
+
+    if not hasattr(callbacks, "io_callback_impl"):
+        return
+    callbacks.io_callback_impl = called
+    if to_int := getattr(shared_memory, "_to_int", None):  # JAX 0.12 asks whether a coordinate is a jax.Array
+        shared_memory._to_int = lambda value: value.item() if isinstance(value, np.ndarray) else to_int(value)
 
 
 def boolean_masks():
@@ -181,16 +214,15 @@ def boolean_masks():
 
 
 @pytest.fixture(autouse=True)
-def quick_interpreter():
-    patch_once()
+def checked_interpreter():
+    patch_once(sys.modules.get("triton.runtime.interpreter"))
     boolean_masks()
 
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
+    np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
 

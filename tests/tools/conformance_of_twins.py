@@ -16,7 +16,7 @@ import pytest
 from oracle.conformance import ledger, report, runner
 from oracle.conformance.cases import select
 from oracle.conformance.catalogue import catalogue
-from tests.conftest import QUICK_COMPILE, patch_once
+from tests.conftest import QUICK_COMPILE, quick_interpreters
 from tests.tools.covering import cover
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +25,8 @@ KNOWN_FAILURES = {"pallas-exact": ROOT / "pallas_impl" / "known_failures_interpr
 SPECIFICATIONS = {
     "triton": ("tests.tools.conformance_of_twins:triton", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
     "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {"TRITON_INTERPRET": "0"}),
-    "pallas": ("pallas_impl.adapter:adapter", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),
-    "pallas-exact": ("pallas_impl.adapter:adapter", "jax", ("core",), {}),
+    "pallas": ("tests.tools.conformance_of_twins:pallas", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),
+    "pallas-exact": ("tests.tools.conformance_of_twins:pallas", "jax", ("core",), {}),
     "xla": (
         "pallas_impl.adapter:xla",
         "jax",
@@ -42,11 +42,20 @@ SUBNORMAL = (
 
 
 def triton(device=None):
-    """The kernels' adapter, in an interpreter that patches once."""
+    """The kernels' adapter, in a quick interpreter."""
     from triton_impl.adapter import adapter
 
     found = adapter(device)
-    patch_once()
+    quick_interpreters()
+    return found
+
+
+def pallas(device=None):
+    """The kernels' adapter, in a quick interpreter."""
+    from pallas_impl.adapter import adapter
+
+    found = adapter(device)
+    quick_interpreters()
     return found
 
 

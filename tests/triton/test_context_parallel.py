@@ -24,8 +24,8 @@ worker, first, ranks, folder, *rest = sys.argv[1:]
 main = runpy.run_path(worker)["main"]
 exec(first)
 if os.environ["TRITON_INTERPRET"] == "1":
-    from tests.conftest import patch_once
-    patch_once()
+    from tests.conftest import quick_interpreters
+    quick_interpreters()
 children = []
 for rank in range(int(ranks)):
     children.append(os.fork())
