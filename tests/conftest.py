@@ -222,7 +222,8 @@ def checked_interpreter():
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)
-    np.random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
 
