@@ -53,7 +53,7 @@ class Heads(NamedTuple):
 
     Attributes:
       keys, key_dim: heads of q, and of k; channels of each; lanes: the power of two that holds these.
-      values: channels of v; value_heads: their heads, the columns of beta.
+      value_channels: channels of v; value_heads: their heads, the columns of beta.
       blocks: programs over q's channels, and over k's.
       gates_from: the first program of gates; gate_columns: columns of each; g_blocks: how many of them have columns of g.
       columns: of g; per_head: of each head.
@@ -63,7 +63,7 @@ class Heads(NamedTuple):
     keys: Any
     key_dim: Any
     lanes: Any
-    values: Any
+    value_channels: Any
     value_heads: Any
     blocks: Any
     gates_from: Any
@@ -106,7 +106,7 @@ def head_channels(block, out, tokens, h: tl.constexpr, block_d: tl.constexpr):
     """The channels of a block, and where their results go: q, k and v lie one behind the other in `out`."""
     wide: tl.constexpr = h.keys * h.key_dim
     part = (block >= h.blocks).to(tl.int32) + (block >= 2 * h.blocks).to(tl.int32)
-    size = tl.where(part < 2, wide, h.values)
+    size = tl.where(part < 2, wide, h.value_channels)
     lane = (block - part * h.blocks) * block_d + tl.arange(0, block_d)
     local = lane
     exist = lane < size
@@ -537,7 +537,7 @@ def heads_of(call, sizes, block_d, behind=False, idle=False, gates=True):
         keys=sizes.num_k_heads,
         key_dim=sizes.head_k_dim,
         lanes=lanes,
-        values=values,
+        value_channels=values,
         value_heads=sizes.num_v_heads,
         blocks=blocks,
         gates_from=gates_from,

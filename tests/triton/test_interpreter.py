@@ -1,10 +1,14 @@
 """What Triton's interpreters of several versions ask of kernels, asked for under each of them (tests/conftest.py)."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import triton_impl
 from triton_impl.records import holds
 
 
@@ -28,3 +32,18 @@ def test_a_condition_on_a_scalar_masks_lanes(count, expected):
 def test_a_mask_of_integers_is_refused_under_every_version():
     with pytest.raises(Exception, match="mask"):
         _copy_kernel[(1,)](torch.ones(4), torch.empty(4), 2, True)
+
+
+def test_no_field_of_a_record_is_an_attribute_of_tritons_tuples():
+    """Under Triton 3.9 `record.values` is the list of all fields."""
+    taken = {name for name in dir(tl.core.tuple([])) if not name.startswith("__")}
+    assert "values" in taken
+    records = {}
+    for found in pkgutil.iter_modules(triton_impl.__path__):
+        module = importlib.import_module(f"triton_impl.{found.name}")
+        records |= {value: value._fields for value in vars(module).values() if hasattr(value, "_fields")}
+    kernels = {r: f for r, f in records.items() if r.__module__.startswith("triton_impl.")}
+    assert len(kernels) > 10
+    assert {
+        record.__name__: {*fields} & taken for record, fields in kernels.items() if {*fields} & taken
+    } == {}
