@@ -4,7 +4,7 @@ Everything here is jax.numpy around one of two forms: `plain.dense`, or the kern
 """
 
 import functools
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from oracle.contract import ConvOutput, ShortConvCall, Unsupported, check_lengths
-from pallas_impl import api, backward, plain
+from pallas_impl import api, backward, parts, plain
 from pallas_impl.call import resolve
+from pallas_impl.parts import BATCH, CHANNELS
 from pallas_impl.tracing import mappable, vary_alike
 
 AxisNames: TypeAlias = str | tuple[str, ...] | None
@@ -58,8 +59,9 @@ def short_conv(
       backend: as in `causal_conv1d`. "auto" runs documents in plain jax.numpy: a kernel asked for by name reserves a
         row for each token, since their number is not known when it is compiled.
       axes: (batch axis, channel axis) of the mesh in context (`jax.set_mesh`), or of the one that x lies on: a name, a
-        tuple of names, or None. The call then runs on every device's part of x, in `jax.shard_map`. None: where x's
-        type names its axes (explicit meshes) these, otherwise a kernel on more than one device is refused.
+        tuple of names, or None. The call then runs on every device's part of x, in `jax.shard_map`. None: as x is split,
+        where its type names the axes (explicit meshes), its sharding does (outside `jit`), or the compiler does
+        ("mosaic_gpu" inside `jit` on Auto axes); a kernel on parts that depend on each other is refused.
 
     Returns:
       ConvOutput(out, conv_states): `out` in x's shape and dtype; `conv_states` the new cache, as the given one, or
@@ -67,13 +69,14 @@ def short_conv(
 
     Raises:
       ValueError, TypeError: as `oracle.contract.ShortConvCall`; axes that the mesh lacks, or that do not divide x.
-      Unsupported: the backend asked for cannot run here; a kernel on a mesh without `axes`.
+      Unsupported: the backend asked for cannot run here; a kernel on x whose tokens are split, which on Auto axes inside
+        `jit` XLA raises as its own error, or on a mesh without `axes` of which nobody says how it splits x.
     """
     call = ShortConvCall(
         x, weight, bias, cache, segment_ids, lengths, weight_layout, cache_layout, want_cache, activation, backend
     )  # fmt: skip
     sizes = call.check()
-    if isinstance(lengths, np.ndarray):
+    if isinstance(lengths, np.ndarray | np.generic):
         check_lengths(np.atleast_1d(lengths).tolist(), sizes.seqlen)
     backend = resolve(backend, x)
     if call.backend == "auto" and segment_ids is not None:
@@ -205,24 +208,62 @@ def _rows(x, documents):
     return jnp.append(starts, jnp.int32(tokens)), "flat"
 
 
-def _forward(options, x, weight, bias, window, documents):
-    activation, backend = options
+class _Dense(NamedTuple):
+    """The arrays of `_convolve`, with the gradient of its result where that is asked for; `options` as there."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    window: Any
+    documents: Any
+    dout: Any
+    options: tuple
+
+    ARRAYS = "x", "weight", "bias", "window", "documents", "dout"
+
+
+TOKENS = BATCH, None, CHANNELS
+ROLES = {"x": TOKENS, "dout": TOKENS, "window": TOKENS, "documents": (BATCH, None), "weight": (CHANNELS, None),
+         "bias": (CHANNELS,)}  # fmt: skip
+
+
+def _forward(options, *arrays):
+    call = _Dense(*arrays, None, options)
+    if parts.compiler_splits(options[1], call.x):
+        return parts.partitioned(_run_forward, call, ROLES, (TOKENS,))[0]
+    return _run_forward(call)[0]
+
+
+def _run_forward(call):
+    x, weight, bias, window, documents, _, (activation, backend) = call
     starts, schedule = _rows(x, documents)
     has_state = None if window is None else jnp.ones(x.shape[:1], bool)
     out, _ = api.causal_conv1d_fn(
         x.reshape(-1, x.shape[2]), weight, bias, window, starts, None, has_state,
         activation=activation, max_seqlen=x.shape[1], schedule=schedule, backend=backend,
     )  # fmt: skip
-    return out.reshape(x.shape)
+    return (out.reshape(x.shape),)
 
 
-def _backward(options, x, weight, bias, window, documents, dout):
-    activation, backend = options
+def _backward(options, *arrays):
+    call = _Dense(*arrays, options)
+    if not parts.compiler_splits(options[1], call.x):
+        return _run_backward(call)
+    names = [name for name in call.ARRAYS[:4] if getattr(call, name) is not None]
+    sums = [names.index(name) for name in ("weight", "bias") if name in names]
+    run = functools.partial(_run_backward, unrounded=True)  # the sums over devices are rounded once
+    found = parts.partitioned(run, call, ROLES, tuple(ROLES[name] for name in names), sums)
+    return tuple(g if g is None else g.astype(a.dtype) for g, a in zip(found, arrays, strict=False))
+
+
+def _run_backward(call, **options):
+    x, weight, bias, window, documents, dout, (activation, backend) = call
     starts, schedule = _rows(x, documents)
     flat = (-1, x.shape[2])
     inputs = x.reshape(flat), weight, bias, window, starts
     given = activation, x.shape[1], schedule, backend
-    dx, dweight, dbias, dwindow, _ = backward.differentiate(given, inputs, (dout.reshape(flat), None))
+    upstream = dout.reshape(flat), None
+    dx, dweight, dbias, dwindow, _ = backward.differentiate(given, inputs, upstream, **options)
     return dx.reshape(x.shape), dweight, dbias, dwindow
 
 
@@ -263,30 +304,34 @@ def _loop(run, flags, arrays):
 
 def _mesh_axes(axes, x, backend):
     """(mesh, (batch axes, channel axes)) where the call is split over devices, else (None, None)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {} if mesh.empty else {
-        name: kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and mesh.shape[name] > 1
-    }  # fmt: skip
     own = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    where = own if isinstance(own, NamedSharding) else jax.typeof(x).sharding  # as far as it is known here
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = where.mesh if mesh.empty else mesh
     if axes is not None:
         if not isinstance(axes, tuple) or len(axes) != 2:
             raise ValueError(f"axes: expected (batch axis, channel axis), each a name or None, got {axes!r}")
-        if mesh.empty and isinstance(own, NamedSharding):
-            mesh = own.mesh
         if mesh.empty:
             raise ValueError(f"axes: expected a mesh in context (jax.set_mesh), got none, and axes={axes!r}")
         return mesh, axes
     if backend == "xla":
         return None, None
-    if free and all(kind == AxisType.Explicit for kind in free.values()):
-        batch, tokens, channels = (None, None, *jax.typeof(x).sharding.spec)[-3:]
+    free = {
+        name: kind
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and mesh.shape[name] > 1
+    }
+    if free and (where is own or all(kind == AxisType.Explicit for kind in free.values())):
+        rest = (None,) * (x.ndim - len(where.spec))
+        batch, tokens, channels = (None, None, None, *where.spec, *rest)[-3:]
         if tokens is None and (x.ndim == 3 or batch is None):
             return mesh, (batch, channels)
+    if parts.compiler_splits(backend, x):  # a program in which it tells the kernels
+        return None, None
     if free or (own is not None and len(own.device_set) > 1):
-        where = f"the mesh {dict(mesh.shape)}" if free else f"{len(own.device_set)} devices"
+        over = f"the mesh {dict(mesh.shape)}" if free else f"{len(own.device_set)} devices"
         raise Unsupported(
-            f"axes: expected (batch axis, channel axis), since a compiler cannot split a kernel over {where}; got None"
+            f"axes: expected (batch axis, channel axis), since a compiler cannot split a kernel over {over}; got None"
         )
     return None, None
 

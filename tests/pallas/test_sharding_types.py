@@ -73,7 +73,13 @@ CHANNELS = dict(
 )  # fmt: skip
 DENSE_CHANNELS, PACKED_CHANNELS = CHANNELS | dict(x=P(None, None, "d")), CHANNELS | dict(x=P(None, "d"))
 ROWS = dict(x=P("d"), initial_states=P("d"), conv_states=P("d"))
+MODEL = dict(x=X, weight=WEIGHT, bias=BIAS, cache=DENSE["initial_states"])
+DOCUMENTS = dict(segment_ids=index([3, 3, 4, 3, 3], [1, 1, 1, 1, 2]))
 CALLS = {
+    "training, model": (functools.partial(functools.partial, pallas_impl.short_conv), MODEL | DOCUMENTS,
+                        dict(x=P("d"), cache=P("d"), segment_ids=P("d"))),
+    "training, channels of a model": (functools.partial(functools.partial, pallas_impl.short_conv, activation="silu"), MODEL,
+                                      CHANNELS | dict(x=P(None, None, "d"), cache=P(None, None, "d"))),
     "training, rows": (training, DENSE, ROWS),
     "training, channels": (training, DENSE, DENSE_CHANNELS),
     "training, channels of x alone": (training, DENSE, dict(x=P(None, None, "d"))),
@@ -220,7 +226,8 @@ def test_nothing_is_gathered(name):
     assert not COLLECTIVE.search(jax.jit(make(backend="xla")).lower(**placed).compile().as_text())
 
 
-AUTO = {"training, rows", "training, channels", "packed, channels", "update, rows", "update, channels"}
+TRAINED = [name for name in CALLS if name.startswith("training") and name != "training, channels of x alone"]
+AUTO = [*TRAINED, "packed, channels", "update, rows", "update, channels"]
 
 
 @pytest.fixture
@@ -233,8 +240,8 @@ def plain_kernels(monkeypatch):
             arrays = arrays._replace(query_start_loc=starts)
         return plain.run(arrays, options)
 
-    def differentiate(options, inputs, upstream):
-        return real((*options[:-1], "xla"), inputs, upstream)
+    def differentiate(options, inputs, upstream, **more):
+        return real((*options[:-1], "xla"), inputs, upstream, **more)
 
     real = backward.differentiate
     monkeypatch.setattr(call, "_launch_prefill", run)
@@ -246,7 +253,7 @@ def plain_kernels(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", sorted(AUTO))
+@pytest.mark.parametrize("name", AUTO)
 def test_the_compiler_splits_kernels_on_auto_axes(name, plain_kernels):
     make, arrays, specs = CALLS[name]
     placed = put(mesh_of(2, AxisType.Auto), specs, arrays)
@@ -259,13 +266,25 @@ def test_the_compiler_splits_kernels_on_auto_axes(name, plain_kernels):
         assert not found.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("name", ["training, rows", "training, channels"])
+def gradients_of(run):
+    """Of the sum of squares, in all arrays of floats by name."""
+
+    def total(floats, others):
+        return sum((a**2).sum() for a in run(**floats, **others))
+
+    def gradients(arrays):
+        floats = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+        return jax.grad(total)(floats, {name: a for name, a in arrays.items() if name not in floats})
+
+    return gradients
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_gradients_on_auto_axes(name, plain_kernels):
     make, arrays, specs = CALLS[name]
-    loss = lambda backend, arrays: sum((a**2).sum() for a in make(backend=backend)(**arrays))  # noqa: E731
-    wanted = jax.grad(functools.partial(loss, "xla"))(arrays)
+    wanted = gradients_of(make(backend="xla"))(arrays)
     placed = put(mesh_of(2, AxisType.Auto), specs, arrays)
-    run = jax.jit(jax.grad(functools.partial(loss, "mosaic_gpu_interpret")))
+    run = jax.jit(gradients_of(make(backend="mosaic_gpu_interpret")))
     assert not COLLECTIVE.search(run.lower(placed).compile().as_text())
     for name, found in run(placed).items():
         np.testing.assert_allclose(found, wanted[name], rtol=1e-4, atol=1e-4)
@@ -332,7 +351,7 @@ def test_gpus_give_the_gradients_of_one(name, kind):
             n: jax.device_put(placed[n], NamedSharding(placed["x"].sharding.mesh, P("d")))
             for n in ("weight", "bias")
         }
-    gradients = jax.jit(jax.grad(lambda arrays: sum((a**2).sum() for a in run(**arrays))))
+    gradients = jax.jit(gradients_of(run))
     wanted = gradients(arrays)
     with jax.set_mesh(placed["x"].sharding.mesh):
         found = gradients(placed)

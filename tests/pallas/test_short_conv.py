@@ -153,6 +153,12 @@ def test_bad_input(changes, error, text):
         short_conv(**cases.inputs() | changes)
 
 
+def test_the_length_of_a_row_is_checked():
+    arrays = cases.inputs(cached=False)
+    with pytest.raises(ValueError, match="lengths: expected 0 to seqlen = 7, got 9"):
+        short_conv(arrays["x"][0], arrays["weight"], lengths=np.int32(9))
+
+
 def test_lengths_on_the_device_are_clamped():
     arrays = cases.inputs()
     got = short_conv(**arrays, lengths=jnp.array([99, -3]))
