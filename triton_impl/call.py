@@ -440,6 +440,19 @@ def empty_out(call):
     return torch.empty_like(x) if call.split_sizes is None else x.new_empty(x.numel())
 
 
+def allocations(like, device):
+    """Two functions that make memory on a device, laid out as a tensor without data: PyTorch's own, and the quickest.
+
+    Memory that is to be filled (`torch.use_deterministic_algorithms`) is PyTorch's. The other is the allocation of compiled
+    graphs, past PyTorch's dispatcher, which works on the current device.
+    """
+    layout = tuple(like.shape), like.stride()
+    new = functools.partial(torch.empty_strided, *layout, dtype=like.dtype, device=device)
+    if device.type != "cuda" or several_devices() or _empty_strided_cuda is None:
+        return new, new
+    return new, functools.partial(_empty_strided_cuda, *layout, like.dtype)
+
+
 class Prepared:
     """A checked call with everything but its tensors decided: makes the result, then launches.
 
@@ -452,24 +465,15 @@ class Prepared:
     def __init__(self, call, outputs, states=(None, ()), memory=None):
         (self.outputs, names), (self.states, state_names) = outputs, states
         self.arrays, self.state_arrays = _fields(call, names), _fields(call, state_names)
-        device = given_arrays(call)[call.ARRAYS[0]].device
         written = written_fields(call)
         self.written = _fields(call, written) if written else None
-        self.has_result = memory is not None
-        self.new_out = self.quick_out = None
-        if memory is not None:
-            like = tuple(memory.shape), memory.stride()
-            self.new_out = functools.partial(torch.empty_strided, *like, dtype=memory.dtype, device=device)
-            # The allocation of compiled graphs, past PyTorch's dispatcher, which works on the current device.
-            if device.type == "cuda" and not several_devices() and _empty_strided_cuda is not None:
-                self.quick_out = functools.partial(_empty_strided_cuda, *like, memory.dtype)
+        device = given_arrays(call)[call.ARRAYS[0]].device
+        self.new_out, self.quick_out = (None, None) if memory is None else allocations(memory, device)
 
     def __call__(self, args, out=None):
         in_place = out is not None
-        if not in_place and self.has_result:
-            # memory that is to be filled is the dispatcher's
-            quick = self.quick_out is not None and not torch._C._get_deterministic_algorithms()
-            out = self.quick_out() if quick else self.new_out()
+        if not in_place and self.new_out is not None:
+            out = (self.new_out if torch._C._get_deterministic_algorithms() else self.quick_out)()
         if self.outputs is not None:
             if out is None:
                 self.outputs(*self.arrays(args))
@@ -501,18 +505,11 @@ class PreparedFront:
         self.behind, self.behind_arrays = behind[0], _fields(call, behind[1])
         self.record, self.convolution, self.copies = type(call), convolution, copies
         memory = plain_prologue.empty_front(call._replace(x=call.x.to("meta")))
-        self.memory, self.quick = [], []
-        quick = call.x.device.type == "cuda" and not several_devices() and _empty_strided_cuda is not None
-        for t in memory:
-            like = tuple(t.shape), t.stride()
-            new = functools.partial(torch.empty_strided, *like, dtype=t.dtype, device=call.x.device)
-            self.memory.append(new)
-            self.quick.append(functools.partial(_empty_strided_cuda, *like, t.dtype) if quick else new)
+        self.memory, self.quick = zip(*(allocations(t, call.x.device) for t in memory), strict=True)
         written = [] if convolution is not None else written_fields(call)
         self.written = _fields(call, written) if written else None
 
     def __call__(self, args, out=None):
-        # memory that is to be filled is the dispatcher's
         filled = torch._C._get_deterministic_algorithms()
         flat, g, beta = found = tuple([new() for new in (self.memory if filled else self.quick)])
         if self.convolution is not None:

@@ -19,8 +19,7 @@ class Options(NamedTuple):
 
     columns: Any
     block_d: Any
-    pdl: Any
-    hurry: Any
+    overlap: Any
 
 
 @triton.jit(
@@ -60,7 +59,7 @@ def prepare(call, sizes, config):
       A Launch of ARRAYS.
     """
     dim_blocks = triton.cdiv(sizes.dim, config.block_d)
-    options = Options(sizes.history, config.block_d, overlaps(call.conv_states.device), config.hurry)
+    options = Options(sizes.history, config.block_d, overlaps(call.conv_states.device, config.hurry))
     values = (
         Strides(*strides_of(call, ARRAYS)),
         sizes.batch,
@@ -78,5 +77,5 @@ def prepare(call, sizes, config):
         (sizes.batch * dim_blocks, 1, 1),
         values,
         num_warps=config.num_warps,
-        launch_pdl=options.pdl or None,
+        overlap=options.overlap,
     )

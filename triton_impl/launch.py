@@ -25,14 +25,15 @@ class Launch:
       kernel: the `triton.jit` function; its tensor parameters come first.
       grid: three ints.
       values: the arguments after the tensors, constants included.
+      overlap: as `overlaps` says; None: it is launched when the kernel before it has ended.
       options: num_warps and other compiler options; None means the default.
     """
 
-    def __init__(self, kernel, grid, values, **options):
+    def __init__(self, kernel, grid, values, overlap=None, **options):
         self._kernel, self._grid, self._values = kernel, grid, values
         given = {name: value for name, value in options.items() if value is not None}
         # said at each launch, since Triton 3.9 warns of the default and 3.10 changes it
-        self._options = {"enable_fp_fusion": True} | given
+        self._options = {"enable_fp_fusion": True} | given | ({"launch_pdl": True} if overlap else {})
         self._again = self._entry = self._read = None
 
     def __call__(self, *tensors):
@@ -135,21 +136,26 @@ def _same(some, others):
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
-def overlaps(device):
-    """Whether a kernel on a device is launched while the one before it ends: programmatic dependent launch (PDL)."""
-    return native_ptx() and torch.cuda.get_device_capability(device) >= (9, 0)
+def overlaps(device, hurry=True):
+    """How a kernel on a device meets its neighbours, for `wait_for_inputs`: None, or "wait" or with `hurry` "hurry".
+
+    With either it is launched while the kernel before it ends: programmatic dependent launch (PDL).
+    """
+    if not native_ptx() or torch.cuda.get_device_capability(device) < (9, 0):
+        return None
+    return "hurry" if hurry else "wait"
 
 
 @triton.jit
 def wait_for_inputs(o: tl.constexpr):
     """Stands in front of a kernel's first access to memory, on every path.
 
-    Launched by PDL (`o.pdl`) a program may begin before the kernels ahead have ended and their writes are seen; behind this
-    they have, and are. `o.hurry` lets the next kernel begin in turn, once all programs have come here.
+    Launched by PDL (`o.overlap`) a program may begin before the kernels ahead have ended and their writes are seen; behind
+    this they have, and are. "hurry" lets the next kernel begin in turn, once all programs have come here.
     """
-    if o.pdl:
+    if o.overlap is not None:
         tl.extra.cuda.gdc_wait()
-        if o.hurry:
+        if o.overlap == "hurry":
             tl.extra.cuda.gdc_launch_dependents()
 
 

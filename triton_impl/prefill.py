@@ -107,8 +107,7 @@ class Options(NamedTuple):
     hip: Any
     norm: Any = None
     gate: Any = None
-    pdl: Any = False
-    hurry: Any = False
+    overlap: Any = None
 
 
 @triton.jit
@@ -441,8 +440,7 @@ def prepare(call, sizes, config, stores, gate=None):
         levels=0 if config.walk else levels(x),
         aligned=not config.walk and aligned(x),
         ptx=native_ptx(),
-        pdl=overlaps(call.x.device),
-        hurry=True,
+        overlap=overlaps(call.x.device),
         hip=torch.version.hip is not None,
         gate=gate,
     )
@@ -457,7 +455,7 @@ def prepare(call, sizes, config, stores, gate=None):
         blocks if folded else None,
         constants(options),
     )
-    return Launch(_prefill_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(_prefill_kernel, grid, values, num_warps=config.num_warps, overlap=options.overlap)
 
 
 def levels(x):

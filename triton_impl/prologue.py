@@ -405,8 +405,7 @@ def prepare(call, sizes, config, stores):
         levels=0,
         aligned=False,
         ptx=native_ptx(),
-        pdl=overlaps(call.x.device),
-        hurry=True,
+        overlap=overlaps(call.x.device),
         hip=torch.version.hip is not None,
     )
     strides = Strides(*strides_of(call, ARRAYS))._replace(**_gate_strides(call))
@@ -421,7 +420,7 @@ def prepare(call, sizes, config, stores):
         constants(h),
         *_variants(options, call, sizes),
     )
-    return Launch(_prologue_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(_prologue_kernel, grid, values, num_warps=config.num_warps, overlap=options.overlap)
 
 
 def prepare_update(call, sizes, config):
@@ -445,8 +444,7 @@ def prepare_update(call, sizes, config):
         rows=config.rows,
         block_d=config.block_d,
         ptx=native_ptx(),
-        pdl=overlaps(call.x.device),
-        hurry=config.hurry,
+        overlap=overlaps(call.x.device, config.hurry),
     )
     strides = UpdateStrides(*strides_of(call, UPDATE_ARRAYS))._replace(**_gate_strides(call, rows=True))
     strides = strides._replace(x=(call.x.stride(0), call.x.stride(-1)))
@@ -459,9 +457,7 @@ def prepare_update(call, sizes, config):
         constants(h),
         *_variants(options, call, sizes),
     )
-    return Launch(
-        _prologue_update_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None
-    )
+    return Launch(_prologue_update_kernel, grid, values, num_warps=config.num_warps, overlap=options.overlap)
 
 
 def prepare_behind(call, sizes, config, copies):

@@ -45,8 +45,7 @@ class Options(NamedTuple):
     search: Any
     block_d: Any
     gate: Any = None
-    pdl: Any = False
-    hurry: Any = False
+    overlap: Any = None
 
 
 @triton.jit
@@ -173,8 +172,7 @@ def prepare(call, sizes, config, gate=None):
         span=min(block, 2**31 - 1),  # no batch has more tokens
         search=32 if sizes.batch < 32 else 128,
         block_d=config.block_d,
-        pdl=overlaps(call.x.device),
-        hurry=config.hurry,
+        overlap=overlaps(call.x.device, config.hurry),
         gate=gate,
     )
     values = (
@@ -194,5 +192,5 @@ def prepare(call, sizes, config, gate=None):
         (programs * dim_blocks, 1, 1),
         values,
         num_warps=config.num_warps,
-        launch_pdl=options.pdl or None,
+        overlap=options.overlap,
     )

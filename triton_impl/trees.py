@@ -57,8 +57,7 @@ class Options(NamedTuple):
     block_d: Any
     ptx: Any
     gate: Any = None
-    pdl: Any = False
-    hurry: Any = False
+    overlap: Any = None
 
 
 @triton.jit
@@ -185,8 +184,7 @@ def prepare(call, sizes, config, gate=None):
         nodes=nodes,
         block_d=config.block_d,
         ptx=native_ptx(),
-        pdl=overlaps(call.x.device),
-        hurry=config.hurry,
+        overlap=overlaps(call.x.device, config.hurry),
         gate=gate,
     )
     values = (
@@ -203,7 +201,7 @@ def prepare(call, sizes, config, gate=None):
         constants(options),
     )
     grid = (sizes.batch * triton.cdiv(sizes.seqlen, nodes) * dim_blocks, 1, 1)
-    return Launch(_tree_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(_tree_kernel, grid, values, num_warps=config.num_warps, overlap=options.overlap)
 
 
 def parents_from_links(next_token, next_sibling):

@@ -61,8 +61,7 @@ class Options(NamedTuple):
     layout: Any = "front"
     norm: Any = None
     gate: Any = None
-    pdl: Any = False
-    hurry: Any = False
+    overlap: Any = None
 
 
 @triton.jit
@@ -158,8 +157,7 @@ def prepare(call, sizes, config):
         rows=config.rows,
         block_d=config.block_d,
         ptx=native_ptx(),
-        pdl=overlaps(call.x.device),
-        hurry=config.hurry,
+        overlap=overlaps(call.x.device, config.hurry),
     )
     values = (
         Strides((x[0], x[-1]), *others, (out[0], out[-1])),
@@ -169,4 +167,4 @@ def prepare(call, sizes, config):
         known_pad(call.pad_slot_id, sizes.num_slots),
         constants(options),
     )
-    return Launch(_update_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(_update_kernel, grid, values, num_warps=config.num_warps, overlap=options.overlap)

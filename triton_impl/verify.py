@@ -87,8 +87,7 @@ class Options(NamedTuple):
     block_d: Any
     ptx: Any
     gate: Any = None
-    pdl: Any = False
-    hurry: Any = False
+    overlap: Any = None
 
 
 @triton.jit
@@ -263,8 +262,7 @@ def prepare(call, sizes, config, gate=None):
         folded=folded,
         block_d=config.block_d,
         ptx=native_ptx(),
-        pdl=overlaps(call.x.device),
-        hurry=config.hurry,
+        overlap=overlaps(call.x.device, config.hurry),
         gate=gate,
     )
     values = (
@@ -283,7 +281,7 @@ def prepare(call, sizes, config, gate=None):
         tail if packed else None,
         constants(options),
     )
-    return Launch(_verify_kernel, grid, values, num_warps=config.num_warps, launch_pdl=options.pdl or None)
+    return Launch(_verify_kernel, grid, values, num_warps=config.num_warps, overlap=options.overlap)
 
 
 def _of_rows(tensor, packed):
