@@ -171,10 +171,7 @@ class Reference(States):
           given: the call's arguments by name.
         """
         call = self.prepare(op, given)
-        out = self.blank(call)
-        with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
-            for row in self.rows(call):
-                self.process(call, row, out)
+        out, _ = self.convolved(call)
         return self.finish(call, out)
 
     # The steps, in the order in which they happen.
@@ -198,6 +195,15 @@ class Reference(States):
     def blank(self, call: Call) -> np.ndarray:
         """The outputs before any row is computed, [tokens, dim] float64: whatever no row computes is zero."""
         return np.zeros(call.x.shape)
+
+    def convolved(self, call: Call) -> tuple[np.ndarray, np.ndarray]:
+        """Computes every row and stores what it leaves: the outputs, not rounded, and which tokens a row has."""
+        out, live = self.blank(call), np.zeros(len(call.x.data), dtype=bool)
+        with np.errstate(invalid="ignore", over="ignore"):  # x may hold NaN and infinities
+            for row in self.rows(call):
+                self.process(call, row, out)
+                live[row.tokens] = True
+        return out, live
 
     def process(self, call: Call, row: Row, out: np.ndarray) -> None:
         """Computes one row and stores what it leaves."""

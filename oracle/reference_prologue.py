@@ -200,11 +200,8 @@ class Front(Selecting):
           given: the call's arguments by name.
         """
         call = self.prepare(CONVOLUTIONS[op], given)
-        y, live = self.blank(call), np.zeros(len(call.x.data), bool)
-        with np.errstate(all="ignore"):  # x may hold NaN and infinities
-            for row in self.rows(call):
-                self.process(call, row, y)
-                live[row.tokens] = True
+        y, live = self.convolved(call)
+        with np.errstate(all="ignore"):  # y may hold NaN and infinities
             parts = self.heads(call, self.stored(call, y))
             gates = self.gates(call)
         found: dict[str, Any] = {"conv_states": call.pool, "window_out": call.windows}
@@ -319,10 +316,7 @@ class Gated(Selecting):
             u = self.gate_in(gate_in, x)
             inner = {name: value for name, value in given.items() if name not in ("bcx", "channel_offsets")}
             call = self.prepare(CONVOLUTIONS[op], {**inner, "x": u})
-            c, live = self.blank(call), np.zeros(len(call.x.data), bool)
-            for row in self.rows(call):
-                self.process(call, row, c)
-                live[row.tokens] = True
+            c, live = self.convolved(call)
             c = self.rounded_conv(u, c)
             out = self.gate_out(gate_out.values().reshape(c.shape), c)
         out = self.dead(out, live).reshape(call.shape)

@@ -10,6 +10,7 @@ import pytest
 from oracle.contract_prologue import PrologueFnCall, PrologueOutput, PrologueUpdateCall, PrologueWindowOutput
 from oracle.numerics import TypedArray
 from oracle.reference_prologue import separate_norm
+from pallas_impl import plain_prologue
 from pallas_impl.api import (
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -258,3 +259,27 @@ def test_the_same_bits_on_every_path(backend, dtype):
     y = causal_conv1d_update(x, weight, bias, pool, slots, activation="silu", backend=backend).out
     given = dict(x=x, weight=weight, bias=bias, conv_states=pool, cache_indices=slots, **SMALL, q_scale=0.3)
     check_heads(both, y, PrologueUpdateCall, given)
+
+
+def test_an_inexact_root_and_quotient_are_put_right_xla():
+    """XLA's division on a GPU is up to two units off: from any such neighbour the correctly rounded value is found."""
+    rng = np.random.default_rng(0)
+    edges = np.array(
+        [0x00800000, 0x00800001, 0x00FFFFFF, 0x01000000, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 0x3FFFFFFF, 0x40000000,
+         0x40800000, 0x7F000000, 0x7F7FFFFF]
+    )  # fmt: skip
+    totals = (
+        np.concatenate([rng.integers(0x00800000, 0x7F800000, 20000), edges]).astype(np.int32).view(np.float32)
+    )
+    roots = np.sqrt(totals)
+    for exact, value, wanted in (
+        (plain_prologue.exact_root, totals, roots),
+        (plain_prologue.exact_reciprocal, roots, np.float32(1) / roots),
+    ):
+        for off in range(-2, 3):
+            near = (wanted.view(np.int32) + np.int32(off)).view(np.float32)
+            np.testing.assert_array_equal(exact(value, near), wanted)
+    odd = np.float32([np.inf, np.nan])
+    np.testing.assert_array_equal(plain_prologue.inverse_root(odd), np.float32([0, np.nan]))
+    slope = jax.grad(plain_prologue.inverse_root)(2.0)
+    np.testing.assert_allclose(slope, -0.5 * 2**-1.5, rtol=1e-6)
