@@ -186,7 +186,7 @@ class FrontBackward(Backward):
 
     def front_gradients(self, given: Mapping[str, Any]) -> FrontGradients:
         """The gradients of a checked call of the prologue, given by the names of its arguments and of `UPSTREAM`."""
-        y, live = self.convolved(given)
+        y, live = self.forward(given)
         if given["norm_rounding"] == "storage":
             y = self.round_like(y, given["x"])
         dy = self.into_heads(given, y)
@@ -202,7 +202,7 @@ class FrontBackward(Backward):
             else self.over_tokens(da, typed(given["dt_bias"]).shape),
         )
 
-    def convolved(self, given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def forward(self, given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """The convolution's output, [tokens, dim], and which tokens a row has."""
         weight, sizes = self.wide(given["weight"]), self.sizes(given)
         y, live = np.zeros((sizes.tokens, sizes.dim), self.dtype), np.zeros(sizes.tokens, bool)
@@ -301,14 +301,24 @@ class FrontBackward(Backward):
         gate_in, gate_out, x = (part.values().astype(self.dtype) for part in steps.slices(given))
         b, _, own = steps.slices(given)
         inside = {**given, "x": steps.gate_in(b, own)}
-        c, live = self.convolved(inside)
+        c, live = self.forward(inside)
         c = self.round_like(c, given["bcx"])
         gate_in, gate_out, x = (part.reshape(c.shape) for part in (gate_in, gate_out, x))
         dout = self.wide(given["dout"]).reshape(c.shape)
         conv = self.gradients({**inside, "dout": self.of_live(dout * gate_out, live)})
         du = conv.x.reshape(c.shape)
         dbcx = np.zeros((len(c), given["bcx"].shape[-1]), self.dtype)
-        parts = (du * x, dout * c, du * gate_in)
+        parts = self.of_slices(du, dout, c, gate_in, x)
         for first, part in zip(given["channel_offsets"], parts, strict=True):
-            dbcx[:, first : first + c.shape[1]] += self.of_live(part, live)
+            self.add_slice(dbcx[:, first : first + c.shape[1]], self.of_live(part, live))
         return GatedGradients(dbcx.reshape(given["bcx"].shape), *conv[1:])
+
+    def of_slices(
+        self, du: np.ndarray, dout: np.ndarray, c: np.ndarray, gate_in: np.ndarray, x: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The gradients of B, C and x."""
+        return du * x, dout * c, du * gate_in
+
+    def add_slice(self, into: np.ndarray, part: np.ndarray) -> None:
+        """Adds a slice's gradient to that of its channels, which other slices may share."""
+        into += part

@@ -87,9 +87,9 @@ def gated_bounds(upstream: Mapping[str, Any], arguments: Mapping[str, Any]) -> G
 def _convolved(given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The convolution's output [tokens, dim], its error as it is stored and in float32, and the tokens of rows."""
     steps = FrontBackward()
-    pre, live = steps.convolved({**given, "activation": None})
+    pre, live = steps.forward({**given, "activation": None})
     absolute = {name: _absolute(given[name]) for name in ("x", "weight", "bias", "initial_states")}
-    magnitude, _ = steps.convolved({**given, **absolute, "activation": None})
+    magnitude, _ = steps.forward({**given, **absolute, "activation": None})
     width, activation, dtype = given["weight"].shape[1], given["activation"], typed(given["x"]).dtype
     stored, free = (error_bound(pre, magnitude, width, kind, activation) for kind in (dtype, "float32"))
     return (silu(pre) if activation else pre), stored, free, live

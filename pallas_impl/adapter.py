@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_impl
-from oracle.conformance.adapter import GRADIENTS, supported_by
+from oracle.conformance.adapter import GRADIENTS, SERVING_FEATURES, UPSTREAM
 from oracle.contract import Unsupported
 from oracle.numerics import TypedArray
 
@@ -37,7 +37,7 @@ class JaxAdapter:
                 unsupported[f"*:{dtype}"] = "JAX has no 64-bit arrays unless jax_enable_x64 is set"
         return {
             "device": self.device.device_kind,
-            "supports": supported_by(pallas_impl),
+            "supports": list(SERVING_FEATURES),
             "unsupported": unsupported,
         }
 
@@ -59,7 +59,7 @@ class JaxAdapter:
             if op == "commit_windows":
                 found = {"conv_states": result}
             else:
-                found = result if op == "causal_conv1d_backward" else result._asdict()
+                found = result if op in GRADIENTS else result._asdict()
             return {name: _typed(value) for name, value in found.items()}
 
 
@@ -70,20 +70,22 @@ def _jitted(op, options):
 
 
 def _operation(op):
-    return _gradients if op == "causal_conv1d_backward" else getattr(pallas_impl, op)
+    return functools.partial(_gradients, op) if op in GRADIENTS else getattr(pallas_impl, op)
 
 
-def _gradients(dout, dfinal_states, query_start_loc, *, x, weight, bias, initial_states, **options):
-    """The differentiable form and its backward pass; without `dfinal_states` the loss leaves the final states out."""
+def _gradients(op, **given):
+    """A differentiable form and its backward pass; the loss leaves out results without an incoming gradient."""
+    upstream = {of: given.pop(name) for name, of in UPSTREAM[op].items()}
+    upstream = {of: gradient for of, gradient in upstream.items() if gradient is not None}
+    arguments = {name: given.pop(name) for name in GRADIENTS[op].values()}
 
     def forward(arguments):
-        result = pallas_impl.causal_conv1d(**arguments, query_start_loc=query_start_loc, **options)
-        return result.out if dfinal_states is None else tuple(result)
+        result = getattr(pallas_impl, op.removesuffix("_backward"))(**arguments, **given)
+        return {of: getattr(result, of) for of in upstream}
 
-    arguments = {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}
     _, backward = jax.vjp(forward, arguments)
-    (found,) = backward(dout if dfinal_states is None else (dout, dfinal_states))
-    return {name: found[argument] for name, argument in GRADIENTS.items()}
+    (found,) = backward(upstream)
+    return {name: found[argument] for name, argument in GRADIENTS[op].items()}
 
 
 def adapter(device=None):

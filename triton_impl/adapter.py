@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import triton_impl
-from oracle.conformance.adapter import GRADIENTS, supported_by
+from oracle.conformance.adapter import GRADIENTS, SERVING_FEATURES, UPSTREAM
 from oracle.numerics import TypedArray
 from triton_impl.call import interprets
 
@@ -28,7 +28,7 @@ class TorchAdapter:
 
     def capabilities(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {"device": name, "supports": supported_by(triton_impl)}
+        return {"device": name, "supports": list(SERVING_FEATURES)}
 
     def run(self, op, arrays, options):
         bases = {name: None if a is None else self._base(a) for name, a in arrays.items()}
@@ -38,8 +38,8 @@ class TorchAdapter:
         }
         if op == "tree_parents_from_links":
             return {"parents": to_numpy(triton_impl.tree_parents_from_links(**views, **options))}
-        if op == "causal_conv1d_backward":
-            return self._gradients(views, options) | {"memory": _memory(arrays, bases)}
+        if op in GRADIENTS:
+            return self._gradients(op, views, options) | {"memory": _memory(arrays, bases)}
         result = getattr(triton_impl, op)(**views, **{"backend": self.backend, **options})
         found = {"conv_states": result} if op == "commit_windows" else result._asdict()
         for name in ("conv_states", "window_out"):
@@ -47,20 +47,22 @@ class TorchAdapter:
                 raise RuntimeError(f"{name}: expected the very tensor that was passed in")
         return {name: typed(value) for name, value in found.items()} | {"memory": _memory(arrays, bases)}
 
-    def _gradients(self, views, options):
+    def _gradients(self, op, views, options):
         """The differentiable form and its backward pass, through autograd."""
-        arguments = {name: view for name, view in views.items() if not name.startswith("d")}
-        for name in GRADIENTS.values():
+        form, upstream, gradients = op.removesuffix("_backward"), UPSTREAM[op], GRADIENTS[op]
+        arguments = {name: view for name, view in views.items() if name not in upstream}
+        for name in gradients.values():
             # an integer tensor, which the contract refuses, cannot ask for a gradient
             if arguments[name] is not None and arguments[name].is_floating_point():
                 arguments[name].requires_grad_()
-        out, states = triton_impl.causal_conv1d(**arguments, **{"backend": self.backend, **options})
-        results = [(out, views["dout"]), (states, views["dfinal_states"])]
-        outputs, upstream = zip(*((r, g) for r, g in results if g is not None), strict=True)
-        leaves = {name: arguments[of] for name, of in GRADIENTS.items() if arguments[of] is not None}
-        found = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        result = getattr(triton_impl, form)(**arguments, **{"backend": self.backend, **options})
+        given = {of: views[name] for name, of in upstream.items() if views[name] is not None}
+        leaves = {name: arguments[of] for name, of in gradients.items() if arguments[of] is not None}
+        found = torch.autograd.grad(
+            [getattr(result, of) for of in given], list(leaves.values()), list(given.values())
+        )
         found = dict(zip(leaves, found, strict=True))
-        return {name: typed(found.get(name)) for name in GRADIENTS}
+        return {name: typed(found.get(name)) for name in gradients}
 
     def _base(self, array):
         """The whole buffer on the device; of a huge, mostly empty one only the view is copied."""

@@ -331,3 +331,6 @@ class _Gradients(torch.autograd.Function):
     backward = staticmethod(tracing.refuse_second_gradient)
     jvp = staticmethod(_refuse_tangents)
     vmap = _Convolution.vmap
+
+
+through_autograd = _Gradients.apply  # the backward pass as torch.func takes it

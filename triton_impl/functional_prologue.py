@@ -14,7 +14,7 @@ from oracle.contract_prologue import GatedConvCall, PrologueCall, PrologueFnCall
 from triton_impl import gated_conv, plain_prologue, tracing
 from triton_impl.call import check, front_of, kernels, launch_on, resolve, run_real
 from triton_impl.config import walks
-from triton_impl.functional import causal_conv1d
+from triton_impl.functional import through_autograd
 from triton_impl.packed_rows import fresh_states, owned, row_starts
 
 _FIELDS = PrologueCall._fields
@@ -278,7 +278,8 @@ def gated_short_conv(
 ) -> ConvOutput:
     """LFM2's gated convolution for training: C * conv(B * x), differentiable in bcx, weight, bias and initial_states.
 
-    `causal_conv1d` between two products in torch: four passes over the tokens where `gated_short_conv_fn` takes one.
+    The kernels of `causal_conv1d` between two products in torch: four passes over the tokens where `gated_short_conv_fn` takes
+    one. Gradients are float32 inside, and rounded once.
 
     Args:
       bcx: [tokens, channels] with `query_start_loc`, or [batch, seqlen, channels] without; float32, float16 or bfloat16.
@@ -306,12 +307,80 @@ def gated_short_conv(
         backend,
     )
     check(call)
-    if query_start_loc is not None:  # what lies behind the last row may be NaN
-        tokens = torch.arange(bcx.shape[0], device=bcx.device)
-        call = call._replace(bcx=torch.where((tokens < query_start_loc[-1])[:, None], bcx, 0))
-    gate_in, gate_out, x = gated_conv.slices(call)
-    out, states = causal_conv1d(
-        gate_in * x, weight, bias, initial_states, query_start_loc, activation=activation, max_seqlen=max_seqlen,
-        schedule=schedule, backend=backend,
-    )  # fmt: skip
-    return ConvOutput(gate_out * out, states)
+    call = normalised(call)
+    function = _GatedConv if torch.compiler.is_dynamo_compiling() else _RefusingGatedConv
+    out, states, _ = function.apply(gated_conv.offsets(call), *call[:5], *call[6:])
+    return ConvOutput(out, states)
+
+
+class _GatedConv(torch.autograd.Function):
+    """The convolution between two products; keeps the projection and c, the convolution's result.
+
+    A gradient is float32 until it has arrived: autograd through the products would round every step to the projection's dtype.
+    """
+
+    @staticmethod
+    def forward(offsets, bcx, weight, bias, initial_states, query_start_loc, *options):
+        gate_in, gate_out, x = _live_slices(bcx, query_start_loc, offsets, weight)
+        c, states = torch.ops.twinconv.causal_conv1d_forward.default(
+            gate_in * x, weight, bias, initial_states, query_start_loc, *options
+        )
+        return gate_out * c, states, c
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs[1:6], output[2])
+        ctx.offsets, ctx.options = inputs[0], inputs[6:]
+
+    @staticmethod
+    def backward(ctx, dout, dfinal_states, _):
+        bcx, weight, bias, initial_states, query_start_loc, c = ctx.saved_tensors
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if dout is None and dfinal_states is None:
+            return nothing
+        gate_in, gate_out, x = _live_slices(bcx, query_start_loc, ctx.offsets, weight)
+        dc = None
+        if dout is not None:
+            dout = _live(dout, query_start_loc).float()
+            dc = dout * gate_out
+        _, needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
+        compiled = torch.compiler.is_dynamo_compiling()
+        backward = torch.ops.twinconv.causal_conv1d_backward.default if compiled else through_autograd
+        du, dweight, dbias, dinitial = backward(
+            dc, dfinal_states, (gate_in * x).float(), weight, bias, initial_states, query_start_loc, *ctx.options,
+            needs_weight or needs_bias, needs_initial,
+        )  # fmt: skip
+        dbcx = None
+        if needs_x:
+            dbcx = torch.zeros(bcx.shape, dtype=torch.float32, device=bcx.device)
+            parts = du * x, None if dout is None else dout * c, du * gate_in
+            for first, part in zip(ctx.offsets, parts, strict=True):
+                if part is not None:
+                    dbcx.narrow(-1, first, part.shape[-1]).add_(part)
+            dbcx = dbcx.to(bcx.dtype)
+        found = dbcx, dweight, dbias, dinitial
+        wanted = needs_x, needs_weight, needs_bias, needs_initial
+        found = (grad if want else None for grad, want in zip(found, wanted, strict=True))
+        return None, *found, *nothing[5:]
+
+
+class _RefusingGatedConv(_GatedConv):
+    """What compilers do not take a function with."""
+
+    vmap, jvp = staticmethod(_Prologue.vmap), staticmethod(_Prologue.jvp)
+
+
+def _live(tensor, query_start_loc):
+    """Zeros for what lies behind the last row, which may be NaN."""
+    if query_start_loc is None:
+        return tensor
+    tokens = torch.arange(tensor.shape[0], device=tensor.device)
+    return torch.where((tokens < query_start_loc[-1])[:, None], tensor, 0)
+
+
+def _live_slices(bcx, query_start_loc, offsets, weight):
+    """B, C and x."""
+    live = _live(bcx, query_start_loc)
+    return [live.narrow(-1, first, weight.shape[0]) for first in offsets]

@@ -29,7 +29,8 @@ Gradients are opt-in in the same way. The operation "causal_conv1d_backward" is 
 and its backward pass: `arrays` holds that form's arguments, "dout" (the gradient of out, in x's dtype and shape) and
 "dfinal_states" (of the final states, in their dtype, or None). The result is {"dx", "dweight", "dbias",
 "dinitial_states"} (and "memory"), each in the dtype and shape of its argument, None where that is None. Options are
-activation, and schedule and max_seqlen where a case sets them.
+activation, and schedule and max_seqlen where a case sets them. "gated_delta_prologue_backward" and
+"gated_short_conv_backward" are the same of the fronts' forms: `UPSTREAM` names what comes in, `GRADIENTS` what goes out.
 
 The fronts of linear-attention layers (`oracle.contract_prologue`) are two more features, each of some operations with the
 records' arguments:
@@ -43,28 +44,52 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from oracle import contract_prologue, reference, reference_grad, reference_prologue
+from oracle import contract_prologue, reference, reference_grad, reference_prologue, reference_prologue_grad
 from oracle.conformance.arrays import Array
-from oracle.contract import CONTRACT_VERSION, RECORDS, RowsCall
+from oracle.contract import CONTRACT_VERSION, RECORDS
 from oracle.numerics import rounded, typed
 
 OPS = (
     "causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
     "gated_delta_prologue_fn", "gated_delta_prologue_update", "gated_short_conv_fn", "gated_short_conv_update",
+    "gated_delta_prologue_backward", "gated_short_conv_backward",
 )  # fmt: skip
 FORWARD = tuple(op for op in OPS if op.endswith(("_fn", "_update")))
 """Operations that read and write slots."""
 
-ARRAYS = {op: record.ARRAYS for op, record in (RECORDS | contract_prologue.RECORDS).items() if op in OPS} | {
-    "causal_conv1d_backward": ("dout", "dfinal_states", *RECORDS["causal_conv1d"].ARRAYS),
+_RECORDS = RECORDS | contract_prologue.RECORDS
+_ROWS = ("weight", "bias", "initial_states")
+
+UPSTREAM = {
+    "causal_conv1d_backward": {"dout": "out", "dfinal_states": "conv_states"},
+    "gated_delta_prologue_backward": {
+        f"d{name}": name for name in ("q", "k", "v", "g", "beta")
+    } | {"dfinal_states": "conv_states"},
+    "gated_short_conv_backward": {"dout": "out", "dfinal_states": "conv_states"},
+}  # fmt: skip
+"""Of every backward pass its incoming gradients, and the results of the differentiable form that they belong to."""
+
+GRADIENTS = {
+    op: {f"d{name}": name for name in names}
+    for op, names in {
+        "causal_conv1d_backward": ("x", *_ROWS),
+        "gated_delta_prologue_backward": ("x", *_ROWS, "a", "b", "A_log", "dt_bias"),
+        "gated_short_conv_backward": ("bcx", *_ROWS),
+    }.items()
+}
+"""Of every backward pass its results, and the arguments that they are the gradients of."""
+
+FORMS = {op: _RECORDS[op.removesuffix("_backward")] for op in UPSTREAM}
+"""Of every backward pass the record of the differentiable form."""
+
+ARRAYS = {op: record.ARRAYS for op, record in _RECORDS.items() if op in OPS} | {
+    op: (*UPSTREAM[op], *FORMS[op].ARRAYS) for op in FORMS
 }
 """The array arguments of every operation, in the order of its signature."""
-
-GRADIENTS = {"dx": "x", "dweight": "weight", "dbias": "bias", "dinitial_states": "initial_states"}
-"""Results of causal_conv1d_backward, and the arguments that they are the gradients of."""
 
 SERVING_ARRAYS = {
     "cache_seqlens": "state_layout_ring", "write_indices": "write_indices", "snapshot_indices": "snapshot",
@@ -91,6 +116,8 @@ SERVING_FEATURES = {
     "causal_conv1d_backward": "gradients of the differentiable form",
     "gated_delta_prologue": "the operations gated_delta_prologue_fn and gated_delta_prologue_update",
     "gated_short_conv": "the operations gated_short_conv_fn and gated_short_conv_update",
+    "gated_delta_prologue_backward": "gradients of gated_delta_prologue",
+    "gated_short_conv_backward": "gradients of gated_short_conv",
 }
 """What capabilities() may name under "supports"."""
 
@@ -137,7 +164,7 @@ class Adapter(Protocol):
           "window_out": the same, where the case gives one.
           "parents": an integer NumPy array, of tree_parents_from_links alone.
           "q", "k", "v", "g", "beta": of the prologue in place of "out".
-          "dx", "dweight", "dbias", "dinitial_states": of causal_conv1d_backward alone.
+          the names of GRADIENTS: of a backward pass alone.
           "memory" (optional): argument name -> its whole base buffer after the call, for an implementation
             that works on a copy of it (a device). Without it the buffers in `arrays` are inspected.
         """
@@ -159,7 +186,10 @@ class NumpyAdapter:
         causal_conv1d_backward=None,
         fronts: Mapping[str, Any] | None = None,
     ):
-        """Operations of the fronts, by name, come in `fronts`; the others each as an argument."""
+        """Operations of the fronts, by name, come in `fronts`; the others each as an argument.
+
+        A backward pass returns its gradients in the order of GRADIENTS.
+        """
         self._functions = {
             "causal_conv1d_fn": fn, "causal_conv1d_update": update, "commit_windows": commit_windows,
             "tree_parents_from_links": tree_parents_from_links, "causal_conv1d_backward": causal_conv1d_backward,
@@ -178,8 +208,8 @@ class NumpyAdapter:
             return {"conv_states": result}
         if op == "tree_parents_from_links":
             return {"parents": result}
-        if op == "causal_conv1d_backward":
-            return dict(zip(GRADIENTS, result, strict=True))
+        if op in GRADIENTS:
+            return dict(zip(GRADIENTS[op], result, strict=True))
         names = ("q", "k", "v", "g", "beta") if op.startswith("gated_delta_prologue") else ("out",)
         return dict(zip((*names, "conv_states", "window_out"), result, strict=False))
 
@@ -189,16 +219,37 @@ def numpy_or_typed(array: Array):
     return array.typed if array.dtype == "bfloat16" else array.data
 
 
-def _rounded_gradients(dout, dfinal_states, x, weight, bias, initial_states, query_start_loc, **options):
+def gradients_of(op: str, arguments: Mapping[str, Any], functions: Mapping[str, Any]) -> Any:
+    """What one of `functions`, by operation, says of a backward pass: the exact gradients, or their bounds.
+
+    Args:
+      op: the operation.
+      arguments: of the case by name, incoming gradients among them.
+      functions: that of causal_conv1d_backward takes all in one, those of the fronts incoming gradients and the call.
+    """
+    upstream = {name: arguments[name] for name in UPSTREAM[op]}
+    call = {name: value for name, value in arguments.items() if name not in upstream}
+    if op != "causal_conv1d_backward":
+        return functions[op](upstream, call)
+    read = {name: call.get(name) for name in ("x", *_ROWS, "query_start_loc", "activation")}
+    return functions[op](**upstream, **read)
+
+
+EXACT_GRADIENTS = {
+    "causal_conv1d_backward": reference_grad.causal_conv1d_backward,
+    "gated_delta_prologue_backward": reference_prologue_grad.gated_delta_prologue_backward,
+    "gated_short_conv_backward": reference_prologue_grad.gated_short_conv_backward,
+}
+"""The reference of every backward pass, for `gradients_of`."""
+
+
+def _rounded_gradients(op: str, **arguments: Any) -> list[Any]:
     """The reference's gradients, rounded once to the dtypes of their arguments."""
-    arguments = (x, weight, bias, initial_states)
-    RowsCall(*arguments, query_start_loc, **options).check()
-    exact = reference_grad.causal_conv1d_backward(
-        dout, dfinal_states, *arguments, query_start_loc, activation=options.get("activation")
-    )
+    FORMS[op](**{name: value for name, value in arguments.items() if name not in UPSTREAM[op]}).check()
+    exact = gradients_of(op, arguments, EXACT_GRADIENTS)
     return [
-        None if value is None else rounded(value, typed(argument).dtype)
-        for value, argument in zip(exact, arguments, strict=True)
+        None if value is None else rounded(value, typed(arguments[name]).dtype)
+        for value, name in zip(exact, GRADIENTS[op].values(), strict=True)
     ]
 
 
@@ -216,15 +267,10 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         },
         commit_windows=reference.commit_windows,
         tree_parents_from_links=reference.tree_parents_from_links,
-        causal_conv1d_backward=_rounded_gradients,
-        fronts={op: getattr(reference_prologue, op) for op in reference_prologue.CONVOLUTIONS},
+        causal_conv1d_backward=functools.partial(_rounded_gradients, "causal_conv1d_backward"),
+        fronts={op: getattr(reference_prologue, op) for op in reference_prologue.CONVOLUTIONS}
+        | {op: functools.partial(_rounded_gradients, op) for op in FORMS if op != "causal_conv1d_backward"},
     )
-
-
-def supported_by(module: Any) -> list[str]:
-    """The features of a module that has all operations of the contract, but perhaps not every front."""
-    needed = {"gated_delta_prologue": "gated_delta_prologue_fn", "gated_short_conv": "gated_short_conv_fn"}
-    return [name for name in SERVING_FEATURES if hasattr(module, needed.get(name, "causal_conv1d"))]
 
 
 CAPABILITIES = ("supports", "unsupported", "bit_exact", "path_invariant", "device")

@@ -114,7 +114,8 @@ class Case:
                 "write_indices", "empty_rows", "tree_parents", "residual", "channel_offset",
             )},
             **{name: self.op == name for name in (
-                "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
+                "commit_windows", "tree_parents_from_links", "causal_conv1d_backward", "gated_delta_prologue_backward",
+                "gated_short_conv_backward",
             )},
             **{name: self.op in (f"{name}_fn", f"{name}_update") for name in ("gated_delta_prologue", "gated_short_conv")},
         }  # fmt: skip
@@ -136,7 +137,7 @@ class Case:
         found.add(f"width:{axes['width']}")
         if self.relation:
             found.add(f"relation:{self.relation}")
-        if self.op == "causal_conv1d_backward":
+        if self.op.endswith("_backward"):
             return frozenset(found | self._backward_features(used))
         if axes["num_slots"] is None:
             used.pop("conv_states", None)
@@ -191,10 +192,12 @@ class Case:
         return found
 
     def _backward_features(self, used: Mapping[str, str]) -> set[str]:
-        floats = {v for k, v in used.items() if k in ("x", "weight", "bias", "initial_states")}
+        floats = {v for k, v in used.items() if k in ("x", "bcx", "weight", "bias", "initial_states")}
         found = {f"{name}:{dtype}" for name, dtype in used.items()}
+        if "head_k_dim" in self.options:
+            found |= self._head_features()
         found |= {f"{name}:none" for name, dtype in self.dtypes.items() if dtype is None}
-        found |= {f"{name}:{value}" for name, value in self.options.items()}
+        found |= {f"{name}:{value}" for name, value in self.options.items() if name not in FRONT_NUMBERS}
         found.add("dtypes:mixed" if len(floats) > 1 else "dtypes:equal")
         found.add("rows:dense" if self.axes["dense"] else "rows:packed")
         if self.axes["tail"]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.conformance.adapter import SERVING_ARRAYS
+from oracle.conformance.adapter import ARRAYS, FORMS, SERVING_ARRAYS
 from oracle.conformance.arrays import POISON_BITS, Array, place, poisoned
 from oracle.conformance.cases import Case
 from oracle.numerics import FORMATS, TypedArray, from_bits, round_bits, storage_dtype
@@ -66,7 +66,7 @@ def random_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def build(case: Case) -> Problem:
     """The arguments of a case."""
     arrays, poison = {
-        "commit_windows": _commit, "tree_parents_from_links": _links, "causal_conv1d_backward": _backward,
+        "commit_windows": _commit, "tree_parents_from_links": _links, **dict.fromkeys(FORMS, _backward),
     }.get(case.op, _convolution)(case)  # fmt: skip
     for name, change in case.override.items():
         arrays[name] = _overridden(arrays.get(name), change)
@@ -230,18 +230,30 @@ def _backward(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     live = sum(lengths)
     tokens = live + axes["tail"]
     states = (len(lengths), width - 1, dim)
-    shapes = {
-        "dout": (tokens, dim), "dfinal_states": states, "x": (tokens, dim), "weight": (dim, width), "bias": (dim,),
-        "initial_states": states,
+    shapes: dict[str, tuple[int, ...]] = {
+        "dfinal_states": states, "weight": (dim, width), "bias": (dim,), "initial_states": states,
     }  # fmt: skip
+    of_tokens: dict[str, tuple[int, ...]] = {"dout": (dim,), "x": (dim,)}
+    if "bcx" in dtypes:
+        of_tokens = {"dout": (dim,), "bcx": (axes.get("channels", 3 * dim),)}
+    elif "dq" in dtypes:
+        keys, values = ((case.options[f"num_{k}_heads"], case.options[f"head_{k}_dim"]) for k in "kv")
+        gate = (values[0], keys[1]) if axes["channel_gate"] else values[:1]
+        of_tokens = {"x": (dim,), "dq": keys, "dk": keys, "dv": values, "dg": gate, "dbeta": values[:1]}
+        of_tokens |= {"a": gate, "b": values[:1]}
+        shapes |= {"A_log": values[:1], "dt_bias": gate}
+    shapes |= {name: (tokens, *last) for name, last in of_tokens.items()}
     arrays = {
-        name: None if dtypes[name] is None else _float(case, name, shape) for name, shape in shapes.items()
+        name: None if dtypes[name] is None else _float(case, name, shapes[name])
+        for name in ARRAYS[case.op]
+        if name != "query_start_loc"
     }
-    for name in ("dout", "x"):
-        array = arrays[name]
+    for name, last in of_tokens.items():
+        if (array := arrays[name]) is None:
+            continue
         array.bits[live:] = POISON_BITS[array.dtype]
         if axes["dense"]:
-            arrays[name] = TypedArray(array.dtype, array.data.reshape(len(lengths), -1, dim))
+            arrays[name] = TypedArray(array.dtype, array.data.reshape(len(lengths), -1, *last))
     starts = np.cumsum([0, *lengths])
     arrays["query_start_loc"] = None if axes["dense"] else _integers(starts, dtypes["query_start_loc"])
     return arrays, {"query_start_loc": tokens}

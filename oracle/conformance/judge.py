@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from oracle import reference, reference_grad, reference_prologue, tolerance_grad, tolerance_prologue
+from oracle import reference, reference_prologue, tolerance_grad, tolerance_prologue, tolerance_prologue_grad
 from oracle.conformance import touched
-from oracle.conformance.adapter import ARRAYS, GRADIENTS, Adapter, offered
+from oracle.conformance.adapter import EXACT_GRADIENTS, GRADIENTS, Adapter, gradients_of, offered
 from oracle.conformance.arrays import unchanged_outside
 from oracle.conformance.inputs import Problem
 from oracle.contract import FLOAT_DTYPES
@@ -67,7 +67,7 @@ class Verdict:
       ulps: largest distance from the rounded SiLU of that sum, on 16-bit outputs; None elsewhere.
       out, conv_states, window_out: what came back, for relations; the parts of a split out are joined.
       parts: of a prologue q, k, v, g and beta, by name; None where there is none.
-      gradients: of a backward pass, by the names of `adapter.GRADIENTS`; None where the argument is None.
+      gradients: of a backward pass, by the names of `adapter.GRADIENTS[op]`; None where the argument is None.
     """
 
     status: str = "passed"
@@ -145,7 +145,7 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
         return False
     if problem.op == "tree_parents_from_links":
         return True
-    if problem.op == "causal_conv1d_backward":
+    if problem.op in GRADIENTS:
         _take_gradients(verdict, problem, result)
     elif problem.op in PROLOGUES:
         _take_parts(verdict, problem, result)
@@ -173,8 +173,8 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
 
 RESULTS = {
     "causal_conv1d_fn": "out", "causal_conv1d_update": "out", "commit_windows": "conv_states",
-    "tree_parents_from_links": "parents", "causal_conv1d_backward": "dx", "gated_delta_prologue_fn": "q",
-    "gated_delta_prologue_update": "q", "gated_short_conv_fn": "out", "gated_short_conv_update": "out",
+    "tree_parents_from_links": "parents", "gated_delta_prologue_fn": "q", "gated_delta_prologue_update": "q",
+    "gated_short_conv_fn": "out", "gated_short_conv_update": "out", **{op: next(iter(of)) for op, of in GRADIENTS.items()},
 }  # fmt: skip
 PROLOGUES = tuple(op for op, result in RESULTS.items() if result == "q")
 
@@ -224,7 +224,7 @@ def _take_parts(verdict: Verdict, problem: Problem, result: Mapping[str, Any]) -
 
 
 def _take_gradients(verdict: Verdict, problem: Problem, result: Mapping[str, Any]) -> None:
-    for name, argument in GRADIENTS.items():
+    for name, argument in GRADIENTS[problem.op].items():
         value, like = result.get(name), problem.arrays[argument]
         if (value is None) != (like is None):
             wanted = "None" if like is None else "an array"
@@ -271,11 +271,11 @@ def _judge(
     arguments = problem.typed()
     if problem.op == "tree_parents_from_links":
         _judge_parents(verdict, result["parents"], reference.tree_parents_from_links(**arguments))
-    elif problem.op == "causal_conv1d_backward" and expect == "value":
+    elif problem.op in GRADIENTS and expect == "value":
         with np.errstate(all="ignore"):
-            _judge_gradients(verdict, arguments)
+            _judge_gradients(verdict, problem.op, arguments)
     expected: dict[str, Any] = {}
-    if expect == "value" and problem.op not in ("tree_parents_from_links", "causal_conv1d_backward"):
+    if expect == "value" and problem.op not in ("tree_parents_from_links", *GRADIENTS):
         with np.errstate(all="ignore"):
             if problem.op == "commit_windows":
                 expected["conv_states"] = reference.commit_windows(**arguments)
@@ -336,12 +336,16 @@ def _judge_parents(verdict: Verdict, got: Any, want: np.ndarray) -> None:
                      f"{[int(i) for i in at]}: expected {want[at]}, got {got[at]}")  # fmt: skip
 
 
-def _judge_gradients(verdict: Verdict, arguments: Mapping[str, Any]) -> None:
+GRADIENT_BOUNDS = {
+    "causal_conv1d_backward": tolerance_grad.gradient_bounds,
+    "gated_delta_prologue_backward": tolerance_prologue_grad.prologue_bounds,
+    "gated_short_conv_backward": tolerance_prologue_grad.gated_bounds,
+}
+
+
+def _judge_gradients(verdict: Verdict, op: str, arguments: Mapping[str, Any]) -> None:
     """Every gradient within its bound; the worst element is the worst of all of them."""
-    call = {name: arguments[name] for name in ARRAYS["causal_conv1d_backward"]}
-    call["activation"] = arguments.get("activation")
-    exact = reference_grad.causal_conv1d_backward(**call)
-    bounds = tolerance_grad.gradient_bounds(**call)
+    exact, bounds = (gradients_of(op, arguments, given) for given in (EXACT_GRADIENTS, GRADIENT_BOUNDS))
     for (name, got), want, bound in zip(verdict.gradients.items(), exact, bounds, strict=True):
         if got is None or not want.size:
             continue

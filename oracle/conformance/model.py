@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from oracle import contract, contract_prologue
-from oracle.conformance.adapter import GRADIENTS
+from oracle.conformance.adapter import FORMS, GRADIENTS
 from oracle.conformance.arrays import Array
 from oracle.numerics import TypedArray, round_bits, rounded, to_float64
-from oracle.reference_grad import Backward
 from oracle.reference_prologue import CONVOLUTIONS, OrderedFront, OrderedGated, checked
+from oracle.reference_prologue_grad import FrontBackward
 
 
-class Model(OrderedFront, OrderedGated, Backward):
+class Model(OrderedFront, OrderedGated, FrontBackward):
     """The faithful model; an adapter like any other. `arrays` are those of the call, with their memory."""
 
     name, version = "model", str(contract.CONTRACT_VERSION)
@@ -41,22 +41,31 @@ class Model(OrderedFront, OrderedGated, Backward):
             parents = np.array([self.parents(*row) for row in links], np.int32)
             return {"parents": parents.reshape(given["next_token"].shape)}
         with np.errstate(all="ignore"):
-            if op == "causal_conv1d_backward":
-                found = self.gradients({**given, **options})
-                likes = (given[argument] for argument in GRADIENTS.values())
+            if op in GRADIENTS:
+                found = self.backward(op, {**given, **options})
+                likes = (given[argument] for argument in GRADIENTS[op].values())
                 return {
                     name: None if value is None else rounded(value.astype(np.float64), like.dtype)
-                    for name, value, like in zip(GRADIENTS, found, likes, strict=True)
+                    for name, value, like in zip(GRADIENTS[op], found, likes, strict=True)
                 }
             if op in CONVOLUTIONS:
                 run = self.gated if "bcx" in given else self.front
                 return run(op, checked(op, {**given, **options, "validate": False}))
             return self.compute(op, {**given, **options})
 
-    def check(self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    def backward(self, op: str, given: Mapping[str, Any]) -> Any:
+        """The gradients of a checked call."""
         if op == "causal_conv1d_backward":
-            forward = {name: arrays[name] for name in contract.RECORDS["causal_conv1d"].ARRAYS}
-            contract.RowsCall(**forward, **options).check()
+            return self.gradients(given)
+        call = FORMS[op](**{name: value for name, value in given.items() if name in FORMS[op]._fields})
+        given = {**contract.normalised(call)._asdict(), **given}
+        if "bcx" in given:
+            return self.gated_gradients({**given, "channel_offsets": call.check().offsets})
+        return self.front_gradients(given)
+
+    def check(self, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        if op in FORMS:
+            FORMS[op](**{name: arrays[name] for name in FORMS[op].ARRAYS}, **options).check()
             return
         call = (contract.RECORDS | contract_prologue.RECORDS)[op](**arrays, **options)
         sizes = call.check()

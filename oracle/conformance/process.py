@@ -76,7 +76,7 @@ class ProcessAdapter:
             raise kind(str(answer.get("message", answer["error"])))
         result: dict[str, Any] = {
             name: codec.decode(answer[name])
-            for name in ("conv_states", "window_out", "q", "k", "v", "g", "beta", *GRADIENTS)
+            for name in ("conv_states", "window_out", "q", "k", "v", "g", "beta", *GRADIENTS.get(op, ()))
             if name in answer
         }
         if "parents" in answer:

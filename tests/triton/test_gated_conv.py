@@ -124,3 +124,33 @@ def test_gradients(backend):
     torch.testing.assert_close(found.out.double(), expected[0], rtol=1e-5, atol=1e-5)
     for one, two in zip(grads, wanted, strict=True):
         torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-5)
+
+
+# Dynamo makes an instance of the function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_gradients_in_bfloat16_are_rounded_once(backend):
+    """Autograd through the products would round each step. Compiled, and under torch.func, they have the same bits."""
+    torch.manual_seed(2)
+    bcx, weight, dout = (torch.randn(*shape).bfloat16() for shape in ((2, 5, 3 * DIM), (DIM, 3), (2, 5, DIM)))
+
+    def gradients(function, bcx, weight):
+        bcx, weight = bcx.detach().requires_grad_(), weight.detach().requires_grad_()
+        return torch.autograd.grad(function(bcx, weight).out, (bcx, weight), dout.to(bcx.dtype))
+
+    def front(bcx, weight):
+        return triton_impl.gated_short_conv(bcx, weight, backend=backend)
+
+    found, exact = gradients(front, bcx, weight), gradients(front, bcx.double().float(), weight.float())
+    gate_in, _, x = bcx.chunk(3, -1)
+    same = (
+        gate_in * x
+    ).float() == gate_in.float() * x.float()  # where u needs no rounding dC has none either
+    assert same.any()
+    assert torch.equal(found[0][..., -DIM:], exact[0][..., -DIM:].bfloat16())
+    loss = lambda *args: (front(*args).out * dout).sum()  # noqa: E731
+    for one, two in zip(torch.func.grad(loss, (0, 1))(bcx, weight), found, strict=True):
+        assert torch.equal(one, two)
+    if backend == "eager":
+        compiled = torch.compile(front, backend="aot_eager", fullgraph=True)
+        for one, two in zip(gradients(compiled, bcx, weight), found, strict=True):
+            assert torch.equal(one, two)

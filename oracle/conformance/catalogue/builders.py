@@ -10,6 +10,8 @@ from oracle.conformance.cases import Case
 
 FN, UPDATE, BACKWARD = "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_backward"
 PREFILLS = {FN: FN, "front": "gated_delta_prologue_fn", "gated": "gated_short_conv_fn"}
+BACKWARDS = {"front": "gated_delta_prologue_backward", "gated": "gated_short_conv_backward"}
+X_OF = {BACKWARDS["gated"]: "bcx"}
 STEPS = {UPDATE: UPDATE, "front": "gated_delta_prologue_update", "gated": "gated_short_conv_update"}
 SEED_LENGTHS = (1, 9, 2, 17, 4)
 ALL_LENGTHS = (0, 1, 2, 3, 4, 8, 9, 17)
@@ -117,7 +119,14 @@ def front(
     `heads` are num_k_heads, num_v_heads, head_k_dim and head_v_dim; `step` makes a decode step, `channel` a gate for
     each channel of k, `gates` names those of a, b, A_log and dt_bias that are given.
     """
-    step, channel = rest.pop("step", False), rest.pop("channel", False)
+    step = rest.pop("step", False)
+    make, op = (update, STEPS["front"]) if step else (fn, PREFILLS["front"])
+    return make(name, flags, op=op, **{"group": "fronts", **_with_heads(heads, rest)})
+
+
+def _with_heads(heads: tuple[int, int, int, int], rest: dict[str, Any]) -> dict[str, Any]:
+    """What describes a prologue's case, with dim, and dtypes and options of its heads and gates."""
+    channel = rest.pop("channel", False)
     gates = rest.pop("gates", ("a", "b", "A_log", "dt_bias"))
     numbers = dict(zip(("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"), heads, strict=True))
     dtype = rest.get("dtype", "bfloat16")
@@ -126,9 +135,7 @@ def front(
     options = numbers | {"activation": "silu"} | rest.pop("options", {})
     args = {"channel_gate": channel} | rest.pop("args", {})
     dim = 2 * heads[0] * heads[2] + heads[1] * heads[3]
-    make, op = (update, STEPS["front"]) if step else (fn, PREFILLS["front"])
-    return make(name, flags, dim=dim, op=op, dtypes=kinds, options=options, args=args,
-                **{"group": "fronts", **rest})  # fmt: skip
+    return {"dim": dim, "dtypes": kinds, "options": options, "args": args, **rest}
 
 
 def gated(name: str, flags: str = "", *, step: bool = False, **rest: Any) -> Case:
@@ -179,15 +186,42 @@ def backward(
     initial: bool = True,
     final: bool = True,
     dtypes: dict[str, Any] | None = None,
+    op: str = BACKWARD,
     **rest: Any,
 ) -> Case:
-    """A backward pass. Defaults: short rows, float32, bias, SiLU, an initial state, a gradient of the final states."""
+    """A backward pass. Defaults: short rows, float32, bias, SiLU, an initial state, a gradient of the final states.
+
+    Of the operations of fronts too; `without` names incoming gradients that are None.
+    """
     axes = {"lengths": lengths, "tail": tail, "dim": dim, "width": width, "dense": dense}
-    kinds = dict.fromkeys(("x", "weight", "bias"), dtype) | {"initial_states": dtype if initial else None}
+    args, without = rest.pop("args", {}), rest.pop("without", ())
+    kinds: dict[str, Any] = dict.fromkeys((X_OF.get(op, "x"), "weight", "bias"), dtype)
+    kinds |= {"initial_states": dtype if initial else None}
     kinds |= {"query_start_loc": None if dense else "int32"} | (dtypes or {})
-    kinds |= {"dout": kinds["x"], "dfinal_states": (kinds["initial_states"] or kinds["x"]) if final else None}
-    rest = {"activation": "silu", "group": "gradients"} | rest
-    return _case("backward/" + name, BACKWARD, axes, flags, dtypes=kinds, **rest)
+    x = kinds[X_OF.get(op, "x")]
+    if op == BACKWARDS["front"]:
+        kinds |= dict.fromkeys(("dq", "dk", "dv"), x)
+        kinds |= {name: kinds[of] and "float32" for name, of in (("dg", "a"), ("dbeta", "b"))}
+    else:
+        kinds["dout"] = x
+    kinds |= {"dfinal_states": (kinds["initial_states"] or x) if final else None} | dict.fromkeys(without)
+    rest = {"group": "gradients"} | ({"activation": "silu"} if op == BACKWARD else {}) | rest
+    prefix = {of: f"{kind}-" for kind, of in BACKWARDS.items()}.get(op, "")
+    return _case(f"{prefix}backward/{name}", op, axes | args, flags, dtypes=kinds, **rest)
+
+
+def front_backward(
+    name: str, flags: str = "", *, heads: tuple[int, int, int, int] = (2, 4, 4, 6), **rest: Any
+) -> Case:
+    """A backward pass of the prologue. Defaults: as of `front` and `backward`, three short rows and an empty one."""
+    rest = {"lengths": (1, 6, 0, 3), "dtype": "float32", **rest}
+    return backward(name, flags, op=BACKWARDS["front"], **_with_heads(heads, rest))
+
+
+def gated_backward(name: str, flags: str = "", **rest: Any) -> Case:
+    """A backward pass of the gated convolution. Defaults: as of `gated` and `backward`."""
+    rest = {"lengths": (1, 6, 0, 3), "dim": 10, "width": 3, **rest}
+    return backward(name, flags, op=BACKWARDS["gated"], **rest)
 
 
 def _case(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from oracle.conformance.cases import Case
-from oracle.conformance.catalogue.builders import TREE, front, gated
+from oracle.conformance.catalogue.builders import TREE, front, front_backward, gated, gated_backward
 
 _NORM = "norm-over-all-heads norm-eps-outside-root norm-before-activation norm-of-v"
 _HEADS = "heads-misordered head-tail-unmasked"
 _GATES = "decay-misapplied beta-rounded"
 _DEAD = "dead-rows-in-front pad-slot-not-skipped"
 _GATED = "gate-slices-exchanged gated-product-misplaced"
+_NORM_GRADIENT = "norm-gradient-wrong"
+_GATE_GRADIENT = "gate-gradient-wrong"
+_GATED_GRADIENT = "gate-slices-exchanged gated-gradient-wrong"
 SCALE = 128**-0.5
 
 
@@ -94,6 +97,8 @@ def prologues() -> list[Case]:
         front("snapshots", "boundary-snapshot-wrong", lengths=(4, 9), has=(True, True), slots=(0, 1), num_slots=16,
               options={"snapshot_block_size": 8}, tier="core",
               args={"snapshot_indices": ((9, 3, 9), (4, 5, 6)), "num_computed_tokens": (7, 3), "track_indices": (10, 11)}),
+        front("tracked", "tracked-window-from-flat-tokens pad-slot-not-skipped", lengths=(2, 5, 1), slots=(0, 1, 6), num_slots=9,
+              args={"track_indices": (7, 8, 6), "track_lengths": (1, 9, 1)}, options={"pad_slot_id": 6}),
         front("long", "tile-halo-wrong launch-plan-too-small", lengths=(70, 33), heads=(1, 1, 8, 8), relation="front_schedules"),
         front("split", "history-dropped-on-continuation result-depends-on-batch", lengths=(9, 2, 6), relation="front_split",
               slots=(4, 0, 2), tier="core"),
@@ -133,6 +138,8 @@ def steps() -> list[Case]:
               args={"window_out": (4, 3), "window_indices": (3, 0)}, options={"commit": False}),
         front("tree", "tree-uses-flat-order", step=True, batch=1, seqlen=8, slots=(1,), num_slots=3,
               args={"tree_parents": (TREE,)}, options={"commit": False}, tier="core"),
+        front("write-slots", "cross-block-migration pad-slot-not-skipped", step=True, batch=2, slots=(1, 4), num_slots=6,
+              args={"write_indices": (0, 5)}, options={"pad_slot_id": 4, "beta_rounding": "storage", "norm_eps": 0.5}),
         front("channel-offset", "split-misplaced", step=True, args={"channels": 61}, options={"channel_offset": 9}),
         front("tracked", "tracked-window-from-flat-tokens", step=True, batch=2, seqlen=2, num_slots=9,
               args={"track_indices": (7, 8)}),
@@ -175,6 +182,14 @@ def gated_convolutions() -> list[Case]:
         gated("back-step", "wide-slot-window-misplaced", step=True, state_len=5, options={"state_layout": "back"}),
         gated("snapshots", "boundary-snapshot-wrong", lengths=(4, 9), has=(True, True), slots=(0, 1), num_slots=16,
               options={"snapshot_block_size": 8}, args={"snapshot_indices": ((9, 3, 9), (4, 5, 6)), "num_computed_tokens": (7, 3)}),
+        gated("tracked", "tracked-window-from-flat-tokens", lengths=(2, 5), slots=(0, 1), num_slots=9,
+              args={"track_indices": (7, 8), "track_lengths": (1, 9)}),
+        gated("write-slots", "cross-block-migration pad-slot-not-skipped", lengths=(2, 0, 3), slots=(1, 4, 6), num_slots=8,
+              has=(True, True, False), args={"write_indices": (0, 5, 7)}, options={"pad_slot_id": 6, "empty_rows": "apply"}),
+        gated("write-slots-step", "cross-block-migration", step=True, batch=2, slots=(1, 4), num_slots=9,
+              args={"write_indices": (0, 5), "track_indices": (7, 8)}, options={"pad_slot_id": 2}),
+        gated("ring-step", "circular-buffer-ignored", step=True, state_len=6, args={"cache_seqlens": (7, 3, 0, 12)},
+              options={"state_layout": "ring"}),
         gated("packed", "fixed-draft-width-assumed", step=True, lengths=(2, 4, 3), tail=2, tier="core"),
         gated("rolling", "accepted-offset-ignored", step=True, lengths=(2, 4, 3), counts=(3, 1, 2), tail=2),
         gated("windows", "window-buffer-aliasing gated-product-misplaced", step=True, batch=2, seqlen=3, tier="core",
@@ -184,6 +199,77 @@ def gated_convolutions() -> list[Case]:
         gated("long", "tile-halo-wrong launch-plan-too-small", lengths=(70, 33), dim=6, relation="front_schedules"),
         gated("split", "history-dropped-on-continuation", lengths=(9, 2, 6), relation="front_split", slots=(4, 0, 2)),
         gated("tokens", "history-dropped-on-continuation", step=True, seqlen=3, relation="front_steps", batch=2, tier="core"),
+    ]  # fmt: skip
+
+
+def prologue_gradients() -> list[Case]:
+    """The differentiable prologue's backward pass."""
+    f32, f16, bf16 = "float32", "float16", "bfloat16"
+    every = f"{_NORM_GRADIENT} {_GATE_GRADIENT} tail-enters-gradient dht-slot-clamped"
+    storage = {"x": bf16, "weight": f32, "bias": f16, "initial_states": f32}
+    found = [
+        front_backward(f"width-{width}", every, width=width, tail=2, dtype=f32 if width % 2 else bf16,
+                       tier="core" if width == 4 else "full", options={"q_scale": SCALE} if width == 4 else {})
+        for width in (1, 2, 3, 4, 8)
+    ]  # fmt: skip
+    found += [
+        front_backward(f"without-{name}", "gates-not-optional", without=(f"d{name}",)) for name in ("q", "v", "g", "beta")
+    ]  # fmt: skip
+    return [
+        *found,
+        front_backward("f16", every, dtype=f16, tail=2),
+        front_backward("linear", _NORM_GRADIENT, options={"activation": None}),
+        front_backward("heads-odd", _NORM_GRADIENT, heads=(1, 3, 5, 3)),
+        front_backward("heads-128", _NORM_GRADIENT, heads=(1, 2, 128, 32), lengths=(2, 1), dtype=bf16),
+        front_backward("norm-none", "norm-misapplied q-scale-misapplied",
+                       options={"qk_l2norm": False, "q_scale": 0.3}),
+        front_backward("scaled", "q-scale-misapplied", options={"q_scale": 0.3, "norm_eps": 0.5}),
+        front_backward("near-eps", _NORM_GRADIENT, data="near_eps"),
+        front_backward("zero-rows", "dead-rows-in-front", data="zero_weight", bias=False, options={"norm_eps": 2.0**-40}),
+        front_backward("rounding-none", _NORM_GRADIENT, dtype=bf16, options={"norm_rounding": "none"}),
+        front_backward("gates-none", "gates-not-optional", gates=()),
+        front_backward("gate-alone", _GATE_GRADIENT, gates=("a", "A_log")),
+        front_backward("beta-alone", _GATE_GRADIENT, gates=("b",)),
+        front_backward("gates-far", "softplus-overflow", data="far_gates"),
+        front_backward("gates-channel", _GATE_GRADIENT, channel=True),
+        front_backward("gates-bounded", _GATE_GRADIENT, channel=True, dtype=bf16, options={"lower_bound": -5.0}),
+        front_backward("gates-bounded-heads", f"{_GATE_GRADIENT} softplus-overflow", data="far_gates",
+                       options={"lower_bound": -0.5}),
+        front_backward("beta-rounded", _GATE_GRADIENT, dtype=bf16, options={"beta_rounding": "storage"}),
+        front_backward("no-initial", "dht-slot-clamped", initial=False, bias=False),
+        front_backward("no-final", _NORM_GRADIENT, final=False),
+        front_backward("dense", every, lengths=(4, 4), dense=True),
+        front_backward("mixed", "state-dtype-differs-from-input", dtypes=storage),
+        front_backward("no-rows", "empty-sequence-mishandled", lengths=(), tail=2),
+        front_backward("layout-slices", "dy-assumed-contiguous", dtype=bf16, layout={"dq": "slice", "dv": "slice_odd", "dg": "slice", "x": "slice"}),
+        front_backward("layout-transposed", "dy-assumed-contiguous", layout={"dk": "transposed", "dbeta": "transposed", "a": "transposed"}),
+        front_backward("schedules", "nondeterministic-dweight", lengths=(20, 3, 0, 9), heads=(1, 1, 4, 4), tail=2,
+                       relation="backward_schedules"),
+    ]  # fmt: skip
+
+
+def gated_gradients() -> list[Case]:
+    """The differentiable gated convolution's backward pass."""
+    f32, f16, bf16 = "float32", "float16", "bfloat16"
+    every = f"{_GATED_GRADIENT} tail-enters-gradient dht-slot-clamped"
+    return [
+        *(
+            gated_backward(f"width-{width}", every, width=width, tail=2, dtype=(bf16, f16, f32)[width % 3],
+                           tier="core" if width == 3 else "full")
+            for width in (1, 2, 3, 4, 5, 8)
+        ),
+        gated_backward("bf16", every, dtype=bf16, tail=1),
+        gated_backward("silu", _GATED_GRADIENT, activation="silu"),
+        gated_backward("no-bias", _GATED_GRADIENT, bias=False, initial=False, final=False),
+        gated_backward("dim-130", _GATED_GRADIENT, dim=130, lengths=(3, 2)),
+        gated_backward("offsets", _GATED_GRADIENT, args={"channels": 40}, options={"channel_offsets": (29, 3, 14)}),
+        gated_backward("offsets-shared", _GATED_GRADIENT, args={"channels": 25}, options={"channel_offsets": (0, 5, 5)}),
+        gated_backward("dense", every, lengths=(4, 4), dense=True),
+        gated_backward("mixed", "state-dtype-differs-from-input",
+                       dtypes={"bcx": bf16, "weight": f32, "bias": f16, "initial_states": f32}),
+        gated_backward("layouts", "dy-assumed-contiguous", layout={"dout": "transposed", "bcx": "slice"}),
+        gated_backward("schedules", "nondeterministic-dweight", lengths=(20, 3, 0, 9), dim=4, tail=2,
+                       relation="backward_schedules"),
     ]  # fmt: skip
 
 

@@ -327,6 +327,86 @@ class DeadRowsMultiplied(Mutant):
         return values * live.reshape(-1, *[1] * (values.ndim - 1))
 
 
+@mutant("norm-gradient-wrong")
+class NormIsAConstant(Mutant):
+    """Takes the norm for a constant in the backward pass."""
+
+    def through_norm(self, y, dn, eps):
+        return dn / np.sqrt((y * y).sum(-1, keepdims=True) + eps)
+
+
+@mutant("norm-gradient-wrong")
+class ProjectedOverAllHeads(Mutant):
+    """Projects the gradient of a head on all heads."""
+
+    def through_norm(self, y, dn, eps):
+        r = 1 / np.sqrt((y * y).sum(-1, keepdims=True) + eps)
+        n = y * r
+        return r * (dn - n * (n * dn).sum((-1, -2), keepdims=True))
+
+
+@mutant("q-scale-misapplied")
+class GradientNotScaled(Mutant):
+    """Forgets the scale of q in the backward pass."""
+
+    def into_heads(self, given, y):
+        return super().into_heads({**given, "q_scale": 1.0}, y)
+
+
+@mutant("gate-gradient-wrong")
+class SoftplusIsLinear(Mutant):
+    """Takes 1 for the slope of softplus."""
+
+    def softplus_slope(self, z):
+        return np.ones_like(z)
+
+
+@mutant("gate-gradient-wrong")
+class RateNotDifferentiated(Mutant):
+    """Takes the gradient of the rate for that of its logarithm."""
+
+    def through_decay(self, given, live):
+        dz, drate = super().through_decay(given, live)
+        rate = np.exp(given["A_log"].values()).astype(np.float32)
+        return dz, drate / rate.reshape(*rate.shape, *[1] * (drate.ndim - 2))
+
+
+@mutant("gate-gradient-wrong")
+class ParametersOfTheLastToken(Mutant):
+    """Gives A_log and dt_bias what the last token alone gives them."""
+
+    def over_tokens(self, values, shape):
+        return super().over_tokens(values[-1:] if len(values) else values, shape)
+
+
+@mutant("gate-gradient-wrong")
+class SlopeOfBetaMissing(Mutant):
+    """Hands the gradient of beta to b as it is."""
+
+    def into_gates(self, given, live):
+        da, drate, db = super().into_gates(given, live)
+        if db is not None:
+            db = self.of_live(self.upstream_of(given, "dbeta", db.shape), live)
+        return da, drate, db
+
+
+@mutant("gated-gradient-wrong")
+class GradientsExchanged(Mutant):
+    """Gives x the gradient of B."""
+
+    def of_slices(self, du, dout, c, gate_in, x):
+        db, dc, dx = super().of_slices(du, dout, c, gate_in, x)
+        return dx, dc, db
+
+
+@mutant("gated-gradient-wrong")
+class SharedChannelsOverwritten(Mutant):
+    """Lets the last of overlapping slices have its channels."""
+
+    def add_slice(self, into, part):
+        into[...] = part
+
+
 @mutant("gate-slices-exchanged")
 class GatesExchanged(Mutant):
     """Takes B for C."""
