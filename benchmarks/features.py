@@ -311,7 +311,7 @@ def jax_calls():
 
         def call(name=name, step=step, arrays=arrays):
             out, pools[name] = step(x, pools[name], arrays)
-            backend._run(jax.tree.leaves(out))
+            backend.remember(jax.tree.leaves(out))
 
         calls[name] = call
     for row, k in ((0, 0), (3, 7), (ROWS - 1, SNAPSHOTS - 1)):
@@ -331,10 +331,10 @@ def jax_calls():
 
     kept = jnp.copy(first[2 * ROWS :])
     calls |= {
-        "copy of x": lambda: backend._run(copy(x)),
-        "copy of the snapshots": lambda: backend._run(copy(kept)),
-        "backward": lambda: backend._run(backward(x, weight, bias, dout)),
-        "copy of backward's bytes": lambda: backend._run(copy(moved)),
+        "copy of x": lambda: backend.remember(copy(x)),
+        "copy of the snapshots": lambda: backend.remember(copy(kept)),
+        "backward": lambda: backend.remember(backward(x, weight, bias, dout)),
+        "copy of backward's bytes": lambda: backend.remember(copy(moved)),
     }
 
     batch, n = DRAFTS
@@ -354,12 +354,12 @@ def jax_calls():
 
     def verify():
         out, windows[0] = step(drafts, first, windows[0])
-        return backend._run((out,))[0]
+        return backend.remember((out,))[0]
 
     if not same(verify(), update(drafts, first)):
         failures.append("verify: other outputs than an update")
     source = normal((drafts.size * 2 + batch * (WIDTH - 1) * DIM + windows[0].size) // 2)
-    graphs = {"verify": verify, "copy of verify's bytes": lambda: backend._run(copy(source))}
+    graphs = {"verify": verify, "copy of verify's bytes": lambda: backend.remember(copy(source))}
     backend.synchronize()
     return backend, calls, graphs, failures, {}
 

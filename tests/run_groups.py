@@ -34,7 +34,7 @@ SLOWEST = (  # files that take 40 seconds or more: they begin first, so that no 
     "pallas/test_operations", "triton/test_operations", "pallas/test_sharding",
 )  # fmt: skip
 ONE_JAX = (  # files of tests/pallas about plain jax.numpy, modules and tools: judged under the JAX of .venv alone
-    "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition", "test_models", "test_swap",
+    "test_benchmark_calls", "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition", "test_models", "test_swap",
     "test_modules", "test_sharding_serving", "test_sharding", "test_sharding_training", "test_tracing", "test_multi_gpu",
 )  # fmt: skip
 NEWEST_JAX = (

@@ -1,4 +1,4 @@
-"""The convolution as a layer of Flax NNX (`pallas_impl.modules.nnx`) and of Equinox (`pallas_impl.modules.equinox`).
+"""The convolution as a layer of Flax (`pallas_impl.modules.nnx`, `linen`) and of Equinox (`pallas_impl.modules.equinox`).
 
 Each needs its own package (`pip install 'twinconv[flax]'`, `'twinconv[equinox]'`); nothing here imports either.
 """

@@ -16,6 +16,7 @@ from pallas_impl.modules.layer import (
     host_integer,
     load_weight,
 )
+from pallas_impl.short_conv import AxisNames, short_conv
 
 
 class CausalConv1d(equinox.Module):
@@ -148,3 +149,40 @@ class CausalConv1d(equinox.Module):
             backend=self.backend,
             options=options,
         )
+
+
+class ShortConv(equinox.Module):
+    """`pallas_impl.short_conv` as a layer, under `jax.vmap` over rows [seqlen, dim] too.
+
+    Attributes:
+      weight: [dim, width]; bias: [dim], or None.
+      activation, backend, axes: as in `pallas_impl.short_conv`.
+    """
+
+    weight: jax.Array
+    bias: jax.Array | None
+    activation: str | None = equinox.field(static=True)
+    backend: str = equinox.field(static=True)
+    axes: tuple[AxisNames, AxisNames] | None = equinox.field(static=True)
+
+    def __init__(
+        self,
+        dim: SupportsIndex,
+        width: SupportsIndex,
+        *,
+        use_bias: bool = True,
+        activation: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+        backend: str = "auto",
+        axes: tuple[AxisNames, AxisNames] | None = None,
+        key: Array,
+    ) -> None:
+        """Draws the parameters as equinox.nn.Conv1d does."""
+        dim, width = check_layer(dim, width, activation)
+        self.weight, self.bias = draw_parameters(key, dim, width, use_bias, dtype)
+        self.activation, self.backend, self.axes = activation, backend, axes
+
+    def __call__(self, x: Array, cache: Array | None = None, **options: Any) -> Any:
+        """ConvOutput(out, cache); `options`: `segment_ids`, `lengths`, `want_cache`, `cache_layout`."""
+        given = dict(activation=self.activation, backend=self.backend, axes=self.axes)
+        return short_conv(x, self.weight, self.bias, cache=cache, **given, **options)

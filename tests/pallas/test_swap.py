@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-if importlib.util.find_spec("flax") is None:
-    pytest.skip("needs flax: pip install 'twinconv[flax]'", allow_module_level=True)
+if importlib.util.find_spec("flax") is None or importlib.util.find_spec("equinox") is None:
+    pytest.skip("needs flax and equinox: pip install 'twinconv[flax,equinox]'", allow_module_level=True)
 
+import equinox
 from flax import linen, nnx
 
+from pallas_impl.modules import equinox as equinox_layers
 from pallas_impl.modules import linen as linen_layers
 from pallas_impl.modules import nnx as layers
 
@@ -71,3 +73,18 @@ def test_linen():
     got = layer.apply(parameters, X, want_cache=False)
     np.testing.assert_allclose(got.out, own.apply(parameters, X), rtol=1e-6, atol=1e-6)
     assert jax.tree.structure(layer.init(jax.random.key(0), X)) == jax.tree.structure(parameters)
+
+
+def test_equinox():
+    """The values of its own depthwise convolution, of a batch and under vmap over rows; a cache that is given is read."""
+    key = jax.random.key(0)
+    layer = equinox_layers.ShortConv(DIM, WIDTH, activation="silu", key=key)
+    own = equinox.nn.Conv1d(DIM, DIM, WIDTH, groups=DIM, padding=((WIDTH - 1, 0),), key=key)
+    own = equinox.tree_at(lambda c: (c.weight, c.bias), own, (layer.weight[:, None], layer.bias[:, None]))
+    want = jax.nn.silu(jax.vmap(own)(X.swapaxes(1, 2)).swapaxes(1, 2))
+    np.testing.assert_allclose(layer(X).out, want, rtol=1e-6, atol=1e-6)
+    head, cache = jax.vmap(layer)(X[:, :4])
+    tail, _ = jax.vmap(layer)(X[:, 4:], cache)
+    np.testing.assert_array_equal(jnp.concatenate([head, tail], axis=1), layer(X).out)
+    total = lambda layer: jax.vmap(lambda x: layer(x, want_cache=False).out)(X).sum()  # noqa: E731
+    assert equinox.filter_grad(total)(layer).weight.shape == (DIM, WIDTH)
