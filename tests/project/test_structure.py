@@ -34,6 +34,7 @@ SIGNATURES = {
     "reference_grad.py",
     "reference_prologue.py",
     "reference_prologue_grad.py",
+    "reference_short.py",
 }
 FMT_SKIP_LIMIT = 60  # in both twins together
 

@@ -1,10 +1,6 @@
-"""Cases of `short_conv`, and what the oracle says of them: documents are rows alone, padding ends a shorter row."""
-
-import itertools
+"""Cases of `short_conv`, which the oracle answers; in `tests/oracle/test_reference_short.py` so does `causal_conv1d`."""
 
 import numpy as np
-
-from oracle.reference_grad import causal_conv1d
 
 BATCH, SEQLEN, DIM = 2, 7, 8
 IDS = np.array(
@@ -44,22 +40,6 @@ def cuts(row, rows, seqlen):
     if "segment_ids" in rows:
         return [0, *(np.flatnonzero(np.diff(rows["segment_ids"][row])) + 1), seqlen]
     return [0, int(rows["lengths"][row]) if "lengths" in rows else seqlen]
-
-
-def expected(arrays, rows, activation=None):
-    """(out, cache) by the oracle, float32, one document at a time."""
-    x, weight, bias = arrays["x"], arrays["weight"], arrays["bias"]
-    history = weight.shape[1] - 1
-    cache = arrays.get("cache", np.zeros((len(x), history, x.shape[2]), np.float32))
-    out, new, columns = np.zeros_like(x), np.zeros_like(cache), cache.shape[1]
-    for row in range(len(x)):
-        for number, (begin, end) in enumerate(itertools.pairwise(cuts(row, rows, x.shape[1]))):
-            window = cache[row] if number == 0 else np.zeros_like(cache[row])
-            part = x[row : row + 1, begin:end]
-            initial = window[None, columns - history :]
-            out[row, begin:end] = causal_conv1d(part, weight, bias, initial, activation=activation)[0][0]
-            new[row] = np.concatenate([window, part[0]])[-columns:] if columns else new[row]
-    return out, new
 
 
 # What is refused: (what differs from a valid call, error, a part of its text).

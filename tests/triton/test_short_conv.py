@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from oracle import reference_short
 from tests.tools import short_conv_cases as cases
 from triton_impl import causal_conv1d, short_conv
 
@@ -15,28 +16,19 @@ def tensors(arrays, **options):
     return {name: torch.tensor(np.ascontiguousarray(a), **options) for name, a in arrays.items()}
 
 
-def run(case, backend, activation=None):
-    rows, cached, weight_layout, cache_layout, extra = case
-    arrays = cases.inputs(cached=cached, extra=extra)
-    given = tensors(cases.in_layout(arrays, weight_layout, cache_layout)) | tensors(cases.ROWS[rows])
-    got = short_conv(
-        **given,
-        weight_layout=weight_layout,
-        cache_layout=cache_layout,
-        activation=activation,
-        backend=backend,
-    )
-    cache = got.conv_states
-    out, new = cases.expected(arrays, cases.ROWS[rows], activation)
-    return got.out.numpy(), (cache if cache_layout == "time" else cache.transpose(1, 2)).numpy(), out, new
-
-
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: "-".join(map(str, case)))
 def test_documents_and_padding_are_rows_alone(case, backend):
-    got, cache, out, new = run(case, backend, "silu" if case[1] else None)
-    np.testing.assert_allclose(got, out, rtol=2e-6, atol=2e-6)
-    np.testing.assert_array_equal(cache, new)
+    rows, cached, weight_layout, cache_layout, extra = case
+    given = cases.in_layout(cases.inputs(cached=cached, extra=extra), weight_layout, cache_layout)
+    given |= cases.ROWS[rows]
+    options = dict(
+        weight_layout=weight_layout, cache_layout=cache_layout, activation="silu" if cached else None
+    )
+    out, cache = short_conv(**tensors(given), **options, backend=backend)
+    want, new = reference_short.short_conv(**given, **options)
+    np.testing.assert_allclose(out.numpy(), want, rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(cache.numpy(), new)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
