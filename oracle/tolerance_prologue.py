@@ -31,7 +31,13 @@ from oracle.numerics import SMALLEST_NORMAL_FLOAT32, UNIT_ROUNDOFF_FLOAT32, silu
 from oracle.reference_prologue import SOFTPLUS_LINEAR, Gated, checked, convolution
 from oracle.tolerance import EXP_ULPS, error_bound
 
-LOG_ERROR = 2.0**-22  # absolute, of a logarithm near 1: lg2.approx of NVIDIA GPUs
+LOG_ERROR = 2.0**-22
+"""The absolute error of a logarithm whose argument is above 1 and may be near it, as that of softplus, log(1 + exp(z)).
+
+GPUs take lg2.approx.f32 times log(2). NVIDIA's PTX ISA bounds the error of that instruction by 2**-22, absolute for arguments from 0.5
+to 2 and relative beyond; log(2) < 1 leaves the first below this, and the second, 4 u, lies within EXP_ULPS. Where softplus itself is
+below 2**-22 (z < -15) this admits an error of its own size: exp(g) is then 1 to within rate * 2**-22.
+"""
 LARGEST_FLOAT32 = 2.0**128 - 2.0**104
 NOWHERE = 2.0**-1000  # the bound where the contract demands zero
 

@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import against, compare, environment, multi_gpu, plots, report, run, timing
+from benchmarks import against, compare, environment, fronts, multi_gpu, plots, report, run, timing
 from benchmarks import workloads as wl
 from benchmarks.gate import Gate, make_inputs
 from benchmarks.providers import PROVIDERS, Missing, Prepared, Provider, Unsupported
 from benchmarks.record import Counter, Result, Run, Timing, join, quantile, read, write
 from oracle import contract, reference
 from oracle.numerics import from_bits, round_bits, to_float64
+from tests.conftest import QUICK_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -1048,6 +1049,61 @@ def test_the_chain_runs_each_contender_the_gate_accepts(framework):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# Fronts.
+
+
+def test_fronts_cover_what_is_asked_of_them():
+    found = fronts.shapes()
+    assert {name.partition("/")[0] for name in found} == {"prefill", "decode", "lfm2", "backward"}
+    assert {shape.dim for name, shape in found.items() if name.startswith("prefill/")} == {2048, 8192, 12288}
+    assert {shape.tokens for name, shape in found.items() if name.startswith("decode/")} == {1, 32, 256}
+    prefill = found["prefill/d8192"]
+    assert prefill.least_bytes == 16384 * (2 * 8192 * 2 + 32 * 2 * (2 + 4))  # x, q, k and v; a, b, g and beta
+    assert found["lfm2/prefill-d2048"].least_bytes == 16384 * 4 * 2048 * 2
+    assert [shape.name for shape in fronts.select(["lfm2"], small=True)] == [
+        "lfm2/prefill-d32",
+        "lfm2/decode-b3-d32",
+    ]
+    with pytest.raises(ValueError, match="groups"):
+        fronts.select(["prefil"])
+
+
+def test_other_results_of_a_front_are_seen():
+    right = np.linspace(-2, 2, 64).reshape(4, 16)
+    assert fronts.differences([right * (1 + 2.0**-8)], [right]) is None
+    assert "result 0" in fronts.differences([right[:, ::-1]], [right])
+    assert "result 0" in fronts.differences([np.full_like(right, np.nan)], [right])
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_dry_run_of_the_fronts(framework, tmp_path):
+    """Every group is judged and timed on a CPU; a peer that is not installed is reported as missing."""
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"needs {framework}")
+    path = tmp_path / "fronts.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.fronts",
+        framework,
+        "--small",
+        "--samples",
+        "1",
+        "--out",
+        path,
+    ]
+    quick = os.environ | {"XLA_FLAGS": QUICK_COMPILE}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=quick)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert set(rows) == set(fronts.shapes(small=True))
+    assert all({"ours", "separate", "copy"} <= set(row["samples"]) for row in rows.values())
+    peers = {"vllm", "sglang", "fla"} if framework == "torch" else {"jax-linear-attention"}
+    prefill = rows["prefill/d64"]
+    assert {*prefill["failed"], *prefill["samples"]} == peers | {"ours", "separate", "copy"}
+    assert all(why.startswith("missing") for why in prefill["failed"].values())
 
 
 def test_environment_needs_no_gpu(monkeypatch):
