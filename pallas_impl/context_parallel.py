@@ -133,15 +133,9 @@ def causal_conv1d_fn(
 
     if tokens == 0 or history == 0 or batch == 0:
         return ConvOutput(convolve(tokens, windows, stateful), conv_states)
-    # Bits where the dtypes agree: XLA moves 16-bit floats through float32 on some backends. Else float32 holds both.
-    same = windows.dtype == x.dtype
-    as_entries = plain.to_bits if same else lambda a: a.astype(jnp.float32)
-    arrived, past = as_entries(x), as_entries(windows)
-    entry = jnp.arange(history, dtype=jnp.int32)
-
-    def of_old(entries):
-        """The entries [batch, history] of the old windows ++ tokens, where those of the old windows are asked for."""
-        return jnp.take_along_axis(past, jnp.clip(entries, 0, history - 1)[:, :, None], axis=1)
+    wide = x.dtype if windows.dtype == x.dtype else jnp.dtype(jnp.float32)  # which holds both
+    arrived, past = plain.round_to(x, wide), plain.round_to(windows, wide)
+    entry = jnp.arange(history, dtype=jnp.int32)[None]
 
     # Entry i of a row's new window is entry `length + i` of its old window ++ its tokens. Whoever holds a token gives
     # it, the first device what is old: one of all devices gives each entry, the others zero.
@@ -150,13 +144,14 @@ def causal_conv1d_fn(
         kept = (offsets[1:] - offsets[:-1])[:, None] + entry
         place = offsets[1:, None] - history + entry - begin
         old = (kept < history) & (lax.axis_index(axis_name) == 0)
-        given = jnp.where(old[:, :, None], of_old(kept), 0)
+        given = plain.choose(old, plain.take_entries(past, kept), jnp.zeros_like(past))
         own = (kept >= history) & (place >= 0) & (place < tokens)
-        given = jnp.where(own[:, :, None], arrived[jnp.clip(place, 0, tokens - 1)], given)
-        given = given if same else plain.to_bits(given.astype(conv_states.dtype))
+        given = plain.choose(own, plain.take_rows(arrived, place, wide), given)
 
-    together = given is not None and lax.axis_size(axis_name) <= TOGETHER
-    sent = _send_together(given, x, history, axis_name) if together else _halo(arrived, history, axis_name)
+    # Behind a barrier nothing has a type any more that says it is the same on all devices, as the new pool is.
+    together = given is not None and lax.axis_size(axis_name) <= TOGETHER and not axes_are_typed(x)
+    send = _send_together if together else _send_halo
+    sent = send(given, arrived, history, axis_name)
 
     head, out = min(tokens, history), None
     if head < tokens:
@@ -165,21 +160,17 @@ def causal_conv1d_fn(
             (out, sent, given)
         )  # the kernel waits for nothing from afar
     halo, told = _receive_together(sent, given, x, history, axis_name) if together else (sent, given)
-    halo = as_entries(halo) if together else halo
     # Entry i of a crossing row's window is entry `done + i` of its old window ++ its tokens before the cut.
     done = jnp.where(here, 0, begin - offsets[:-1])[:, None] + entry
-    at_cut = jnp.where((done < history)[:, :, None], of_old(done), halo)
-    first = convolve(head, lax.bitcast_convert_type(at_cut, x.dtype) if same else at_cut, stateful | ~here)
+    at_cut = plain.choose(done < history, plain.take_entries(past, done), halo[None])
+    first = convolve(head, at_cut, stateful | ~here)
     out = first if out is None else overwrite(out, first, 0, backend)
     if given is None:
         return ConvOutput(out, None)
     if not together:
-        told = lax.psum(given.astype(jnp.uint32), axis_name).astype(
-            given.dtype
-        )  # NCCL adds no 16-bit integers
-    new = lax.bitcast_convert_type(told, conv_states.dtype)
+        told = _sum_of_one(told, axis_name)
     written = jnp.where(offsets[1:] > offsets[:-1], slots, -1)
-    return ConvOutput(out, plain.write_windows(conv_states, written, new))
+    return ConvOutput(out, plain.write_windows(conv_states, written, plain.round_to(told, conv_states.dtype)))
 
 
 def _mends_on_kernels(backend, x, weight, conv_states, axis_name):
@@ -447,19 +438,32 @@ def overwrite(whole, rows, first, backend):
     return flat.reshape(whole.shape)
 
 
+def _sum_of_one(given, axis_name):
+    """The sum over the devices of values that all but one give as zeros, with their bits."""
+
+    def add(_, given):
+        integer = jnp.issubdtype(given.dtype, jnp.integer)  # else a tangent; NCCL adds no 16-bit integers
+        return lax.psum(given.astype(jnp.uint32) if integer else given, axis_name).astype(given.dtype)
+
+    return plain.moved(add, (), given)
+
+
+def _send_halo(_, x, history, axis_name):
+    """The tokens before this part as `_halo` gives them, with their bits."""
+    return plain.moved(lambda _, x: _halo(x, history, axis_name), (), x)
+
+
 def _send_together(given, x, history, axis_name):
     """The sum over the devices of `given`, and behind it each device's last tokens in a place of their own.
 
     XLA keeps one collective under way at a time, so that the main kernel would hide the exchange of the halo alone.
     Over many devices these are too many bytes.
     """
-    device = jnp.arange(lax.axis_size(axis_name), dtype=jnp.int32)[:, None, None]
-    last = plain.to_bits(x[x.shape[0] - min(x.shape[0], history) :])
-    last = jnp.where(device == lax.axis_index(axis_name), last, 0)
-    flat = [
-        bits.reshape(-1, x.shape[1]).astype(jnp.uint32) for bits in (given, last)
-    ]  # NCCL adds no 16-bit integers
-    return lax.psum(jnp.concatenate(flat), axis_name)
+    mine = jnp.arange(lax.axis_size(axis_name), dtype=jnp.int32)[:, None] == lax.axis_index(axis_name)
+    last = x[x.shape[0] - min(x.shape[0], history) :][None]
+    last = plain.choose(mine, last, jnp.zeros_like(last))
+    flat = [part.reshape(-1, x.shape[1]) for part in (given, last)]
+    return _sum_of_one(plain.moved(lambda _, *flat: jnp.concatenate(flat), (), *flat), axis_name)
 
 
 def _receive_together(told, given, x, history, axis_name):
@@ -468,9 +472,8 @@ def _receive_together(told, given, x, history, axis_name):
     place = (
         lax.axis_index(axis_name) * min(x.shape[0], history) - history + jnp.arange(history, dtype=jnp.int32)
     )
-    halo = jnp.where((place >= 0)[:, None], told[count + jnp.maximum(place, 0)], 0)
-    halo = lax.bitcast_convert_type(halo.astype(plain.to_bits(x).dtype), x.dtype)
-    return halo, told[:count].reshape(given.shape).astype(given.dtype)
+    halo = plain.take(told, count + jnp.maximum(place, 0))
+    return plain.choose(place >= 0, halo, jnp.zeros_like(halo)), told[:count].reshape(given.shape)
 
 
 def _halo(x, history, axis_name, after=False):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 import pallas_impl
 from oracle.contract import Unsupported
-from pallas_impl import sharding
+from pallas_impl import context_parallel, sharding
 from tests.tools.kernel_results import written_into_kernels
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
@@ -47,6 +48,54 @@ def loss(run, arrays):
 
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool", "together", "checked"),
+    [(AUTO, "float32", 8, True), (EXPLICIT, "float32", 1, False), (AUTO, "bfloat16", 8, False)],
+)
+def test_gradients_of_a_prefill_with_split_tokens_on_xla(kind, pool, together, checked, monkeypatch):
+    """Through what devices tell each other: the tokens before a cut, and the rows' new windows."""
+    monkeypatch.setattr(context_parallel, "TOGETHER", together)
+    arrays = PACKED | dict(
+        x=normal(3, 8, 8), query_start_loc=index(0, 1, 7), conv_states=normal(5, 4, 3, 8).astype(pool)
+    )
+    given = dict(
+        cache_indices=index(2, 0),
+        has_initial_state=jnp.asarray([True, True]),
+        activation="silu",
+        backend="xla",
+    )
+    starts = arrays.pop("query_start_loc")
+    alone = functools.partial(pallas_impl.causal_conv1d_fn, query_start_loc=starts, **given)
+    wanted = jax.grad(functools.partial(loss, alone))(arrays)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,), devices=jax.devices()[:2])
+    split = functools.partial(
+        sharding.causal_conv1d_fn, query_start_loc=starts, mesh=mesh, token_axis="d", **given
+    )
+    if checked:  # a shard_map of the caller's own, which types what varies
+
+        def split(x, **others):
+            part = functools.partial(
+                context_parallel.causal_conv1d_fn, query_start_loc=starts, axis_name="d", **given
+            )
+            specs = P("d"), P()
+            run = jax.shard_map(
+                lambda x, others: tuple(part(x, **others)), mesh=mesh, in_specs=specs, out_specs=specs
+            )
+            return run(x, others)
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(functools.partial(loss, split)))(arrays)
+    for name, gradient in found.items():
+        tolerance = 1e-4 if pool == "float32" else 0.05
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float32),
+            np.asarray(wanted[name], np.float32),
+            rtol=tolerance,
+            atol=tolerance,
+            err_msg=name,
+        )
 
 
 @pytest.mark.parametrize(
