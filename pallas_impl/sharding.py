@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -81,8 +82,8 @@ def causal_conv1d_fn(
     _check_channels(channel_axis, call)
     operation = api.causal_conv1d_fn
     if token_axis is not None:
-        operation = functools.partial(context_parallel.causal_conv1d_fn, axis_name=token_axis)
-        call = _only_of(context_parallel.causal_conv1d_fn, call, f"tokens are split over {token_axis!r}")
+        operation = context_parallel.causal_conv1d_fn
+        call = _only_of(operation, call, f"tokens are split over {token_axis!r}") | dict(axis_name=token_axis)
     return _split_pool(operation, call, mesh, partition_specs(channel_axis, batch_axis, token_axis))
 
 
@@ -134,21 +135,20 @@ def causal_conv1d(
             f"{list(initial_states.shape)}"
         )
 
-    def run(x, weight, bias, initial_states, query_start_loc, **options):
-        rows = x.reshape(-1, x.shape[-1])
-        if dense:  # a part has as many tokens of each row: one row after another, each over all devices
-            one = functools.partial(
-                context_parallel.causal_conv1d, axis_name=token_axis, backend=options["backend"],
-                activation=options["activation"], schedule=options["schedule"],
-            )  # fmt: skip
-            ends = jnp.array([0, jax.lax.axis_size(token_axis) * x.shape[1]], jnp.int32)
-            return (jnp.stack([one(row, weight, bias, ends) for row in x]),)
+    call |= dict(axis_name=token_axis)
+    return ConvOutput(*_split(_train_on_tokens, call, mesh, specs, (specs["out"],)), None)
+
+
+def _train_on_tokens(x, weight, bias, initial_states, query_start_loc, *, max_seqlen, **options):
+    if query_start_loc is not None:
         out = context_parallel.causal_conv1d(
-            rows, weight, bias, query_start_loc, axis_name=token_axis, **options
+            x, weight, bias, query_start_loc, max_seqlen=max_seqlen, **options
         )
         return (out,)
-
-    return ConvOutput(*_split(run, call, mesh, specs, (specs["out"],)), None)
+    # A part has as many tokens of each row: one row after another, each over all devices.
+    one = functools.partial(context_parallel.causal_conv1d, **options)
+    ends = jnp.array([0, jax.lax.axis_size(options["axis_name"]) * x.shape[1]], jnp.int32)
+    return (jnp.stack([one(row, weight, bias, ends) for row in x]),)
 
 
 def causal_conv1d_update(
@@ -267,22 +267,28 @@ def _split(operation, call, mesh, specs, out_specs):
     options = {name: value for name, value in call.items() if name not in specs}
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     _check_specs(arguments, mesh, specs)
+    options |= {name: None for name, value in call.items() if name in specs and value is None}
+    # Outside jit a program of its own. Arrays and lists, which are refused or read below, are no keys of one.
+    traced = any(isinstance(array, jax.core.Tracer) for array in arguments.values())
+    unhashable = any(isinstance(value, list | np.ndarray | jax.Array) for value in options.values())
+    program = _program.__wrapped__ if traced or unhashable else _program
+    in_specs = {name: specs[name] for name in arguments}
+    return program(arguments, operation, tuple(options.items()), mesh, tuple(in_specs.items()), out_specs)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _program(arguments, operation, options, mesh, in_specs, out_specs):
+    in_specs = dict(in_specs)
     if AxisType.Explicit in mesh.axis_types:  # there a mismatch is an error, elsewhere JAX moves the array
-        arguments = {name: jax.reshard(a, NamedSharding(mesh, specs[name])) for name, a in arguments.items()}
-    names = tuple(arguments)
-    absent = {name: None for name, value in call.items() if name in specs and value is None}
+        arguments = {n: jax.reshard(a, NamedSharding(mesh, in_specs[n])) for n, a in arguments.items()}
 
-    def run(*parts):
-        result = operation(**absent, **dict(zip(names, parts, strict=True)), **options)
-        return tuple(value for value in result if value is not None)
+    def run(parts):
+        return tuple(value for value in operation(**parts, **dict(options)) if value is not None)
 
-    return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=tuple(specs[name] for name in names),
-        out_specs=out_specs,
-        check_vma=False,  # results may be the same over an axis that splits some argument
-    )(*arguments.values())
+    # Unchecked: results may be the same over an axis that splits some argument.
+    return jax.shard_map(run, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(
+        arguments
+    )
 
 
 def _split_pool(operation, call, mesh, specs):

@@ -1,5 +1,7 @@
 """What JAX's transformations need to know: errors for vmap and derivatives of kernels, a name for export."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import export
@@ -14,6 +16,16 @@ from oracle.contract_prologue import PrologueOutput, PrologueWindowOutput
 # So that an exported program returns these where it is loaded; that process imports pallas_impl as well.
 for _result in (ConvOutput, ConvWindowOutput, PrologueOutput, PrologueWindowOutput):
     export.register_namedtuple_serialization(_result, serialized_name=f"twinconv.{_result.__name__}")
+
+
+# Outside jit a program of its own, whose constants are copied to the device once; in a trace nothing but what it does.
+program = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(program, static_argnums=0)
+def all_of(batch):
+    """[batch] bool: every row."""
+    return jnp.ones((batch,), bool)
 
 
 def refuse_transforms(*arrays):

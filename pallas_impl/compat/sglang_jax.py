@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from oracle.contract import ACTIVATIONS, Unsupported
 from pallas_impl import plain
 from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
+from pallas_impl.tracing import all_of, program
 
 NULL_SLOT = 0  # read like any other slot, never written
 UNFUSED = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
@@ -58,7 +59,7 @@ def short_convolution(x, weight, cache, cu_seqlens, forward_mode, bias=None, act
     else:
         if cu_seqlens is None:
             raise ValueError(f"cu_seqlens: expected [batch+1] with {mode}, got None")
-        every = jnp.ones((cu_seqlens.shape[0] - 1,), bool)
+        every = all_of(cu_seqlens.shape[0] - 1)
         y, windows = causal_conv1d_fn(
             x, weight, bias, windows, cu_seqlens, None, every, activation=activation
         )
@@ -109,10 +110,10 @@ def jax_causal_conv1d_prefill(
     if conv_state is None:
         if track_indices is not None:
             raise ValueError("track_indices: expected None without conv_state, got an array")
-        windows = jnp.zeros((batch, width - 1, dim), x.dtype)
+        windows = _zeros((batch, width - 1, dim), x.dtype)
     else:
         conv_state, windows = _gather(conv_state, state_indices, has_initial_state, weight)
-    every = jnp.ones((batch,), bool)
+    every = all_of(batch)
     y, windows = causal_conv1d_fn(x.T, weight, bias, windows, cu_seqlens, None, every, activation=activation)
     if conv_state is None:
         return y.T, jnp.swapaxes(windows, 1, 2)
@@ -163,6 +164,10 @@ def _check_states(name, states, weight):
         )
 
 
+_zeros = program(jnp.zeros, static_argnums=(0, 1))
+
+
+@program
 def _gather(conv_state, state_indices, has_initial_state, weight):
     """The pool, and [batch, width-1, dim], the windows of the rows, zeros for those without a state.
 
@@ -177,6 +182,7 @@ def _gather(conv_state, state_indices, has_initial_state, weight):
     return jax.lax.optimization_barrier((pool, windows))
 
 
+@program
 def _scatter(conv_state, windows, state_indices, track_indices, track_mask):
     batch, num_slots = windows.shape[0], conv_state.shape[0]
     windows = jnp.swapaxes(windows, 1, 2)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_impl.api import causal_conv1d_fn
+from pallas_impl.tracing import program
 
 
 @functools.partial(
@@ -61,13 +62,22 @@ def ragged_conv1d(
         )
     if tuple(distribution.shape) != (3,):
         raise ValueError(f"distribution: expected shape [3], got {list(distribution.shape)}")
+    rows = _rows(query_start_loc, state_indices, distribution, has_initial_state)
+    return tuple(causal_conv1d_fn(x, conv_weight[:, 0], conv_bias, conv_state, *rows, empty_rows="apply"))
+
+
+@program
+def _rows(query_start_loc, state_indices, distribution, has_initial_state):
+    """(offsets, slots, has_initial_state) of `causal_conv1d_fn`."""
     batch = query_start_loc.shape[0] - 1
     rows = jnp.clip(distribution[2], 0, batch)
     slots = state_indices[:batch]
     slots = jnp.where(jnp.arange(slots.shape[0]) < rows, slots, -1)
     starts = jnp.where(jnp.arange(batch + 1) <= rows, query_start_loc, query_start_loc[rows])
-    arguments = conv_bias, conv_state, starts, slots, has_initial_state[:batch]
-    return tuple(causal_conv1d_fn(x, conv_weight[:, 0], *arguments, empty_rows="apply"))
+    return starts, slots, has_initial_state[:batch]
+
+
+_single = program(functools.partial(jnp.arange, dtype=jnp.int32), static_argnums=0)
 
 
 def ragged_conv1d_mixed_prefill(
@@ -100,7 +110,7 @@ def ragged_conv1d_decode_only(
     kernel_size,
 ):
     """As `ragged_conv1d_mixed_prefill` for rows of one token each: token i is row i, as there, whatever the offsets say."""
-    starts = jnp.arange(query_start_loc.shape[0], dtype=jnp.int32)
+    starts = _single(query_start_loc.shape[0])
     rows = conv_bias, starts, state_indices, distribution, has_initial_state
     return ragged_conv1d.__wrapped__(x, conv_state, conv_weight, *rows, kernel_size=kernel_size)
 

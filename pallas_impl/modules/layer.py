@@ -1,5 +1,6 @@
 """What the layers of both libraries share: sizes, parameters, and the call itself."""
 
+import functools
 import math
 import operator
 
@@ -9,8 +10,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN, ConvOutput
+from pallas_impl import plain
 from pallas_impl.api import causal_conv1d_fn, causal_conv1d_update
 from pallas_impl.functional import causal_conv1d
+from pallas_impl.tracing import all_of, program
 
 LAYOUTS = ("dim_width", "torch", "flax")
 
@@ -101,6 +104,11 @@ def draw_parameters(key, dim, width, use_bias, dtype):
     return weight, jax.random.uniform(keys[1], (dim,), dtype, -bound, bound) if use_bias else None
 
 
+@functools.partial(program, static_argnums=(0, 1))
+def _starts(batch, seqlen):
+    return plain.equal_rows(batch, batch * seqlen)
+
+
 def call_layer(
     weight,
     bias,
@@ -134,10 +142,10 @@ def call_layer(
         return ConvOutput(out, None)
     if query_start_loc is None:
         batch, seqlen, dim = shape
-        query_start_loc = jnp.arange(batch + 1, dtype=jnp.int32) * seqlen
+        query_start_loc = _starts(batch, seqlen)
         x, options["max_seqlen"] = x.reshape(batch * seqlen, dim), seqlen
     if conv_states is not None and has_initial_state is None:  # a cache that is given is read
-        has_initial_state = jnp.ones((query_start_loc.shape[0] - 1,), bool)
+        has_initial_state = all_of(query_start_loc.shape[0] - 1)
     out, conv_states = causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, **options
     )

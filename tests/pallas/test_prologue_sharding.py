@@ -1,15 +1,25 @@
 """Heads split over a mesh inside `jax.shard_map`: every device has q, k and v of its own heads."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_impl import Unsupported, gated_delta_prologue, gated_delta_prologue_fn
+from pallas_impl import (
+    Unsupported,
+    gated_delta_prologue,
+    gated_delta_prologue_fn,
+    gated_delta_prologue_update,
+    gated_short_conv,
+    gated_short_conv_fn,
+    gated_short_conv_update,
+)
+from tests.tools.kernel_results import written_into_kernels
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
     jax.config.update("jax_num_cpu_devices", 2)
@@ -82,3 +92,45 @@ def test_channels_that_are_split_outside_are_refused(mesh):
         gated_delta_prologue_fn(
             x, random(dim, 4), None, None, STARTS, **WHOLE | dict(backend="mosaic_gpu_interpret")
         )
+
+
+# Of one device: its own heads, or its own channels of a gated convolution.
+LARGE = dict(num_k_heads=1, num_v_heads=1, head_k_dim=128, head_v_dim=128, backend="mosaic_gpu")
+FRONTS = {
+    "front": (gated_delta_prologue_fn, dict(x=(TOKENS, 384), conv_states=(3, 3, 384)), LARGE, False),
+    "rows that are not in front": (
+        gated_delta_prologue_fn, dict(x=(TOKENS, 384), conv_states=(3, 4, 384)), LARGE | dict(state_layout="back"), False
+    ),
+    "step": (gated_delta_prologue_update, dict(x=(3, 384), conv_states=(3, 3, 384)), LARGE, False),
+    "training": (gated_delta_prologue, dict(x=(TOKENS, 384), initial_states=(2, 3, 384)), LARGE, True),
+    "gated": (gated_short_conv_fn, dict(bcx=(TOKENS, 768), conv_states=(3, 3, 256)), {}, False),
+    "gated, step": (gated_short_conv_update, dict(bcx=(3, 768), conv_states=(3, 3, 256)), {}, False),
+    "gated, training": (gated_short_conv, dict(bcx=(TOKENS, 768), initial_states=(2, 3, 256)), {}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_kernels_lower_for_two_gpus(name):
+    """Nothing is sent, and no slice is written into a kernel's result; gradients in training."""
+    operation, sizes, options, trains = FRONTS[name]
+    dim = next(reversed(sizes.values()))[-1]
+    sizes = sizes | dict(weight=(dim, 4), bias=(dim,))
+    shapes = {n: jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16) for n, shape in sizes.items()}
+    given = {} if "update" in operation.__name__ else dict(query_start_loc=STARTS)
+
+    def results(arrays):
+        return tuple(operation(**arrays, **given, **dict(backend="mosaic_gpu") | options))
+
+    def loss(arrays):
+        return sum(result.astype(jnp.float32).sum() for result in results(arrays) if result is not None)
+
+    def part(stacks):
+        found = (jax.grad(loss) if trains else results)({n: stack[0] for n, stack in stacks.items()})
+        return jax.tree.map(lambda a: a[None], found)
+
+    mesh, each = AbstractMesh((2,), ("heads",), axis_types=(AxisType.Auto,)), P("heads")
+    split = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(each,), out_specs=each))
+    lowered = split.trace(shapes).lower(lowering_platforms=("cuda",))
+    assert "custom_call @mosaic_gpu" in lowered.as_text()
+    assert not re.search(r"stablehlo\.(all_|collective_)", lowered.as_text())
+    assert written_into_kernels(lowered) == []

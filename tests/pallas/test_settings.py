@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 import pallas_impl
+from pallas_impl import sharding
+from pallas_impl.compat import sglang_jax, tpu_inference
+from pallas_impl.modules import nnx
 
 DIM = 128
 BACKENDS = ("xla", "mosaic_gpu_interpret")
@@ -158,3 +161,46 @@ def test_numpy_arrays_without_jit_on_xla(case):
         np.testing.assert_allclose(
             np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02
         )
+
+
+def around_the_operations():
+    """name: a call of what stands around the operations, on arrays that are ready."""
+    x, packed, pool = floats("float32", 2, 3, 8), floats("float32", 6, 8), floats("float32", 4, 3, 8)
+    starts, slots, has_state = index(0, 4, 5), index(2, 0), jnp.asarray([True, False])
+    layer, weight = nnx.CausalConv1d(8, 4, rngs=nnx.nnx.Rngs(0)), floats("float32", 8, 4)
+    channels, torch_weight, distribution = pool.swapaxes(1, 2), weight[:, None], index(0, 1, 2)
+    windows, transposed, row = channels[:2], packed.T, packed[:2]
+    ragged = dict(state_indices=slots, distribution=distribution, has_initial_state=has_state, kernel_size=4)
+    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
+    return {
+        "layer, dense": lambda: layer(x, None, pool, slots),
+        "layer, packed": lambda: layer(packed, starts, pool, slots),
+        "sglang prefill": lambda: sglang_jax.jax_causal_conv1d_prefill(
+            transposed, weight, cu_seqlens=starts, conv_state=channels, state_indices=slots,
+            track_indices=slots, track_mask=has_state,
+        ),
+        "sglang prefill without a pool": lambda: sglang_jax.jax_causal_conv1d_prefill(transposed, weight, cu_seqlens=starts),
+        "sglang update": lambda: sglang_jax.jax_causal_conv1d_update(row, channels, slots, weight),
+        "sglang layer": lambda: sglang_jax.short_convolution(packed, weight, windows, starts, "EXTEND"),
+        "tpu_inference": lambda: tpu_inference.ragged_conv1d_mixed_prefill(
+            packed, pool, torch_weight, None, starts, **ragged
+        ),
+        "tpu_inference decode": lambda: tpu_inference.ragged_conv1d_decode_only(
+            row, pool, torch_weight, None, starts, **ragged
+        ),
+        "split tokens": lambda: sharding.causal_conv1d_fn(
+            packed, weight, None, pool, starts, slots, mesh=mesh, token_axis="d"
+        ),
+        "split tokens, training": lambda: sharding.causal_conv1d(
+            packed, weight, None, None, starts, mesh=mesh, token_axis="d"
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", around_the_operations())
+def test_what_stands_around_the_operations_transfers_nothing_on_xla(name):
+    call = around_the_operations()[name]
+    wanted = jax.tree.leaves(call())
+    with jax.transfer_guard("disallow"):
+        found = jax.block_until_ready(jax.tree.leaves(call()))
+    assert all(np.array_equal(got, want) for got, want in zip(found, wanted, strict=True))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_impl
 from oracle.contract import Unsupported
 from pallas_impl import backward, call, parts, plain
+from tests.tools.kernel_results import written_into_kernels
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # not with --gpu, where other files may have started JAX
     jax.config.update("jax_num_cpu_devices", 2)
@@ -214,9 +215,10 @@ def test_kernels_lower_for_two_gpus(name):
         n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, specs.get(n, P())))
         for n, a in widened(arrays).items()
     }
-    text = jax.jit(make(backend="mosaic_gpu")).trace(**shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert "custom_call @mosaic_gpu" in text
-    assert not COLLECTIVE.search(text)
+    lowered = jax.jit(make(backend="mosaic_gpu")).trace(**shapes).lower(lowering_platforms=("cuda",))
+    assert "custom_call @mosaic_gpu" in lowered.as_text()
+    assert not COLLECTIVE.search(lowered.as_text())
+    assert written_into_kernels(lowered) == []
 
 
 @pytest.mark.parametrize("name", CALLS)
