@@ -7,6 +7,7 @@ may have no answer. An operator checks again when it has the numbers.
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -261,10 +262,13 @@ def host_int(name: str, value: Any) -> Any:
 
 
 def host_float(name: str, value: Any) -> float:
-    """The plain float that a number on the host stands for."""
+    """The plain float that a number on the host stands for; infinite if no float is as large."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number known on the host, got {shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
 
 
 def is_symbol(value: Any) -> bool:

@@ -141,6 +141,7 @@ def forget():
 
 def check(call):
     """Everything that can be checked of a record without reading data; returns the sizes of the call."""
+    tracing.refuse_odd(call._fields, call)  # which may have no shape
     sizes = call.check()
     if "backend" in call._fields:
         check_backend(call.backend, BACKENDS)
@@ -234,16 +235,19 @@ def _unrecognised(record, args, out):
         return _traced(record, args)
     tracing.refuse_transforms(record._fields, args)
     for name in written_fields(call := record(*args)):
-        if isinstance(written := getattr(call, name), torch.Tensor) and written.is_neg():
+        if isinstance(written := getattr(call, name), torch.Tensor) and (
+            written.is_neg() or written._is_zerotensor()
+        ):
             raise Unsupported(
-                f"{name}: expected a tensor that holds its values, since it is written, got a lazy negative (resolve_neg() "
-                "makes one)"
+                f"{name}: expected a tensor that holds its values, since it is written, got a lazy "
+                f"{'negative' if written.is_neg() else 'zero'} (clone() makes one)"
             )
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    asks = tracing.asks_for_gradient(*tensors)
-    if asks:
-        call.check()  # before anything is tied
-    if tracing.is_seen(tensors):
+    asks, seen = tracing.asks_for_gradient(*tensors), tracing.is_seen(tensors)
+    if (asks or seen) and not torch.jit.is_tracing():  # whose sizes are tensors
+        check(call)  # before anything is tied, or converted by an operator
+        args = tuple(normalised(call))
+    if seen:
         return tracing.through_operator(record, args)
     return tied(record, args, run_real) if asks else run_real(record, args, out)
 

@@ -10,7 +10,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from oracle.contract import ConvOutput, FnCall, RowsCall, RowSizes, Unsupported, normalised
+from oracle.contract import ConvOutput, FnCall, RowsCall, RowSizes, normalised
 from triton_impl import plain, tracing
 from triton_impl.call import (
     check,
@@ -80,7 +80,6 @@ def causal_conv1d(
     )
     if torch.compiler.is_dynamo_compiling():
         return ConvOutput(*torch.ops.twinconv.causal_conv1d_forward.default(*call))
-    tracing.refuse_odd(call._fields, call)
     check(call)
     return ConvOutput(*_Convolution.apply(*normalised(call)))
 
@@ -272,12 +271,6 @@ def _differentiate(ctx, dout, dfinal_states, backward=torch.ops.twinconv.causal_
     )
 
 
-def _refuse_tangents(ctx, *tangents):
-    raise Unsupported(
-        "x: expected tensors without a tangent, since there is no forward-mode gradient, got one with"
-    )
-
-
 def _backward_flops(dout_shape, dfinal_shape, x_shape, weight_shape, *args, out_shape=None, **options):
     """dx and the sums over tokens: a multiplication and an addition each for every tap of every element."""
     return 2 * x_shape.numel() * weight_shape[1] * (2 if args[-2] else 1)
@@ -310,27 +303,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dfinal_states):
-        return _differentiate(ctx, dout, dfinal_states, _Gradients.apply)
+        return _differentiate(ctx, dout, dfinal_states, tracing.first_gradient("causal_conv1d_backward"))
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise Unsupported("vmap: expected the batch in x's first axis or in packed rows, got a mapped call")
-
-    jvp = staticmethod(_refuse_tangents)
-
-
-class _Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.twinconv.causal_conv1d_backward.default(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    backward = staticmethod(tracing.refuse_second_gradient)
-    jvp = staticmethod(_refuse_tangents)
-    vmap = _Convolution.vmap
-
-
-through_autograd = _Gradients.apply  # the backward pass as torch.func takes it
+    vmap = staticmethod(tracing.refuse_mapping)
+    jvp = staticmethod(tracing.refuse_tangents)

@@ -9,12 +9,11 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from oracle.contract import ConvOutput, Unsupported, normalised
+from oracle.contract import ConvOutput, normalised
 from oracle.contract_prologue import GatedConvCall, PrologueCall, PrologueFnCall, PrologueOutput
 from triton_impl import gated_conv, plain_prologue, tracing
 from triton_impl.call import check, front_of, kernels, launch_on, resolve, run_real
 from triton_impl.config import walks
-from triton_impl.functional import through_autograd
 from triton_impl.packed_rows import fresh_states, owned, row_starts
 
 _FIELDS = PrologueCall._fields
@@ -84,7 +83,6 @@ def gated_delta_prologue(
     if torch.compiler.is_dynamo_compiling():
         *found, states = torch.ops.twinconv.gated_delta_prologue_forward.default(*call)
         return PrologueOutput(*front_of(call, found), states)
-    tracing.refuse_odd(call._fields, call)
     check(call)
     q, k, v, g, beta, states = _Prologue.apply(*normalised(call))
     return PrologueOutput(q, k, v, None if a is None else g, None if b is None else beta, states)
@@ -236,31 +234,12 @@ class _Prologue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        return _differentiate(ctx, *upstream, backward=_Gradients.apply)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise Unsupported("vmap: expected the batch in x's first axis or in packed rows, got a mapped call")
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise Unsupported(
-            "x: expected tensors without a tangent, since there is no forward-mode gradient, got one with"
+        return _differentiate(
+            ctx, *upstream, backward=tracing.first_gradient("gated_delta_prologue_backward")
         )
 
-
-class _Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.twinconv.gated_delta_prologue_backward.default(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    backward = staticmethod(tracing.refuse_second_gradient)
-    jvp = staticmethod(_Prologue.jvp)
-    vmap = _Prologue.vmap
+    vmap = staticmethod(tracing.refuse_mapping)
+    jvp = staticmethod(tracing.refuse_tangents)
 
 
 def gated_short_conv(
@@ -347,7 +326,8 @@ class _GatedConv(torch.autograd.Function):
             dc = dout * gate_out
         _, needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
         compiled = torch.compiler.is_dynamo_compiling()
-        backward = torch.ops.twinconv.causal_conv1d_backward.default if compiled else through_autograd
+        name = "causal_conv1d_backward"
+        backward = getattr(torch.ops.twinconv, name).default if compiled else tracing.first_gradient(name)
         du, dweight, dbias, dinitial = backward(
             dc, dfinal_states, (gate_in * x).float(), weight, bias, initial_states, query_start_loc, *ctx.options,
             needs_weight or needs_bias, needs_initial,

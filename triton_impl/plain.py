@@ -93,7 +93,7 @@ def parents_from_links(call):
     named = named.scatter_reduce(1, torch.cat(links, 1), torch.cat(names, 1), "amax")[:, :nodes]
     # The first of its siblings, found by jumps of 1, 2, 4, ... siblings; then its parent, 0 if nobody names it.
     first = torch.where((named >= 0) & (named % 2 == 1), named // 2, node)
-    for _ in range((nodes - 1).bit_length() if nodes else 0):
+    for _ in range(int(nodes - 1).bit_length() if nodes else 0):
         first = first.gather(1, first)
     parent = torch.where(named >= 0, named // 2, 0).gather(1, first)
     return torch.where(first == 0, -1, parent).int()

@@ -61,6 +61,7 @@ def short_conv(
     call = ShortConvCall(
         x, weight, bias, cache, segment_ids, lengths, weight_layout, cache_layout, want_cache, activation, backend
     )  # fmt: skip
+    tracing.refuse_odd(call._fields, call)
     sizes = call.check()
     for name in ("segment_ids", "lengths", "cache"):
         tensor = getattr(call, name)
@@ -111,9 +112,13 @@ def _dim_width(weight, layout):
 
 def _documents(segment_ids):
     """The number of each token's document, from 0: one more at each token whose id is not its predecessor's."""
-    begins = torch.zeros(segment_ids.shape, dtype=torch.int64, device=segment_ids.device)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return begins.cumsum(1)
+    return _begins(segment_ids, 0).cumsum(1)
+
+
+def _begins(documents, first):
+    """Whether each token begins a document, as an integer; `first`: of a row's first token."""
+    begins = (documents[:, 1:] != documents[:, :-1]).long()
+    return torch.nn.functional.pad(begins, (1, 0), value=first)[:, : documents.shape[1]]
 
 
 def _outputs(x, weight, bias, window, documents, options):
@@ -135,15 +140,15 @@ def _stateless(x, weight, bias, documents, options):
     if documents is None:
         starts, schedule = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen, "auto"
     else:
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        starts = torch.where(begins.reshape(-1), place[:-1], batch * seqlen).sort().values
+        begins = _begins(documents, 1).reshape(-1) > 0
+        starts = torch.where(begins, place[:-1], batch * seqlen).sort().values
         starts, schedule = torch.cat([starts, place[-1:]]), "flat"
     packed = x.reshape(batch * seqlen, dim)
     if torch.compiler.is_dynamo_compiling():  # which takes the operator alone; its states are of no use here
         options = options | dict(max_seqlen=seqlen, schedule=schedule)
         return causal_conv1d(packed, weight, bias, None, starts, **options).out.view(x.shape)
-    more = options["activation"], seqlen, schedule, options["backend"]
+    longest = None if torch.jit.is_tracing() else seqlen  # whose sizes are tensors
+    more = options["activation"], longest, schedule, options["backend"]
     return _Stateless.apply(packed, weight, bias, starts, *more).view(x.shape)
 
 
@@ -165,12 +170,15 @@ class _Stateless(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, weight, bias, starts = ctx.saved_tensors
-        dx, dweight, dbias, _ = torch.ops.twinconv.causal_conv1d_backward.default(
+        dx, dweight, dbias, _ = tracing.first_gradient("causal_conv1d_backward")(
             dout, None, x, weight, bias, None, starts, *ctx.options, any(ctx.needs_input_grad[1:3]), False
         )
         gradients = (dx, dweight, None if bias is None else dbias)
         needed = ctx.needs_input_grad
         return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 5
+
+    vmap = staticmethod(tracing.refuse_mapping)
+    jvp = staticmethod(tracing.refuse_tangents)
 
 
 def _last_entries(x, cache, documents, lengths, columns):

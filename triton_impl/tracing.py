@@ -7,6 +7,7 @@ compilers do not take optional ones. Nothing but `out` is returned, flat where i
 not share memory. Registered below Python's custom_op layer, which costs several times as much a call.
 """
 
+import functools
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -33,8 +34,9 @@ for _result in (
     ConvWindowOutput,
     PrologueOutput,
     PrologueWindowOutput,
-):  # so that torch.export can save programs that return them
+):  # so that torch.export can save programs that return them, and torch.load takes what torch.save made of them
     pytree._register_namedtuple(_result, serialized_type_name=f"twinconv.{_result.__name__}")
+    torch.serialization.add_safe_globals([_result])
 
 
 class Operator(NamedTuple):
@@ -223,6 +225,8 @@ def refuse_odd(names, values):
     Args:
       names, values: arguments and their names; those that are no tensors are passed over.
     """
+    if torch.compiler.is_dynamo_compiling():  # its tensors are its own
+        return
     for name, value in zip(names, values, strict=True):
         if type(value).__module__ == "torch.fx.proxy":
             raise Unsupported(
@@ -301,6 +305,37 @@ def refuse_second_gradient(ctx, *grads):
     raise Unsupported(
         "backward: expected a first gradient, got one of a gradient, which these operations lack"
     )
+
+
+def refuse_mapping(info, in_dims, *arguments):
+    """`torch.func.vmap` of a differentiable form."""
+    raise Unsupported("vmap: expected the batch in x's first axis or in packed rows, got a mapped call")
+
+
+def refuse_tangents(ctx, *tangents):
+    """Forward mode through a differentiable form."""
+    raise Unsupported(
+        "x: expected tensors without a tangent, since there is no forward-mode gradient, got one with"
+    )
+
+
+class _FirstGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(operator, *arguments):
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(refuse_second_gradient)
+    vmap = staticmethod(refuse_mapping)
+    jvp = staticmethod(refuse_tangents)
+
+
+def first_gradient(name):
+    """An operator that is a backward pass, as torch.func takes it: it does not see the operator's own autograd."""
+    return functools.partial(_FirstGradient.apply, getattr(torch.ops.twinconv, name).default)
 
 
 def asks_for_gradient(*tensors):

@@ -12,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import triton_impl
 from oracle.contract import ConvOutput, Unsupported
+from triton_impl.compat import causal_conv1d as dao
+from triton_impl.compat import fla
 from triton_impl.modules import CausalConv1d, ConvStatePool, dense_rows
+from triton_impl.short_conv import short_conv
 
 torch.set_num_threads(1)  # the tensors are tiny
 DIM, WIDTH = 4, 3
@@ -158,6 +161,13 @@ def test_a_program_that_returns_the_result_is_saved():
     assert isinstance(found, ConvOutput)
 
 
+def test_a_result_is_saved():
+    saved = io.BytesIO()
+    torch.save(fn(tensors()), saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved).out, fn(tensors()).out)
+
+
 # Gradients: refused where they would be lost, whatever carries them.
 
 
@@ -294,6 +304,38 @@ def test_transformations_are_refused_by_name(transform, operation):
     with pytest.raises(Unsupported, match=r"x: expected a tensor outside of torch\.func"):
         run()
     assert call(t["x"]).isfinite()
+
+
+WEIGHT = torch.arange(DIM * WIDTH, dtype=torch.float32).view(DIM, WIDTH).cos()
+SHORT = torch.arange(14 * DIM, dtype=torch.float32).view(2, 7, DIM).sin()
+DIFFERENTIABLE = {
+    "conv": lambda x: triton_impl.causal_conv1d(x, WEIGHT).out,
+    "prologue": lambda x: triton_impl.gated_delta_prologue(x, WEIGHT, **HEADS).q,
+    "gated": lambda x: triton_impl.gated_short_conv(torch.cat([x] * 3, -1), WEIGHT).out,
+    "short": lambda x: short_conv(x, WEIGHT).out,
+    "documents": lambda x: short_conv(x, WEIGHT, segment_ids=(x[..., 0] > 0).long()).out,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", DIFFERENTIABLE)
+def test_differentiable_forms_take_a_gradient_alone(form):
+    call = DIFFERENTIABLE[form]
+    x = SHORT.clone().requires_grad_()
+    (want,) = torch.autograd.grad(call(x).square().sum(), x)
+    found = torch.func.grad(lambda x: call(x).square().sum())(SHORT)
+    assert torch.equal(found, want)
+    with pytest.raises(Unsupported, match="vmap"):
+        torch.func.vmap(call)(SHORT[None])
+    with pytest.raises(Unsupported, match="tangent"):
+        torch.func.jvp(call, (SHORT,), (SHORT,))
+    with pytest.raises(Unsupported, match="first gradient"):
+        torch.func.grad(lambda x: torch.func.grad(lambda x: call(x).square().sum())(x).sum())(SHORT)
+
+
+def test_documents_are_mapped_by_name():
+    ids = torch.zeros(3, 2, 7, dtype=torch.int64)
+    with pytest.raises(Unsupported, match="vmap"):
+        torch.func.vmap(lambda ids: short_conv(SHORT, WEIGHT, segment_ids=ids).out)(ids)
 
 
 # Version counters.
@@ -455,8 +497,14 @@ def test_nested_tensors_are_refused_by_name(layout):
         lambda: fn(t | {"x": nested}),
         lambda: triton_impl.causal_conv1d(nested, t["weight"]),
         lambda: CausalConv1d(DIM, WIDTH)(nested),
+        lambda: CausalConv1d(DIM, WIDTH).requires_grad_(False)(nested),
+        lambda: short_conv(nested, t["weight"]),
+        lambda: triton_impl.gated_short_conv(nested, t["weight"]),
+        lambda: fla.causal_conv1d(nested, t["weight"]),
+        lambda: dao.causal_conv1d_fn(nested, t["weight"]),
+        lambda: triton_impl.tree_parents_from_links(nested, nested),
     ):
-        with pytest.raises(Unsupported, match="x: expected a dense tensor"):
+        with pytest.raises(Unsupported, match=r"(x|bcx|next_token): expected a dense tensor"):
             call()
 
 
@@ -485,6 +533,23 @@ def test_validation_takes_parameters():
 
 
 # Tracers and modes.
+
+
+@pytest.mark.parametrize("operation", ALL)
+def test_host_integers_follow_one_rule_within_a_mode(operation):
+    for value in (True, 1.0, "1", None, torch.tensor(1)):
+        with (
+            FlopCounterMode(display=False),
+            pytest.raises(TypeError, match="pad_slot_id: expected an integer"),
+        ):
+            ALL[operation](tensors(), pad_slot_id=value)
+    with FlopCounterMode(display=False):
+        ALL[operation](tensors(), pad_slot_id=2**70)
+
+
+def test_a_lazy_zero_is_not_written():
+    with pytest.raises(Unsupported, match="conv_states: expected a tensor that holds its values"):
+        update(tensors() | {"conv_states": torch._efficientzerotensor(5, WIDTH - 1, DIM)})
 
 
 @DEVICES
@@ -536,6 +601,31 @@ class Model(torch.nn.Module):
 
     def forward(self, x):
         return self.conv(x * 2) + 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("form", ["short", "documents"])
+def test_jit_trace_takes_a_dense_call(form):
+    traced = torch.jit.trace(DIFFERENTIABLE[form], (SHORT,))
+    assert torch.equal(traced(SHORT * -1), DIFFERENTIABLE[form](SHORT * -1))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace_takes_links():
+    links = torch.tensor([[1, -1, -1]]), torch.tensor([[-1, 2, -1]])
+    traced = torch.jit.trace(triton_impl.tree_parents_from_links, links)
+    assert torch.equal(traced(*links), triton_impl.tree_parents_from_links(*links))
+
+
+def test_symbolic_trace_refuses_by_name():
+    weight = tensors()["weight"]
+    for call in (
+        lambda x: short_conv(x, weight),
+        lambda x: triton_impl.gated_short_conv(x, weight),
+        lambda x: triton_impl.tree_parents_from_links(x, x),
+    ):
+        with pytest.raises(Unsupported, match="symbolic_trace"):
+            torch.fx.symbolic_trace(call)
 
 
 def test_symbolic_trace_takes_the_layer_as_a_leaf():

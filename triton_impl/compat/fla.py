@@ -19,7 +19,7 @@ from triton_impl.compat.causal_conv1d import causal_conv1d_fn as channel_first
 from triton_impl.compat.layout import expect, expect_weight, longest, update_at_back
 from triton_impl.functional import causal_conv1d as differentiable
 from triton_impl.modules.dense import dense_rows
-from triton_impl.tracing import asks_for_gradient
+from triton_impl.tracing import asks_for_gradient, refuse_odd
 
 __all__ = [
     "causal_conv1d",
@@ -79,6 +79,7 @@ def causal_conv1d(
         ids = kwargs.get("seq_idx") if cu_seqlens is None else None
     elif backend != "triton":
         raise ValueError(f"backend: expected 'triton', 'cuda' or 'mix', got {backend!r}")
+    refuse_odd(("x",), (x,))
     shape = x.shape if isinstance(x, torch.Tensor) else ()
     x = _one_axis(x)
     batch, seqlen, dim = expect("x", x, ("batch", "seqlen", "dim"))
@@ -246,6 +247,7 @@ def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activa
       ValueError, TypeError: bad shapes or dtypes; no cache (FLA then leaves x out of the result).
       Unsupported: a backward pass.
     """
+    refuse_odd(("x",), (x,))
     shape = x.shape if isinstance(x, torch.Tensor) else ()
     x = _one_axis(x)
     if not shape or x.dim() == 2:

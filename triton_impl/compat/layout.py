@@ -9,6 +9,7 @@ import torch
 from oracle.contract import INDEX_DTYPES, MASK_DTYPES, OFFSET_DTYPES, WIDTH_MAX, WIDTH_MIN, dtype_name
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 from triton_impl.call import update_in_place
+from triton_impl.tracing import refuse_odd
 
 _checks = {"data": False}
 
@@ -36,6 +37,8 @@ def expect(name, value, axes, **sizes):
     """Returns the shape of tensor `value`; raises in terms of the peer's `axes` unless it has them."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout is not torch.strided:
+        refuse_odd((name,), (value,))
     shape = value.shape
     fits = len(shape) == len(axes)
     if fits:
@@ -50,7 +53,7 @@ def expect(name, value, axes, **sizes):
 
 def token_axes(x):
     """Checks x [batch, dim] or [batch, dim, seqlen]; returns dim."""
-    if isinstance(x, torch.Tensor) and x.dim() in (2, 3):
+    if isinstance(x, torch.Tensor) and not x.is_nested and x.dim() in (2, 3):
         return x.shape[1]
     return expect("x", x, ("batch", "dim", "seqlen, or none"))[1]
 

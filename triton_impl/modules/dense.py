@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_impl.api import causal_conv1d_fn
+from triton_impl.tracing import refuse_odd
 
 
 def dense_rows(
@@ -25,6 +26,7 @@ def dense_rows(
     Packing is a view unless rows are neither evenly spaced nor alone, as in a channel slice of a channel-first
     tensor: then x is copied once.
     """
+    refuse_odd(("x",), (x,))
     batch, seqlen, dim = x.shape
     starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen
     out = causal_conv1d_fn(

@@ -113,6 +113,12 @@ def test_split_sizes_arrive_as_a_tuple_of_plain_ints(sizes):
     assert {type(size) for size in got} == {int}
 
 
+def test_a_bound_beyond_int64_is_the_largest():
+    call = FnCall(**FN | dict(max_seqlen=2**70))
+    call.check()
+    assert normalised(call).max_seqlen == 2**63 - 1
+
+
 @pytest.mark.parametrize(
     ("value", "slot"),
     [

@@ -294,6 +294,7 @@ REJECTED = [
     ("front_fn", dict(norm_eps=0), ValueError, f"{EPS}0"),
     ("front_fn", dict(norm_eps=2.0**-127), ValueError, f"{EPS}{2.0**-127!r}"),
     ("front_fn", dict(norm_eps=2.0**128), ValueError, f"{EPS}{2.0**128!r}"),
+    ("front_fn", dict(norm_eps=10**309), ValueError, f"{EPS}{10**309}"),
     ("front_fn", dict(norm_eps=float("nan")), ValueError, f"{EPS}nan"),
     ("front_fn", dict(norm_eps=None), TypeError, f"norm_eps: {NUMBER}, got None"),
     ("front_fn", dict(q_scale=float("inf")), ValueError, f"{SCALE}inf"),
