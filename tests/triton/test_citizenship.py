@@ -332,6 +332,13 @@ def test_differentiable_forms_take_a_gradient_alone(form):
         torch.func.grad(lambda x: torch.func.grad(lambda x: call(x).square().sum())(x).sum())(SHORT)
 
 
+@pytest.mark.parametrize("form", DIFFERENTIABLE)
+def test_differentiable_forms_are_compiled_without_a_gradient(form):
+    call = DIFFERENTIABLE[form]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(SHORT), call(SHORT))
+
+
 def test_documents_are_mapped_by_name():
     ids = torch.zeros(3, 2, 7, dtype=torch.int64)
     with pytest.raises(Unsupported, match="vmap"):
