@@ -146,8 +146,8 @@ def _dim_width(weight, layout):
 
 def _documents(segment_ids):
     """The number of each token's document, from 0: one more at each token whose id is not its predecessor's."""
-    begins = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(begins, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)])[:, : segment_ids.shape[1]]
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
+    return jnp.cumsum(begins[:, : segment_ids.shape[1]], axis=1, dtype=jnp.int32)
 
 
 def _entries_before(x, cache, lengths, columns):
@@ -314,19 +314,19 @@ def _mesh_axes(axes, x, backend):
         if mesh.empty:
             raise ValueError(f"axes: expected a mesh in context (jax.set_mesh), got none, and axes={axes!r}")
         return mesh, axes
-    if backend == "xla":
-        return None, None
     free = {
         name: kind
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind != AxisType.Manual and mesh.shape[name] > 1
     }
-    if free and (where is own or all(kind == AxisType.Explicit for kind in free.values())):
+    explicit = bool(free) and all(kind == AxisType.Explicit for kind in free.values())
+    if explicit or (free and where is own and backend != "xla"):
         rest = (None,) * (x.ndim - len(where.spec))
         batch, tokens, channels = (None, None, None, *where.spec, *rest)[-3:]
         if tokens is None and (x.ndim == 3 or batch is None):
             return mesh, (batch, channels)
-    if parts.compiler_splits(backend, x):  # a program in which it tells the kernels
+    # a program in which the compiler splits plain array code, or tells the kernels how it splits them
+    if backend == "xla" or (parts.compiler_splits(backend, x) and not explicit):
         return None, None
     if free or (own is not None and len(own.device_set) > 1):
         over = f"the mesh {dict(mesh.shape)}" if free else f"{len(own.device_set)} devices"

@@ -79,6 +79,15 @@ CALLS = {
         "causal_conv1d", dict(x=normal(3, 2, DIM), weight=normal(DIM, 4), initial_states=normal(3, 3, DIM)), {},
         dict(x="b, s, 4", initial_states="b, 3, 4"),
     ),
+    "documents": (
+        "short_conv",
+        dict(x=normal(2, 4, DIM), weight=normal(DIM, 4), cache=normal(2, 3, DIM), segment_ids=index(3, 3, 4, 3, 1, 1, 1, 1).reshape(2, 4)),
+        {}, dict(x="b, s, 4", cache="b, 3, 4", segment_ids="b, s"),
+    ),
+    "padding": (
+        "short_conv", dict(x=normal(2, 4, DIM), weight=normal(DIM, 4), lengths=index(1, 4)), {},
+        dict(x="b, s, 4", lengths="b"),
+    ),
 }  # fmt: skip
 
 
@@ -99,7 +108,7 @@ def function_of(case, backend="xla"):
     call = functools.partial(getattr(pallas_impl, operation), **options)
 
     def run(arrays):
-        if operation != "causal_conv1d":
+        if operation not in ("causal_conv1d", "short_conv"):
             return call(**arrays)
         out, pull = jax.vjp(lambda x: call(**arrays | dict(x=x)), arrays["x"])
         return out, pull(out)

@@ -281,6 +281,23 @@ def gradients_of(run):
     return gradients
 
 
+def test_a_model_on_explicit_axes():
+    """Channels of x and weight are split, those of the bias are not: no type stands in the way. Split tokens are refused."""
+    mesh, arrays = mesh_of(2, AxisType.Explicit), MODEL | dict(cache=None)
+    specs = dict(x=P(None, None, "d"), weight=P("d"))
+    placed = put(mesh, specs, {name: a for name, a in arrays.items() if a is not None})
+    gradients = jax.jit(gradients_of(functools.partial(pallas_impl.short_conv, backend="xla")))
+    wanted = gradients_of(functools.partial(pallas_impl.short_conv, backend="xla"))(
+        MODEL | dict(cache=0 * MODEL["cache"])
+    )
+    with jax.set_mesh(mesh):
+        for name, found in gradients(placed).items():
+            np.testing.assert_allclose(found, wanted[name], rtol=1e-5, atol=1e-5)
+    tokens = jax.ShapeDtypeStruct((2, 6, DIM), jnp.float32, sharding=NamedSharding(mesh, P(None, "d")))
+    with pytest.raises(Unsupported, match="axes: expected"):
+        jax.eval_shape(lambda x: pallas_impl.short_conv(x, WEIGHT, backend="mosaic_gpu"), tokens)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradients_on_auto_axes(name, plain_kernels):
     make, arrays, specs = CALLS[name]

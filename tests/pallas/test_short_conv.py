@@ -105,16 +105,14 @@ def test_a_row_without_batch_and_no_cache_wanted():
     assert short_conv(**arrays, want_cache=False).conv_states is None
 
 
-def test_no_pool_where_no_cache_is_wanted():
-    """The kernel's program takes no states, and makes none."""
+@pytest.mark.parametrize("rows", ["dense", "documents"])
+def test_no_pool_where_no_cache_is_wanted(rows):
+    """The kernels' programs, forward and backward, take no states and make none."""
     arrays = jnp_of(cases.inputs(cached=False, dim=128))
-    run = functools.partial(short_conv, want_cache=False, backend="mosaic_gpu")
-    for rows in ({}, {"segment_ids": jnp.asarray(cases.IDS)}):
-        shapes = {
-            v.aval.shape
-            for e in _eqns(jax.make_jaxpr(lambda a, rows=rows: run(**a, **rows))(arrays))
-            for v in e.outvars
-        }
+    run = functools.partial(short_conv, want_cache=False, backend="mosaic_gpu", **jnp_of(cases.ROWS[rows]))
+    for call in (lambda a: run(**a), jax.grad(lambda a: run(**a).out.sum())):
+        shapes = {v.aval.shape for e in _eqns(jax.make_jaxpr(call)(arrays)) for v in e.outvars}
+        assert (cases.BATCH * cases.SEQLEN, 128) in shapes
         assert not any(len(shape) == 3 and shape[1:] == (3, 128) for shape in shapes)
 
 
