@@ -16,6 +16,7 @@ _NORM_GRADIENT = "norm-gradient-wrong"
 _GATE_GRADIENT = "gate-gradient-wrong"
 _GATED_GRADIENT = "gate-slices-exchanged gated-gradient-wrong"
 SCALE = 128**-0.5
+SHORT: dict[str, Any] = {"tier": "core", "lengths": (1, 5, 3)}  # for kernels' interpreters
 
 
 def prologues() -> list[Case]:
@@ -38,7 +39,7 @@ def prologues() -> list[Case]:
     found += [
         front(f"heads-{'-'.join(map(str, heads))}", f"{_NORM} {_HEADS}", heads=heads, lengths=(2, 3), tail=1,
               dtype=f16 if heads[2] % 2 else bf16, relation="separate_norm",
-              tier="core" if heads == sizes[3] else "full")
+              tier="core" if heads == (2, 6, 5, 3) else "full")
         for heads in sizes
     ]  # fmt: skip
     return [
@@ -50,7 +51,7 @@ def prologues() -> list[Case]:
         front("scaled", "q-scale-misapplied", heads=(1, 2, 128, 32), lengths=(2, 3), options={"q_scale": SCALE}, relation="separate_norm"),
         front("scaled-f32", "q-scale-misapplied norm-sum-order", dtype=f32, heads=(2, 2, 13, 8), lengths=(4, 3),
               options={"q_scale": SCALE, "norm_eps": 1e-5}, relation="separate_norm"),
-        front("near-eps", "norm-eps-outside-root", dtype=f32, data="near_eps", tier="core", relation="separate_norm"),
+        front("near-eps", "norm-eps-outside-root", dtype=f32, data="near_eps", **SHORT, relation="separate_norm"),
         front("eps-large", "norm-eps-outside-root", options={"norm_eps": 0.5}),
         front("rounding-none", "norm-rounding-misplaced", options={"norm_rounding": "none"}, heads=(1, 2, 16, 16),
               lengths=(4, 9), tier="core"),
@@ -58,30 +59,30 @@ def prologues() -> list[Case]:
               options={"norm_rounding": "none", "activation": None, "q_scale": 0.25}),
         front("zero-rows", "dead-rows-in-front", data="zero_weight", bias=False, options={"norm_eps": 2.0**-126}),
         # gates
-        front("gates-none", "gates-not-optional", gates=(), tier="core"),
+        front("gates-none", "gates-not-optional", gates=(), **SHORT),
         front("gate-alone", "gates-not-optional decay-misapplied", gates=("a", "A_log")),
         front("beta-alone", "gates-not-optional beta-rounded", gates=("b",)),
         front("gates-f32", _GATES, dtypes={"a": f32, "b": f32, "dt_bias": bf16, "A_log": bf16}, lengths=(5, 9)),
-        front("gates-far", "softplus-overflow", data="far_gates", dtypes={"a": f32}, tier="core"),
+        front("gates-far", "softplus-overflow", data="far_gates", dtypes={"a": f32}, **SHORT),
         front("gates-channel-far", "softplus-overflow", data="far_gates", channel=True, dtype=f16),
-        front("gates-channel", _GATES, channel=True, tier="core"),
+        front("gates-channel", _GATES, channel=True, **SHORT),
         front("gates-channel-no-dt", _GATES, channel=True, gates=("a", "b", "A_log"), dtype=f32, heads=(2, 2, 12, 4)),
-        front("gates-bounded", _GATES, channel=True, options={"lower_bound": -5.0}, tier="core"),
+        front("gates-bounded", _GATES, channel=True, options={"lower_bound": -5.0}, **SHORT),
         front("gates-bounded-heads", _GATES, data="far_gates", options={"lower_bound": -0.5}, dtypes={"a": f32, "b": f32}),
-        front("beta-rounded", "beta-rounded", options={"beta_rounding": "storage"}, tier="core"),
+        front("beta-rounded", "beta-rounded", options={"beta_rounding": "storage"}, **SHORT),
         front("beta-rounded-f16", "beta-rounded", dtype=f16, options={"beta_rounding": "storage"}),
         # dtypes and memory
-        front("dtypes-mixed", "state-dtype-differs-from-input", tier="core",
+        front("dtypes-mixed", "state-dtype-differs-from-input", **SHORT,
               dtypes={"x": bf16, "weight": f32, "bias": f16, "conv_states": f32}, relation="separate_norm"),
         front("dtypes-mixed-back", "state-dtype-differs-from-input", dtypes={"x": f32, "weight": bf16, "conv_states": f16}),
         front("layout-slices", "stride-restriction-surprises", tail=2,
               layout={"x": "slice", "a": "slice", "b": "slice_odd", "A_log": "slice", "conv_states": "pages"}),
         front("layout-transposed", "stride-restriction-surprises", channel=True,
               layout={"x": "transposed", "a": "transposed", "dt_bias": "transposed", "conv_states": "transposed"}),
-        front("channel-offset", "split-misplaced", args={"channels": 61}, options={"channel_offset": 9}, tail=2, tier="core"),
+        front("channel-offset", "split-misplaced", args={"channels": 61}, options={"channel_offset": 9}, tail=2, **SHORT),
         front("nan", "state-not-bit-exact", data="nan_payload", dtype=f32, tail=2, **linear),
         # rows and slots
-        front("stateless", "null-state-pointer", slots=None, num_slots=None, has=None, tail=3, tier="core"),
+        front("stateless", "null-state-pointer", slots=None, num_slots=None, has=None, tail=3, **SHORT),
         front("padding", f"{_DEAD} padding-row-output-uninitialised", lengths=(2, 3, 1, 4), slots=(4, -1, 0, 9),
               num_slots=6, tail=5, tier="core"),
         front("padding-f32", _DEAD, dtype=f32, channel=True, lengths=(2, 3, 1, 4), slots=(4, -1, 0, 9), num_slots=6, tail=5,
@@ -165,7 +166,7 @@ def gated_convolutions() -> list[Case]:
         gated("silu-f32", _GATED, activation="silu", dtype=f32, step=True, seqlen=2),
         gated("no-bias", _GATED, bias=False, dtype=f16),
         gated("dim-130", f"{_GATED} channel-tail-unmasked", dim=130, lengths=(3, 2)),
-        gated("offsets", _GATED, args={"channels": 40}, options={"channel_offsets": (29, 3, 14)}, tail=2, tier="core"),
+        gated("offsets", _GATED, args={"channels": 40}, options={"channel_offsets": (29, 3, 14)}, tail=2, **SHORT),
         gated("offsets-step", _GATED, step=True, args={"channels": 45}, options={"channel_offsets": (11, 35, 0)}),
         gated("offsets-shared", _GATED, args={"channels": 25}, options={"channel_offsets": (0, 5, 5)}),
         gated("dtypes-mixed", "state-dtype-differs-from-input",
