@@ -219,7 +219,8 @@ def _take_parts(verdict: Verdict, problem: Problem, result: Mapping[str, Any]) -
         elif like is not None:
             verdict.parts[name] = _take(verdict, name, value, *like)
     if verdict.status == "passed":
-        joined = [verdict.parts[name].data.reshape(*leading, -1) for name in "qkv"]
+        parts = [verdict.parts[name].data for name in "qkv"]  # perhaps of no tokens
+        joined = [part.reshape(*leading, part.shape[-2] * part.shape[-1]) for part in parts]
         verdict.out = TypedArray(dtype, np.concatenate(joined, axis=-1))
 
 

@@ -101,8 +101,10 @@ def prologues() -> list[Case]:
         front("tracked", "tracked-window-from-flat-tokens pad-slot-not-skipped", lengths=(2, 5, 1), slots=(0, 1, 6), num_slots=9,
               args={"track_indices": (7, 8, 6), "track_lengths": (1, 9, 1)}, options={"pad_slot_id": 6}),
         front("long", "tile-halo-wrong launch-plan-too-small", lengths=(70, 33), heads=(1, 1, 8, 8), relation="front_schedules"),
-        front("split", "history-dropped-on-continuation result-depends-on-batch", lengths=(9, 2, 6), relation="front_split",
-              slots=(4, 0, 2), tier="core"),
+        front("split", "history-dropped-on-continuation result-depends-on-batch", lengths=(4, 2), relation="front_split",
+              slots=(4, 0), tier="core"),  # three numbers of tokens in all
+        front("split-longer", "history-dropped-on-continuation result-depends-on-batch", lengths=(9, 2, 6),
+              relation="front_split", slots=(4, 0, 2)),
     ]  # fmt: skip
 
 
