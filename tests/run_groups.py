@@ -2,8 +2,10 @@
 
     python tests/run_groups.py [--gpu] [GROUP ...]
 
-A file has its own process because torch and jax must not share one, and because a crash then takes one file
-with it. Groups: core (neither framework), triton, pallas, and pallas-newest, the kernels' files once more under the
+Torch and jax must not share a process, nor Triton's two modes, nor files of JAX that ask for different numbers of
+devices. Files in ALONE, the long ones among them, have a process each; the others share one by eights, since what a process
+imports takes as long as many a file's tests. Where such a process ends without a result for each of its files, each
+runs once more by itself. Groups: core (neither framework), triton, pallas, and pallas-newest, the kernels' files once more under the
 newest JAX of .venv312 where that environment exists (see SECOND_JAX in conftest.py). With `--gpu`, the tests marked gpu run instead: one
 process a framework, one after the other, in the interpreter that runs this script.
 
@@ -14,6 +16,7 @@ The last line gives the sums. Logs and JUnit files are left in reports/.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -40,6 +43,15 @@ ONE_JAX = (  # files of tests/pallas about plain jax.numpy, modules and tools: j
 NEWEST_JAX = (
     "test_models_jla",
 )  # what asks for a Python of 3.12: judged under that of .venv312 alone, if it is there
+DEVICES = {  # files of tests/pallas that ask for so many devices, where a process has one
+    "test_prologue_sharding": 2, "test_sharding_serving": 2, "test_sharding_types": 2,
+    "test_sharding": 8, "test_sharding_training": 8, "test_context_parallel_gradients": 8,
+}  # fmt: skip
+ALONE = {  # files that measure their own process, or start others for most of their time
+    *SLOWEST, "triton/test_memory", "triton/test_examples", "triton/test_models", "pallas/test_bits", "pallas/test_models", "project/test_site",
+    "project/test_requirements", "project/test_benchmarks", "project/test_same_code", "project/test_run_groups", "oracle/test_peers",
+}  # fmt: skip
+TOGETHER = 8  # files a process
 LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
 RUNNING: set[subprocess.Popen] = (
     set()
@@ -57,14 +69,14 @@ class Part:
 
     @property
     def name(self) -> str:
-        return f"{self.group}-{self.files[0].stem}" if len(self.files) == 1 else self.group
+        others = len(self.files) - 1
+        return f"{self.group}-{self.files[0].stem}" + (f" and {others} more" if others else "")
 
     @property
     def place(self) -> int:
-        """Where it stands in the queue; all that are not named in SLOWEST come after those that are."""
-        file = self.files[0]
-        name = f"{file.parent.name}/{file.stem}"
-        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+        """Where it stands in the queue: those in SLOWEST, then those that hold several files, then the others."""
+        name = name_of(self.files[0])
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST) + (len(self.files) == 1)
 
 
 @dataclass
@@ -77,6 +89,19 @@ class Outcome:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    files: frozenset[str] = frozenset()  # the modules, among other names, that left a result
+
+    def add(self, other: Outcome) -> None:
+        self.code = self.code or other.code
+        self.passed, self.failed, self.skipped = (
+            self.passed + other.passed,
+            self.failed + other.failed,
+            self.skipped + other.skipped,
+        )
+
+
+def name_of(file: Path) -> str:
+    return f"{file.parent.name}/{file.stem}"
 
 
 def kind_of(file: Path) -> str:
@@ -95,22 +120,52 @@ def find_parts(root: Path, python: str, gpu: bool) -> dict[str, list[Part]]:
             for kind in ("triton", "pallas")
         }
     groups = {
-        kind: [Part(kind, python, (file,)) for file in found if file.stem not in NEWEST_JAX]
+        kind: shared(kind, python, [file for file in found if file.stem not in NEWEST_JAX])
         for kind, found in files.items()
     }
     newer = root / NEWER_JAX
     if newer.exists():
         kernels = [file for file in files["pallas"] if file.stem not in ONE_JAX]
-        again = [Part("pallas-newest", str(newer), (file,)) for file in kernels]
+        again = shared("pallas-newest", str(newer), kernels)
         groups = {"pallas": groups["pallas"], "pallas-newest": again, **groups}
     else:
         print(f"no {NEWER_JAX}: the Pallas tests run under one JAX only", flush=True)
     return groups
 
 
+def shared(group: str, python: str, files: list[Path]) -> list[Part]:
+    """Returns the processes for the files of a group."""
+    sets: dict[object, list[Path]] = {}
+    for file in files:
+        mode = "compile" in file.stem if group == "triton" else DEVICES.get(file.stem, 1)
+        sets.setdefault(file if name_of(file) in ALONE else mode, []).append(file)
+    parts = []
+    for found in sets.values():
+        count = -(-len(found) // TOGETHER)  # files next to each other in the alphabet often cost alike
+        parts += [Part(group, python, tuple(found[i::count])) for i in range(count)]
+    return parts
+
+
 def run_part(part: Part, root: Path) -> Outcome:
+    """Runs a process; where one with several files left some without a result, each of them by itself, which fails the part."""
+    outcome = run_process(part, root)
+    complete = outcome.files.issuperset(file.stem for file in part.files)
+    if len(part.files) == 1 or "--gpu" in part.options or complete:
+        return outcome
+    again = Outcome(1, outcome.seconds, outcome.log)
+    for file in part.files:
+        single = run_process(dataclasses.replace(part, files=(file,)), root)
+        again.add(single)
+        if single.code != 0:
+            again.log.write_text(again.log.read_text() + single.log.read_text())
+    again.failed = max(again.failed, 1)
+    return again
+
+
+def run_process(part: Part, root: Path) -> Outcome:
     reports = root / "reports"
-    junit, log = reports / f"{part.name}.xml", reports / f"{part.name}.log"
+    name = part.name.replace(" ", "-")
+    junit, log = reports / f"{name}.xml", reports / f"{name}.log"
     junit.unlink(missing_ok=True)
     command = [
         part.python,
@@ -148,6 +203,7 @@ def run_part(part: Part, root: Path) -> Outcome:
     if junit.exists():
         for case in ElementTree.parse(junit).iter("testcase"):
             tags = {child.tag for child in case}
+            outcome.files |= set(case.get("classname", "").split("."))
             if tags & {"failure", "error"}:
                 outcome.failed += 1
             elif "skipped" in tags:

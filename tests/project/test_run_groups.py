@@ -156,15 +156,35 @@ def test_the_pallas_files_run_again_under_the_newer_jax(project, capfd):
     newer.symlink_to(sys.executable)
     parts = run_groups.find_parts(root, sys.executable, gpu=False)
     assert [part.name for part in parts["pallas"]] == ["pallas-test_a"]
-    assert [part.name for part in parts["pallas-newest"]] == [
-        "pallas-newest-test_a",
-        f"pallas-newest-{alone}",
+    (again,) = parts["pallas-newest"]
+    assert [file.stem for file in again.files] == ["test_a", alone]
+    assert again.python == str(newer)
+
+
+def test_small_files_share_a_process(project):
+    root = project(
+        test_triton_a=PASS, test_triton_b=PASS, test_triton_compile=PASS, test_triton_backward=PASS
+    )
+    parts = run_groups.find_parts(root, sys.executable, gpu=False)["triton"]
+    assert sorted([file.stem for file in part.files] for part in parts) == [
+        ["test_a", "test_b"],
+        ["test_backward"],
+        ["test_compile"],
     ]
-    assert parts["pallas-newest"][0].python == str(newer)
+
+
+def test_files_that_fail_together_alone_fail_the_run(project, capfd):
+    """A process that dies leaves no result of its other files: each runs again, and the run fails all the same."""
+    text = "import os, pathlib\n\ndef test_first_time():\n    seen = pathlib.Path('seen')\n"
+    text += "    if not seen.exists():\n        seen.touch()\n        os._exit(0)\n"
+    code, out = run(project(test_triton_a=PASS, test_triton_b=text), capfd, "triton")
+    assert code == 1
+    assert out.endswith("total: 2 passed, 1 failed, 0 skipped\n")
 
 
 def test_the_slowest_files_begin_first(project, capfd):
-    assert all((HERE / f"{name}.py").exists() for name in run_groups.SLOWEST)
+    for name in [*run_groups.ALONE, *(f"pallas/{stem}" for stem in run_groups.DEVICES)]:
+        assert (HERE / f"{name}.py").exists()
     code, out = run(project(test_triton_a=PASS, test_triton_backward=PASS), capfd, "triton", "--jobs", "1")
     assert code == 0
     assert out.index("triton-test_backward") < out.index("triton-test_a")
