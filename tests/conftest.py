@@ -23,13 +23,12 @@ import pytest
 # On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
 # What rests on how XLA compiles has files of its own, besides the conformance suite, which says by itself.
 AS_USERS_COMPILE = ("test_bits.py", "test_conformance.py")
-# Under a second JAX one case a test: the conformance suite has every feature of these operations in a case there.
+# Under a second JAX one case a test: every feature of these operations is in a case of the conformance suite there, or,
+# for the exchange between devices, in a test of its own.
 ONE_CASE = (
-    "test_operations.py",
-    "test_rolling.py",
-    "test_serving.py",
-    "test_serving_jit.py",
-)
+    "test_operations.py", "test_rolling.py", "test_serving.py", "test_serving_jit.py", "test_backward.py", "test_prologue.py",
+    "test_prologue_backward.py", "test_gated_conv.py", "test_exchange.py", "test_short_conv.py",
+)  # fmt: skip
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
