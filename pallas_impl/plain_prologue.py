@@ -158,17 +158,17 @@ def inverse_root(total):
 
     XLA's division is not exact on a GPU, nor need its root be: they are near, and integers say which neighbour is right.
     """
-    near = 1.0 / jnp.sqrt(total)
-    root = exact_root(lax.stop_gradient(total), lax.stop_gradient(jnp.sqrt(total)))
-    exact = exact_reciprocal(root, lax.stop_gradient(near))
-    return near + (exact - lax.stop_gradient(near))  # both sums are exact
+    near = 1.0 / jnp.sqrt(total)  # for its derivative
+    fixed = lax.stop_gradient(total)
+    root = exact_root(fixed, jnp.sqrt(fixed))
+    return near + (exact_reciprocal(root, 1.0 / root) - lax.stop_gradient(near))  # both sums are exact
 
 
 SIGNIFICAND = 1 << 23
 
 
 def exact_root(value, near):
-    """The float32 nearest to sqrt(value), a normal number, from one at most two units in the last place away.
+    """The float32 nearest to sqrt(value), a normal number, from one at most three units in the last place away.
 
     With M the significand of `value` as an integer, s that of its root and T = M * 2**23 or M * 2**24, whichever has an
     even exponent, s is right where -s < T - s * s <= s. That difference is small, and exact modulo 2**32.
@@ -178,14 +178,14 @@ def exact_root(value, near):
     base = (exponent + 127 >> 1 << 23) - SIGNIFICAND
     root = lax.bitcast_convert_type(near, jnp.int32) - base
     target = jnp.where(exponent % 2 == 1, significand << 23, significand << 24)
-    for _ in range(2):
+    for _ in range(3):
         rest = target - root * root
         root = root + (rest > root).astype(jnp.int32) - (rest <= -root).astype(jnp.int32)
     return jnp.where(jnp.isfinite(value), lax.bitcast_convert_type(base + root, jnp.float32), near)
 
 
 def exact_reciprocal(value, near):
-    """The float32 nearest to 1 / value, both normal numbers, from one at most two units in the last place away.
+    """The float32 nearest to 1 / value, both normal numbers, from one at most three units in the last place away.
 
     With m the significand of `value` as an integer, q that of its reciprocal is right where 2**47 - q * m is within m / 2
     of zero; modulo 2**32 it is -q * m.
@@ -194,7 +194,7 @@ def exact_reciprocal(value, near):
     significand = (bits & (SIGNIFICAND - 1)) | SIGNIFICAND
     base = (253 - (bits >> 23) << 23) - SIGNIFICAND
     quotient = lax.bitcast_convert_type(near, jnp.int32) - base
-    for _ in range(2):
+    for _ in range(3):
         twice = -2 * (quotient * significand)
         more = (twice > significand).astype(jnp.int32) - (twice < -significand).astype(jnp.int32)
         quotient = quotient + more
