@@ -48,31 +48,33 @@ def mend_first(out, arrays, told, begin, *, whole, options):
     Returns:
       (out, conv_states).
     """
-    batch, dim = arrays.query_start_loc.shape[0] - 1, arrays.weight.shape[0]
     operands = arrays.named(
         "x", "weight", "bias", "query_start_loc", "cache_indices", "has_initial_state", "conv_states"
     )
-    columns = dim // WARPGROUP
-    return run(
-        functools.partial(_first_kernel, batch=batch, columns=columns, whole=whole, o=options),
-        "mend_first",
-        batch * columns,
-        operands | dict(told=told, begin=begin, out=out),
-        {},
-        {},
-        written=("out", "conv_states"),
-        interpret=options.interpret,
-    )
+    operands |= dict(told=told, begin=begin, out=out)
+    return _mend("first", _first_kernel, operands, ("out", "conv_states"), whole, options)
+
+
+def _mend(name, kernel, operands, written, whole, options):
+    """Runs a kernel with a program for every row of the whole and `WARPGROUP` channels."""
+    batch, columns = operands["query_start_loc"].shape[0] - 1, operands["weight"].shape[0] // WARPGROUP
+    kernel = functools.partial(kernel, batch=batch, columns=columns, whole=whole, o=options)
+    programs, interpret = batch * columns, options.interpret
+    return run(kernel, f"mend_{name}", programs, operands, {}, {}, written=written, interpret=interpret)
+
+
+def _place(refs, batch, columns, whole):
+    """(row, its channels, begin of the part, begin and end of the row in the whole) of a program."""
+    program = lax.axis_index("program")
+    row, column = div(program, columns), rem(program, columns)
+    channels = pl.ds(column * WARPGROUP, WARPGROUP)
+    return row, channels, refs.begin[0], *row_facts(refs.query_start_loc, row, batch, whole)
 
 
 def _first_kernel(refs, *, batch, columns, whole, o):
     x, weight, pool, told, out = refs.x, refs.weight, refs.conv_states, refs.told, refs.out
     tokens, history, interpret = x.shape[0], weight.shape[1] - 1, bool(o.interpret)
-    program = lax.axis_index("program")
-    row, column = div(program, columns), rem(program, columns)
-    channels = pl.ds(column * WARPGROUP, WARPGROUP)
-    begin = refs.begin[0]
-    start, end = row_facts(refs.query_start_loc, row, batch, whole)
+    row, channels, begin, start, end = _place(refs, batch, columns, whole)
     slot, live = find_slot(
         refs.cache_indices, row, batch, None if pool is None else pool.shape[0], o.pad_slot_id
     )
@@ -134,31 +136,18 @@ def mend_last(dx, dout, arrays, after, begin, *, whole, options):
     Returns:
       dx.
     """
-    batch, dim = arrays.query_start_loc.shape[0] - 1, arrays.weight.shape[0]
-    columns = dim // WARPGROUP
-    operands = arrays.named("x", "weight", "bias", "query_start_loc")
-    (dx,) = run(
-        functools.partial(_last_kernel, batch=batch, columns=columns, whole=whole, o=options),
-        "mend_last",
-        batch * columns,
-        operands | dict(dout=dout, after=after, begin=begin, dx=dx),
-        {},
-        {},
-        written=("dx",),
-        interpret=options.interpret,
+    operands = arrays.named("x", "weight", "bias", "query_start_loc") | dict(
+        dout=dout, after=after, begin=begin, dx=dx
     )
+    (dx,) = _mend("last", _last_kernel, operands, ("dx",), whole, options)
     return dx
 
 
 def _last_kernel(refs, *, batch, columns, whole, o):
     x, dout, weight, after, dx = refs.x, refs.dout, refs.weight, refs.after, refs.dx
     (tokens, dim), history, interpret = x.shape, weight.shape[1] - 1, bool(o.interpret)
-    program = lax.axis_index("program")
-    row, column = div(program, columns), rem(program, columns)
-    channels = pl.ds(column * WARPGROUP, WARPGROUP)
-    upstream_channels = pl.ds(dim + column * WARPGROUP, WARPGROUP)
-    begin = refs.begin[0]
-    start, end = row_facts(refs.query_start_loc, row, batch, whole)
+    _, channels, begin, start, end = _place(refs, batch, columns, whole)
+    upstream_channels = pl.ds(dim + channels.start, WARPGROUP)
     start, end = start - begin, end - begin  # counted in the part
 
     def mend():

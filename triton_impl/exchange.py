@@ -99,6 +99,14 @@ class Options(NamedTuple):
 
 
 @triton.jit
+def _place(channel_blocks, dim, o: tl.constexpr):
+    """(a program's channels, its number among those with the same, whether its channels are the first)."""
+    block, place = channel_block_and_place(channel_blocks, o.folded)
+    index = block * o.block_d + tl.arange(0, o.block_d)
+    return Channels(index, index < dim), place, block == 0
+
+
+@triton.jit
 def _vectors(message, like, o: tl.constexpr):
     """Where a message's vectors begin, in the dtype of `like`."""
     return (message + o.header).to(tl.pointer_type(like.dtype.element_ty))
@@ -151,15 +159,13 @@ def _tell_kernel(
     """Fills a forward message, and the offsets of the rows into the part."""
     vectors = _vectors(message, x, o)
     x = tokens_of(x, strides.x)
-    block, place = channel_block_and_place(channel_blocks, o.folded)
-    ch = block * o.block_d + tl.arange(0, o.block_d)
-    channels = Channels(ch, ch < dim)
+    channels, place, first = _place(channel_blocks, dim, o)
     if place == 0:
         lane = tl.arange(0, o.lanes)
         length = tl.where(lane == rank, tokens, 0).to(tl.int64)
-        known = (lane < len(o.apart)) & (block == 0)
+        known = (lane < len(o.apart)) & first
         tl.store(message.to(tl.pointer_type(tl.int64)) + lane, length, mask=known)
-        tl.store(starts, tl.zeros([], starts.dtype.element_ty), mask=block == 0)
+        tl.store(starts, tl.zeros([], starts.dtype.element_ty), mask=first)
         for r in tl.static_range(len(o.apart)):
             for j in tl.static_range(o.width - 1):
                 t = tl.cast(tokens, tl.int64) + (o.apart[r] - (o.width - 1) + j)
@@ -167,7 +173,7 @@ def _tell_kernel(
     else:
         row = (place - 1).to(tl.int64)
         start, end = _bounds(query_start_loc, row, batch, whole)
-        _store_start(starts, row + 1, end, begin, tokens, block == 0)
+        _store_start(starts, row + 1, end, begin, tokens, first)
         if o.pooled:
             for c in tl.static_range(o.width - 1):
                 position = end + (c - (o.width - 1))
@@ -225,9 +231,7 @@ def _cut_kernel(
     """What a part cannot know without its message: the first outputs of the row that crosses the cut, and new windows."""
     vectors = _vectors(message, x, o)
     x, out = tokens_of(x, strides.x), tokens_of(out, strides.out)
-    block, place = channel_block_and_place(channel_blocks, o.folded)
-    ch = block * o.block_d + tl.arange(0, o.block_d)
-    channels = Channels(ch, ch < dim)
+    channels, place, _ = _place(channel_blocks, dim, o)
     if place == 0:
         if o.checks:
             lane = tl.arange(0, o.lanes)
@@ -266,12 +270,12 @@ def _cut_kernel(
                     window = window + (
                         _entry(vectors, i, position, start, dim, held, has_state, channels, o),
                     )
-                taps, first = load_taps(load_weights(weight, bias, strides, channels, o), o)
+                taps, added = load_taps(load_weights(weight, bias, strides, channels, o), o)
                 last = tl.minimum(end - begin, tokens)
                 for t in tl.static_range(o.width - 1):
                     inside = channels.exist & (t < last)
                     e = window + (widen(tl.load(at(x, t, channels), mask=inside, other=0.0)),)
-                    value = activate(convolve(e, taps, first, o.width), o)
+                    value = activate(convolve(e, taps, added, o.width), o)
                     tl.store(at(out, t, channels), round_to(value, out.ptr.dtype.element_ty), mask=inside)
                     window = e[1:]
             if o.pooled:
@@ -300,9 +304,7 @@ def _tell_back_kernel(
     """Fills a backward message, and the initial windows of the part's rows: of what the forward message told."""
     vectors, halo = _vectors(message, x, o), _vectors(before, x, o)
     x, dout = tokens_of(x, strides.x), tokens_of(dout, strides.dout)
-    block, place = channel_block_and_place(channel_blocks, o.folded)
-    ch = block * o.block_d + tl.arange(0, o.block_d)
-    channels = Channels(ch, ch < dim)
+    channels, place, _ = _place(channel_blocks, dim, o)
     if place == 0:
         for r in tl.static_range(len(o.apart)):
             for j in tl.static_range(o.width - 1):
@@ -317,7 +319,7 @@ def _tell_back_kernel(
         for j in tl.static_range(o.width - 1):
             own = crosses & (tl.cast(begin, tl.int64) + (j - (o.width - 1)) >= start)
             entry = _told(halo, rank * (o.width - 1) + j, dim, own, channels)
-            target = windows + (row * (o.width - 1) + j) * dim + ch
+            target = windows + (row * (o.width - 1) + j) * dim + channels.index
             tl.store(target, entry.to(windows.dtype.element_ty), mask=channels.exist)
 
 
@@ -345,19 +347,17 @@ def _around_kernel(
     """The `count` tokens around the part's last ones, width-1 of them behind it; their gradients; the rows' offsets."""
     vectors, halo = _vectors(message, x, o), _vectors(before, x, o)
     x, dout = tokens_of(x, strides.x), tokens_of(dout, strides.dout)
-    block, place = channel_block_and_place(channel_blocks, o.folded)
-    ch = block * o.block_d + tl.arange(0, o.block_d)
-    channels = Channels(ch, ch < dim)
-    first = tl.cast(tokens, tl.int64) + (o.width - 1) - count  # counted in the part, so below 0 before it
+    channels, place, first = _place(channel_blocks, dim, o)
+    base = tl.cast(tokens, tl.int64) + (o.width - 1) - count  # counted in the part, so below 0 before it
     if place < count:
-        t = first + place
+        t = base + place
         here = (t >= 0) & (t < tokens)
         later = tl.maximum(t - tokens, 0)
         told = _told(halo, rank * (o.width - 1) + t + (o.width - 1), dim, t < 0, channels)
         after = _told(vectors, 2 * rank * (o.width - 1) + later, dim, t >= tokens, channels)
         own = tl.load(at(x, t, channels), mask=channels.exist & here, other=0.0)
         entry = tl.where(here, own, tl.where(t < 0, told, after))
-        target = place.to(tl.int64) * dim + ch
+        target = place.to(tl.int64) * dim + channels.index
         tl.store(x_around + target, entry, mask=channels.exist)
         # what lies before the tokens whose dx is wanted gives nothing to it
         here = here & (place >= o.width - 1)
@@ -367,8 +367,8 @@ def _around_kernel(
     else:
         row = (place - count).to(tl.int64)
         _, end = _bounds(query_start_loc, row, batch, whole)
-        _store_start(starts, row + 1, end, begin + first, count, block == 0)
-    tl.store(starts, tl.zeros([], starts.dtype.element_ty), mask=(place == 0) & (block == 0))
+        _store_start(starts, row + 1, end, begin + base, count, first)
+    tl.store(starts, tl.zeros([], starts.dtype.element_ty), mask=(place == 0) & first)
 
 
 @triton.jit(do_not_specialize=["weights", "numbers", "ranks"])
