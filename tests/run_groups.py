@@ -34,7 +34,7 @@ SLOWEST = (  # files that take 40 seconds or more: they begin first, so that no 
     "pallas/test_conformance", "triton/test_backward", "triton/test_compile_backward", "pallas/test_serving",
     "triton/test_serving", "pallas/test_context_parallel_gradients", "triton/test_context_parallel_gradients",
     "triton/test_conformance", "triton/test_context_parallel", "triton/test_conformance_plain", "pallas/test_engine",
-    "pallas/test_operations", "triton/test_operations", "pallas/test_sharding",
+    "pallas/test_operations", "triton/test_operations", "pallas/test_sharding", "pallas/test_models_jla", "pallas/test_models",
 )  # fmt: skip
 ONE_JAX = (  # files of tests/pallas about plain jax.numpy, modules and tools: judged under the JAX of .venv alone
     "test_benchmark_calls", "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition", "test_models", "test_swap",
