@@ -88,7 +88,7 @@ only := $(PIP_INSTALL) --no-deps --only-binary :all:
 	@touch $@
 
 # What depends on the version: the interpreter, the compiler, the launchers, operators.
-VERSION_TESTS := launch recall tracing compile compile_serving compile_backward
+VERSION_TESTS := launch recall tracing compile compile_serving compile_backward compile_prologue compile_overlap
 test-versions: .versions/oldest/.installed .versions/newest/.installed ## the Triton twin's core under the oldest and the newest PyTorch and Triton
 	@for pair in oldest newest; do export PYTHONPATH=.versions/$$pair OMP_NUM_THREADS=1; \
 	  .venv/bin/python -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'; \
