@@ -156,9 +156,9 @@ def test_the_pallas_files_run_again_under_the_newer_jax(project, capfd):
     newer.symlink_to(sys.executable)
     parts = run_groups.find_parts(root, sys.executable, gpu=False)
     assert [part.name for part in parts["pallas"]] == ["pallas-test_a"]
-    (again,) = parts["pallas-newest"]
-    assert [file.stem for file in again.files] == ["test_a", alone]
-    assert again.python == str(newer)
+    again = parts["pallas-newest"]
+    assert sorted(file.stem for part in again for file in part.files) == ["test_a", alone]
+    assert {part.python for part in again} == {str(newer)}
 
 
 def test_small_files_share_a_process(project):
