@@ -58,7 +58,7 @@ def prologue(call):
     if call.a is not None:
         g.copy_(_alive(_decay(call), live.view(call.x.shape[:-1])))
     if call.b is not None:
-        made = torch.sigmoid(call.b.float())
+        made = _sigmoid(call.b.float())
         if call.beta_rounding == "storage":
             made = made.to(call.b.dtype).float()
         beta.copy_(_alive(made, live.view(call.x.shape[:-1])))
@@ -109,11 +109,11 @@ def gates_backward(call, dg, dbeta):
             z = z + call.dt_bias.float()
         dg = torch.zeros_like(z) if dg is None else dg.float().view_as(z)
         if call.lower_bound is not None:
-            s = torch.sigmoid(rate * z)
+            s = _sigmoid(rate * z)
             dw = call.lower_bound * s * (1.0 - s) * dg
             dz, drate = rate * dw, rate * z * dw
         else:
-            s = torch.where(z > 20.0, 1.0, torch.sigmoid(z))
+            s = torch.where(z > 20.0, 1.0, _sigmoid(z))
             dz = -rate * s * dg
             drate = -rate * _softplus(z) * dg
         dz, drate = _alive(dz, live), _alive(drate, live)
@@ -121,7 +121,7 @@ def gates_backward(call, dg, dbeta):
         if call.dt_bias is not None:
             dbias = dz.sum(0).to(call.dt_bias.dtype)
     if call.b is not None:
-        s = torch.sigmoid(call.b.float())
+        s = _sigmoid(call.b.float())
         upstream = torch.zeros_like(s) if dbeta is None else dbeta.float().view_as(s)
         db = _alive(s * (1.0 - s) * upstream, live).to(call.b.dtype)
     return da, db, drate, dbias
@@ -130,6 +130,11 @@ def gates_backward(call, dg, dbeta):
 def _heads(call, name):
     """Heads of q, k or v, and channels of one."""
     return (call.num_v_heads, call.head_v_dim) if name == "v" else (call.num_k_heads, call.head_k_dim)
+
+
+def _sigmoid(z):
+    """By functions of torch whose bits do not depend on an element's place in the tensor, as `plain`'s silu."""
+    return torch.where(z < -80.0, torch.exp(z), 1.0 / (1.0 + torch.exp(-z)))  # exp(-z) overflows from -89 on
 
 
 def _softplus(z):
@@ -157,5 +162,5 @@ def _decay(call):
     if call.dt_bias is not None:
         z = z + call.dt_bias.float()
     if call.lower_bound is not None:
-        return call.lower_bound * torch.sigmoid(rate * z)
+        return call.lower_bound * _sigmoid(rate * z)
     return -rate * _softplus(z)
