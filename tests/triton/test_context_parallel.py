@@ -1,5 +1,6 @@
 """Context parallel prefill in Torch, on a CPU: several processes, gloo, every bit as on one device."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,40 +18,60 @@ from triton_impl import context_parallel
 from triton_impl.launch import Launch
 
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_torch.py"
-# Imports once, and becomes as many ranks: imports took half of the time.
+# Imports once, and becomes as many ranks, one run after the other: imports took half of the time.
 LAUNCHER = """
-import os, runpy, sys
-worker, first, ranks, folder, *rest = sys.argv[1:]
+import json, os, runpy, sys, sympy  # which a first gradient imports
+worker, runs = sys.argv[1], json.loads(sys.argv[2])
 main = runpy.run_path(worker)["main"]
-exec(first)
 if os.environ["TRITON_INTERPRET"] == "1":
     from tests.conftest import quick_interpreters
     quick_interpreters()
-children = []
-for rank in range(int(ranks)):
-    children.append(os.fork())
-    if not children[-1]:
-        text = os.open(f"{folder}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
-        os.dup2(text, 1)
-        os.dup2(text, 2)
-        sys.exit(main(rank, ranks, f"{folder}/rendezvous", *rest))
-print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+for first, ranks, folder, arguments in runs:
+    children = []
+    for rank in range(ranks):
+        children.append(os.fork())
+        if not children[-1]:
+            text = os.open(f"{folder}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
+            os.dup2(text, 1)
+            os.dup2(text, 2)
+            exec(first)
+            sys.exit(main(rank, ranks, f"{folder}/rendezvous", *arguments))
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 
 
-def run_ranks(worker, ranks, folder, backend, *rest, first=""):
-    """Runs the worker's ranks, which the code `first` may change before they part; returns (exit codes, texts)."""
+def run_all(worker, folder, backend, runs):
+    """Runs the worker's ranks for each of {name: (ranks, the worker's other arguments, code that changes them first)}.
+
+    Returns {name: (exit codes, texts)}.
+    """
+    folders = [folder / str(place) for place in range(len(runs))]
+    for made in folders:
+        made.mkdir()
+    orders = [
+        (first, ranks, str(made), ["cpu", backend, *rest])
+        for made, (ranks, rest, first) in zip(folders, runs.values(), strict=True)
+    ]
     launched = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, str(worker), first, str(ranks), str(folder), "cpu", backend, *rest],
+        [sys.executable, "-c", LAUNCHER, str(worker), json.dumps(orders)],
         cwd=worker.parent.parent,
         env=os.environ | {"TRITON_INTERPRET": str(int(backend == "triton"))},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=200,
+        timeout=280,
         check=True,
     )
-    texts = [(folder / f"{rank}.txt").read_text() for rank in range(ranks)]
-    return list(map(int, launched.stdout.split())), texts
+    codes = [list(map(int, line.split())) for line in launched.stdout.splitlines()]
+    texts = [
+        [(made / f"{rank}.txt").read_text() for rank in range(len(found))]
+        for made, found in zip(folders, codes, strict=True)
+    ]
+    return dict(zip(runs, zip(codes, texts, strict=True), strict=True))
+
+
+def run_ranks(worker, ranks, folder, backend, *rest, first=""):
+    """The same of one run: (exit codes, texts)."""
+    return run_all(worker, folder, backend, {"run": (ranks, rest, first)})["run"]
 
 
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "eager"), (4, "eager"), (2, "triton")])
@@ -71,10 +92,19 @@ MUTANTS = {
 }
 
 
+def damaged(mutants):
+    first = "from triton_impl import context_parallel as c\n"
+    return {name: (2, (), first + damage) for name, damage in mutants.items()}
+
+
+@pytest.fixture(scope="module")
+def exchanges(tmp_path_factory):
+    return run_all(WORKER, tmp_path_factory.mktemp("mutants"), "eager", damaged(MUTANTS))
+
+
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_exchange_is_seen(name, tmp_path):
-    damage = "from triton_impl import context_parallel as c\n" + MUTANTS[name]
-    codes, texts = run_ranks(WORKER, 2, tmp_path, "eager", first=damage)
+def test_a_wrong_exchange_is_seen(name, exchanges):
+    codes, texts = exchanges[name]
     assert any(codes)
     assert any("differ" in text for text in texts), "\n".join(texts)
 
@@ -92,11 +122,15 @@ KERNEL_MUTANTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def exchanges_of_kernels(tmp_path_factory):
+    return run_all(WORKER, tmp_path_factory.mktemp("mutants"), "triton", damaged(KERNEL_MUTANTS))
+
+
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
-def test_a_wrong_exchange_is_seen_on_kernels(name, tmp_path):
+def test_a_wrong_exchange_is_seen_on_kernels(name, exchanges_of_kernels):
     """The first batch shows it."""
-    damage = "from triton_impl import context_parallel as c\n" + KERNEL_MUTANTS[name]
-    codes, texts = run_ranks(WORKER, 2, tmp_path, "triton", first=damage)
+    codes, texts = exchanges_of_kernels[name]
     assert any(codes)
     assert any("case 0" in text and "differ" in text for text in texts), "\n".join(texts)
 

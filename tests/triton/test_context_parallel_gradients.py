@@ -9,7 +9,7 @@ import torch.distributed as dist
 import triton_impl
 from oracle.contract import Unsupported
 from tests.tools.signatures import parameters
-from tests.triton.test_context_parallel import run_ranks
+from tests.triton.test_context_parallel import run_all, run_ranks
 from triton_impl.context_parallel import causal_conv1d
 
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_gradients_torch.py"
@@ -79,10 +79,16 @@ MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    runs = {name: (ranks, (names,), FIRST + damage) for name, (ranks, names, _, damage) in MUTANTS.items()}
+    return run_all(WORKER, tmp_path_factory.mktemp("mutants"), "eager", runs)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_backward_is_seen(name, tmp_path):
-    ranks, names, seen, damage = MUTANTS[name]
-    codes, texts = run_ranks(WORKER, ranks, tmp_path, "eager", names, first=FIRST + damage)
+def test_a_wrong_backward_is_seen(name, damaged):
+    seen = MUTANTS[name][2]
+    codes, texts = damaged[name]
     assert any(codes)
     assert any(seen in text for text in texts), "\n".join(texts)
 
