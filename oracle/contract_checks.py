@@ -268,7 +268,7 @@ def host_float(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return -math.inf if value < 0 else math.inf
+        return math.inf if value == abs(value) else -math.inf
 
 
 def is_symbol(value: Any) -> bool:

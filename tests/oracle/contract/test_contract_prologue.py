@@ -98,6 +98,7 @@ ACCEPTED = [
     # numbers
     ("numbers", {}, "(None, 1.0, None)"),
     ("numbers", dict(scale=np.float32(0.5), most=np.int64(-3)), "(None, 0.5, -3.0)"),
+    ("numbers", dict(scale=10**309, most=-(10**309)), "(None, inf, -inf)"),
     # heads
     ("front_fn", {}, FRONT),
     ("front_fn", dict(num_k_heads=np.int64(2)), FRONT),
