@@ -374,7 +374,8 @@ def _check_gate(
 
 
 def _check_gated(call: Any) -> GatedConvSizes:
-    shape, wanted = checks.shape_of("bcx", call.bcx), call.AXES[call.query_start_loc is None]
+    shape = checks.shape_of("bcx", call.bcx)
+    wanted = call.AXES[1 if call.query_start_loc is None else 0]  # PyTorch 2.11 compiles no bool as an index
     if len(shape) not in wanted:
         raise ValueError(f"bcx: expected shape {next(iter(wanted.values()))}, got {list(shape)}")
     checks.check_dtype("bcx", call.bcx, FLOAT_DTYPES)

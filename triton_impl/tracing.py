@@ -263,7 +263,7 @@ class NoGradient(torch.autograd.Function):
     def forward(ctx, tensor, written, *inputs):
         if written:
             ctx.mark_dirty(tensor)
-        elif not torch.compiler.is_compiling():
+        elif type(tensor) is torch.Tensor and not torch.compiler.is_compiling():  # nor one that a trace wraps
             return tensor.new_empty(0).set_(tensor)  # no view of an input, so that it may be changed in place
         return tensor
 
