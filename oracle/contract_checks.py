@@ -26,17 +26,20 @@ SPLITS_MAX = 8
 
 def dtype_name(dtype: Any) -> str:
     """Returns "bfloat16", "int32", ... for a NumPy, Torch or JAX dtype."""
+    # Apart, since PyTorch 2.11 compiles no look into a dict with keys of NumPy's.
+    names = _NUMPY_NAMES if hasattr(dtype, "kind") else _DTYPE_NAMES
     try:
-        return _DTYPE_NAMES[dtype]
+        return names[dtype]
     except KeyError:
         name = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
-        _DTYPE_NAMES[dtype] = name
+        names[dtype] = name
         return name
     except TypeError:  # not hashable, so no dtype object
         return str(dtype)
 
 
 _DTYPE_NAMES: dict[Any, str] = {}
+_NUMPY_NAMES: dict[Any, str] = {}
 
 
 def shape_of(name: str, value: Any) -> tuple[Any, ...]:

@@ -95,8 +95,8 @@ MIXTURES = cover(
 )
 
 
-# Of all mixtures one spills under one Triton, measured with 3.9.0 on sm_90: 8 bytes a thread, none under 3.7.1 and 3.8.0.
-SPILLS = {("3.9", ("dout", "x", "bias")): 8}
+# Of all mixtures one spills under two Tritons, measured on sm_90: 8 bytes a thread, none under 3.7.1 and 3.8.0.
+SPILLS = {("3.6", ("weight", "bias", "initial_states")): 8, ("3.9", ("dout", "x", "bias")): 8}
 
 
 @pytest.mark.parametrize("wide", MIXTURES, ids=" ".join)

@@ -144,6 +144,7 @@ def damaged_contracts():
             exec(code, damaged.__dict__)
             rebind(module, checks)
             checks._DTYPE_NAMES.clear()
+            checks._NUMPY_NAMES.clear()
             yield name, description, module
             setattr(damaged, name, sound)
             rebind(module, checks)
