@@ -6,6 +6,7 @@ and so take the core tier; `python -m oracle run --device cuda` runs every tier 
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import sys
@@ -41,22 +42,19 @@ SUBNORMAL = (
 )  # data that quickly compiled code of JAX 0.10 flushes: "pallas-exact" takes it
 
 
-def triton(device=None):
-    """The kernels' adapter, in a quick interpreter."""
-    from triton_impl.adapter import adapter
-
-    found = adapter(device)
+def quick(twin, device):
+    """The kernels' adapter of a twin, in a quick interpreter."""
+    found = importlib.import_module(f"{twin}.adapter").adapter(device)
     quick_interpreters()
     return found
+
+
+def triton(device=None):
+    return quick("triton_impl", device)
 
 
 def pallas(device=None):
-    """The kernels' adapter, in a quick interpreter."""
-    from pallas_impl.adapter import adapter
-
-    found = adapter(device)
-    quick_interpreters()
-    return found
+    return quick("pallas_impl", device)
 
 
 @functools.cache
