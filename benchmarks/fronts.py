@@ -106,7 +106,7 @@ def torch_side(shape):
     import torch.nn.functional as F
 
     import triton_impl
-    from benchmarks.torch_backend import TorchBackend, import_peer
+    from benchmarks.torch_backend import ENGINES, TorchBackend, import_peer
 
     backend = TorchBackend()
     device, generator = backend.device, torch.Generator(backend.device).manual_seed(0)
@@ -175,17 +175,12 @@ def torch_side(shape):
     if shape.backward:
         calls = _torch_backward(shape, x, weight, starts, options, gates, behind, sizes)
     calls["copy"] = lambda: target.copy_(source)
-    peers = {
-        "vllm": "vllm.model_executor.layers.mamba.ops.causal_conv1d",
-        "sglang": "sglang.srt.layers.attention.mamba.causal_conv1d_triton",
-        "fla": "fla.modules.convolution",
-    }
     absent = {}
-    for name, module in peers.items():
+    for name, modules in {**ENGINES, "fla": ("fla.modules.convolution",)}.items():
         if shape.backward or heads is None:
             continue
         try:
-            ops = import_peer(module)
+            ops = import_peer(*modules)
         except Missing as error:
             absent[name] = f"missing: {error}"
             continue

@@ -314,11 +314,12 @@ def _mesh_axes(axes, x, backend):
         if mesh.empty:
             raise ValueError(f"axes: expected a mesh in context (jax.set_mesh), got none, and axes={axes!r}")
         return mesh, axes
+    typed = {name for entry in where.spec for name in (entry if isinstance(entry, tuple) else (entry,))}
     free = {
         name: kind
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and mesh.shape[name] > 1
-    }
+        if kind != AxisType.Manual and (mesh.shape[name] > 1 or (kind == AxisType.Explicit and name in typed))
+    }  # an explicit axis of one device is in the type all the same
     explicit = bool(free) and all(kind == AxisType.Explicit for kind in free.values())
     if explicit or (free and where is own and backend != "xla"):
         rest = (None,) * (x.ndim - len(where.spec))

@@ -154,11 +154,19 @@ def at(array, t, channels):
 _INTERPRETED = triton.knobs.runtime.interpret  # asked once, as `triton.jit` does
 
 
+class _Constant(tl.constexpr, dict):
+    """A constant of a record, which Triton describes to compile hooks as JSON, and knows alone how to write of a bare constant."""
+
+    def __init__(self, value):
+        super().__init__(value)
+        self.update(constexpr=value)
+
+
 def constants(record):
     """What a kernel is compiled for, as the value of its one `tl.constexpr` parameter."""
     if _INTERPRETED:
         return record
-    return type(record)(*map(tl.constexpr, record))
+    return type(record)(*map(_Constant, record))
 
 
 def strides_record(*names):

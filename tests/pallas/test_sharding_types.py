@@ -113,7 +113,7 @@ def check_split(name, kind, wrap, backend, devices):
             assert sizes == [1] * (found.ndim - 1) + [2]
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("training")])
+@pytest.mark.parametrize("name", CALLS)
 def test_kernels_on_explicit_axes(name):
     check_split(name, AxisType.Explicit, jax.jit, *INTERPRETER)
 

@@ -1,6 +1,7 @@
 """The kernels of plain calls compiled with no GPU, as they are launched: no spills, 16-byte accesses on the fast path."""
 
 import functools
+import json
 import re
 from collections import Counter
 
@@ -144,3 +145,12 @@ def test_the_silu_instructions_are_those_of_the_pallas_twin():
     assert len(re.findall(r"fma\.rn\.f32", ptx)) == outputs * (4 + 1), (
         "one fused multiply-add a tap, one before exp2"
     )
+
+
+@pytest.mark.parametrize("name", [name for name, call in code_calls.CALLS.items() if "triton" in call.twins])
+def test_a_compile_hook_is_told_of_every_kernel(name):
+    """`triton.knobs.runtime.jit_post_compile_hook`, that of caches and monitors: Triton describes the constants as JSON."""
+    for launch in launches_of(code_calls.CALLS[name], SM_90):
+        given = {path: value for path, value in launch.constants.items() if isinstance(value, tuple)}
+        assert given, launch.constants
+        json.dumps(list(given.values()))
