@@ -29,8 +29,9 @@ ONE_CASE = (
     "test_operations.py", "test_rolling.py", "test_serving.py", "test_serving_jit.py", "test_backward.py", "test_prologue.py",
     "test_prologue_backward.py", "test_gated_conv.py", "test_exchange.py", "test_short_conv.py",
 )  # fmt: skip
-QUICK_COMPILE = (
+QUICK_COMPILE = (  # a program split over threads is linked and copied once for each
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_cpu_parallel_codegen_split_count=1"
 )
 
 

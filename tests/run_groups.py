@@ -177,6 +177,9 @@ def run_process(part: Part, root: Path) -> Outcome:
         environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "pytest_timeout"}
     if part.python.endswith(NEWER_JAX):
         environment["SECOND_JAX"] = "1"
+    # Compiling what a process imports takes longer than importing it.
+    if environment.pop("PYTHONDONTWRITEBYTECODE", None):
+        environment.setdefault("PYTHONPYCACHEPREFIX", str(reports / "bytecode"))
     begin = time.monotonic()
     with log.open("w") as sink:
         sink.write(f"$ {' '.join(command)}\n")

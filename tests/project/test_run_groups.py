@@ -197,6 +197,17 @@ def test_tritons_mode_is_set_before_the_file_is_imported(project, capfd, name, i
     assert code == 0, out
 
 
+def test_what_is_imported_is_compiled_once(project, capfd, monkeypatch):
+    """Where Python is told to leave no bytecode beside the sources, it lies among the reports."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    root = project(test_core="import helper\n" + PASS, helper="")
+    code, out = run(root, capfd, "core")
+    assert code == 0, out
+    assert [*(root / "reports" / "bytecode").rglob("helper.*.pyc")]
+    assert not [*root.glob("__pycache__")]
+
+
 def test_two_modes_of_triton_in_one_process_are_refused(project):
     root = project(test_triton_a="import triton\n" + PASS, test_triton_compile=PASS, triton="")
     done = subprocess.run(
