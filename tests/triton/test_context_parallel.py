@@ -1,5 +1,6 @@
 """Context parallel prefill in Torch, on a CPU: several processes, gloo, every bit as on one device."""
 
+import functools
 import json
 import os
 import subprocess
@@ -20,12 +21,13 @@ from triton_impl.launch import Launch
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_torch.py"
 # Imports once, and becomes as many ranks, one run after the other: imports took half of the time.
 LAUNCHER = """
-import json, os, runpy, sys, sympy  # which a first gradient imports
+import gc, json, os, runpy, sys, traceback, sympy  # which a first gradient imports
 worker, runs = sys.argv[1], json.loads(sys.argv[2])
 main = runpy.run_path(worker)["main"]
 if os.environ["TRITON_INTERPRET"] == "1":
     from tests.conftest import quick_interpreters
     quick_interpreters()
+gc.freeze()  # a search for garbage would copy what the ranks share
 for first, ranks, folder, arguments in runs:
     children = []
     for rank in range(ranks):
@@ -34,8 +36,15 @@ for first, ranks, folder, arguments in runs:
             text = os.open(f"{folder}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
             os.dup2(text, 1)
             os.dup2(text, 2)
-            exec(first)
-            sys.exit(main(rank, ranks, f"{folder}/rendezvous", *arguments))
+            code = 1
+            try:
+                exec(first)
+                main(rank, ranks, f"{folder}/rendezvous", *arguments)
+                code = 0
+            except BaseException:  # SystemExit, too: it says what differs
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)  # to take the imports apart would take as long as many a run
     print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 
@@ -69,14 +78,9 @@ def run_all(worker, folder, backend, runs):
     return dict(zip(runs, zip(codes, texts, strict=True), strict=True))
 
 
-def run_ranks(worker, ranks, folder, backend, *rest, first=""):
-    """The same of one run: (exit codes, texts)."""
-    return run_all(worker, folder, backend, {"run": (ranks, rest, first)})["run"]
-
-
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "eager"), (4, "eager"), (2, "triton")])
-def test_same_bits_as_one_device(ranks, backend, tmp_path):
-    codes, texts = run_ranks(WORKER, ranks, tmp_path, backend)
+def test_same_bits_as_one_device(ranks, backend, launched):
+    codes, texts = launched(backend)[ranks]
     assert codes == [0] * ranks, "\n".join(texts)
     assert all("agreed: 13" in text for text in texts)
 
@@ -92,19 +96,9 @@ MUTANTS = {
 }
 
 
-def damaged(mutants):
-    first = "from triton_impl import context_parallel as c\n"
-    return {name: (2, (), first + damage) for name, damage in mutants.items()}
-
-
-@pytest.fixture(scope="module")
-def exchanges(tmp_path_factory):
-    return run_all(WORKER, tmp_path_factory.mktemp("mutants"), "eager", damaged(MUTANTS))
-
-
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_exchange_is_seen(name, exchanges):
-    codes, texts = exchanges[name]
+def test_a_wrong_exchange_is_seen(name, launched):
+    codes, texts = launched("eager")[name]
     assert any(codes)
     assert any("differ" in text for text in texts), "\n".join(texts)
 
@@ -123,14 +117,24 @@ KERNEL_MUTANTS = {
 
 
 @pytest.fixture(scope="module")
-def exchanges_of_kernels(tmp_path_factory):
-    return run_all(WORKER, tmp_path_factory.mktemp("mutants"), "triton", damaged(KERNEL_MUTANTS))
+def launched(tmp_path_factory):
+    """Returns a function from a backend to its runs: those of the undamaged module by their ranks, the mutants by name."""
+    first = "from triton_impl import context_parallel as c\n"
+
+    @functools.cache
+    def launch(backend):
+        whole, mutants = {"eager": ((2, 4), MUTANTS), "triton": ((2,), KERNEL_MUTANTS)}[backend]
+        runs = {ranks: (ranks, (), "") for ranks in whole}
+        runs |= {name: (2, (), first + damage) for name, damage in mutants.items()}
+        return run_all(WORKER, tmp_path_factory.mktemp(backend), backend, runs)
+
+    return launch
 
 
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
-def test_a_wrong_exchange_is_seen_on_kernels(name, exchanges_of_kernels):
+def test_a_wrong_exchange_is_seen_on_kernels(name, launched):
     """The first batch shows it."""
-    codes, texts = exchanges_of_kernels[name]
+    codes, texts = launched("triton")[name]
     assert any(codes)
     assert any("case 0" in text and "differ" in text for text in texts), "\n".join(texts)
 

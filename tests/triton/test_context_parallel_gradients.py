@@ -9,7 +9,7 @@ import torch.distributed as dist
 import triton_impl
 from oracle.contract import Unsupported
 from tests.tools.signatures import parameters
-from tests.triton.test_context_parallel import run_all, run_ranks
+from tests.triton.test_context_parallel import run_all
 from triton_impl.context_parallel import causal_conv1d
 
 WORKER = Path(__file__).parents[1] / "tools/context_parallel_gradients_torch.py"
@@ -19,14 +19,18 @@ FIRST = "import torch\nfrom triton_impl import context_parallel as c\n"
 FOR_KERNELS = "packed,short parts bf16,uneven"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "backend", "names", "count"),
-    [(2, "eager", "", 18), (4, "eager", "", 18), (2, "triton", FOR_KERNELS, 3)],
-)
-def test_gradients_of_one_device(ranks, backend, names, count, tmp_path):
-    codes, texts = run_ranks(WORKER, ranks, tmp_path, backend, names, first=FIRST)
+@pytest.mark.parametrize(("ranks", "count"), [(2, 18), (4, 18)])
+def test_gradients_of_one_device(ranks, count, launched):
+    codes, texts = launched[ranks]
     assert codes == [0] * ranks, "\n".join(texts)
     assert all(f"agreed: {count}" in text for text in texts)
+
+
+def test_gradients_of_one_device_on_kernels(tmp_path):
+    runs = {FOR_KERNELS: (2, (FOR_KERNELS,), FIRST)}
+    codes, texts = run_all(WORKER, tmp_path, "triton", runs)[FOR_KERNELS]
+    assert codes == [0, 0], "\n".join(texts)
+    assert all("agreed: 3" in text for text in texts)
 
 
 # name: (ranks, cases, what is reported, the damage to the module c)
@@ -80,15 +84,17 @@ MUTANTS = {
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory):
-    runs = {name: (ranks, (names,), FIRST + damage) for name, (ranks, names, _, damage) in MUTANTS.items()}
+def launched(tmp_path_factory):
+    """The runs of the undamaged module by their ranks, the mutants by name."""
+    runs = {ranks: (ranks, ("",), FIRST) for ranks in (2, 4)}
+    runs |= {name: (ranks, (names,), FIRST + damage) for name, (ranks, names, _, damage) in MUTANTS.items()}
     return run_all(WORKER, tmp_path_factory.mktemp("mutants"), "eager", runs)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_backward_is_seen(name, damaged):
+def test_a_wrong_backward_is_seen(name, launched):
     seen = MUTANTS[name][2]
-    codes, texts = damaged[name]
+    codes, texts = launched[name]
     assert any(codes)
     assert any(seen in text for text in texts), "\n".join(texts)
 
