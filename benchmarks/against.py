@@ -39,6 +39,8 @@ GRAPH_CALLS = {"torch": 50, "jax": 20}
 def load_twin(checkout: str, framework: str) -> None:
     """Imports a checkout's twin with the contract beside it, and then this checkout's oracle for the gate."""
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != HERE]
+    for name in [name for name in sys.modules if name.split(".")[0] == "oracle"]:
+        del sys.modules[name]
     sys.path[:] = [checkout, *elsewhere]
     twin = importlib.import_module(PACKAGES[framework])
     importlib.import_module(f"{PACKAGES[framework]}.functional")

@@ -210,6 +210,7 @@ def _torch_peer(name, ops, shape, x, weight, pool, starts, has, behind, sizes):
                 None,
                 states,
                 starts,
+                *([list(shape.lengths)] if name == "sglang" else ()),
                 cache_indices=slots,
                 has_initial_state=has,
                 activation="silu",

@@ -70,8 +70,10 @@ def run(body, name, programs, operands, results, scratch, *, written=(), interpr
 
     def call(arrays):
         given = dict(zip(names, arrays, strict=True))
-        given = given | {
-            name: jax.new_ref(given[name], memory_space=plgpu.GMEM) for name in written if name in given
+        given |= {
+            name: jax.new_ref(_apart(given[name]), memory_space=plgpu.GMEM)
+            for name in written
+            if name in given
         }
         found = pl.kernel(
             kernel,
@@ -81,6 +83,16 @@ def run(body, name, programs, operands, results, scratch, *, written=(), interpr
             interpret=interpret,
             name="causal_conv1d_" + name,
         )(*given.values())
-        return *found, *(jax.freeze(given[name]) if name in given else None for name in written)
+        return _apart((*found, *(jax.freeze(given[name]) if name in given else None for name in written)))
 
     return beside_shard_map(call, [operands[name] for name in names])
+
+
+def _apart(arrays):
+    """The arrays as arrays of their own, at no cost where they are: what a kernel writes in place, and what it gives.
+
+    XLA makes a kernel and a slice beside it, of an operand or into a larger array, one operation (its DynamicSliceFusion,
+    seen in JAX 0.11) and forgets then that an operand and a result are one: of a pool that is a layer's slice the new
+    windows were lost. It does not look through a barrier.
+    """
+    return jax.lax.optimization_barrier(arrays)

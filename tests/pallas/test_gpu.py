@@ -223,3 +223,42 @@ def test_new_lengths_do_not_compile_again():
     assert len(traces) == 1
     expected = causal_conv1d_fn(*arguments.values(), backend="xla")
     assert_same_bits(result.out, expected.out)
+
+
+def scanned(x, weight, pools, backend):
+    def layer(x, given):
+        weight, pool = given
+        out, new = causal_conv1d_update(x, weight, None, pool, backend=backend)
+        return out, (new, pool)
+
+    return jax.lax.scan(layer, x, (weight, pools))
+
+
+def one_of_many(x, weight, pools, backend):
+    out, new = causal_conv1d_update(x, weight[2], None, pools[2], backend=backend)
+    return out, new, pools[2], pools.at[2].set(new)
+
+
+def outputs_of_layers(x, weight, pools, backend):
+    outs = jnp.zeros((len(pools), *x.shape), x.dtype)
+    for i in range(len(pools)):
+        x = causal_conv1d_update(x, weight[i], None, pools[i], backend=backend).out
+        outs = outs.at[i].set(x)
+    return outs
+
+
+@pytest.mark.parametrize("layers", [scanned, one_of_many, outputs_of_layers])
+def test_pools_of_layers_in_one_array(layers):
+    """XLA makes a kernel and such a slice one operation, in which the new windows were lost."""
+    draw = np.random.default_rng(0).normal
+    x, weight, pools = (
+        jnp.asarray(draw(size=s), jnp.bfloat16) for s in ((4, 256), (3, 256, 4), (3, 4, 3, 256))
+    )
+    given = jnp.copy(pools)
+    wanted, found = (
+        jax.jit(layers, static_argnames="backend")(x, weight, given, backend=backend)
+        for backend in ("xla", "mosaic_gpu")
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.array_equal(np.asarray(a).view(np.uint16), np.asarray(b).view(np.uint16))
+    assert np.array_equal(np.asarray(given).view(np.uint16), np.asarray(pools).view(np.uint16))

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update
+from tests.tools import pallas_code
+from tests.tools.code_calls import CALLS
+from tests.tools.kernel_results import beside_kernels
 
 
 def spec(shape, dtype):
@@ -48,8 +51,9 @@ def lower_update(*shape, width=4, dtype="bfloat16", slots=2000, **options):
 
 
 def operations(text):
-    """The operations of the lowered module; a custom call by the name of what it calls."""
-    return [called or name for name, called in re.findall(r"(?<!#)stablehlo\.(\w+)(?: @(\w+))?", text)]
+    """The operations of the lowered module, a custom call by the name of what it calls; a barrier runs nothing."""
+    found = [called or name for name, called in re.findall(r"(?<!#)stablehlo\.(\w+)(?: @(\w+))?", text)]
+    return [name for name in found if name != "optimization_barrier"]
 
 
 @pytest.mark.parametrize("schedule", ["flat", "per_sequence", "auto"])
@@ -123,3 +127,24 @@ def test_without_a_pool_nothing_is_aliased():
 def test_a_grid_beyond_32_bits_is_unsupported():
     with pytest.raises(Unsupported, match=r"^backend: 'mosaic_gpu' needs fewer than 2\*\*31 programs"):
         lower_prefill(tokens=2**31 - 2, dim=8192)
+
+
+APART = (
+    "prefill flat", "prefill per_sequence", "prefill snapshots", "update 256 rows", "update rolling packed", "verify", "tree",
+    "commit", "gradient flat", "gradient dense", "gated update",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+def test_xla_makes_no_kernel_one_with_a_slice(name):
+    """A barrier lies around each: see `pallas_impl.launch`, and `test_gpu` for what happens without."""
+    kernels, beside = beside_kernels(pallas_code.lowered(CALLS[name]))
+    assert kernels
+    assert beside == []
+
+
+def test_a_kernel_without_a_barrier_would_be_seen(monkeypatch):
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda arrays: arrays)
+    jax.clear_caches()
+    assert beside_kernels(lower_update(5, 200, activation="silu")) == (1, ["argument", "return"])
+    jax.clear_caches()

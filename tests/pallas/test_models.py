@@ -151,8 +151,12 @@ def test_model(kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [Mamba2, Griffin])
 def test_model_on_kernels(kind):
+    own = kind(False)
     with jax.default_matmul_precision("highest"):
-        jax_models.compare(kind(False), kind(True, backend="mosaic_gpu"))
+        allowed = max(
+            1e-4, 4 * jax_models.sensitivity(own)
+        )  # of one value of Mamba2's D a rounding moves 4e-5
+        jax_models.compare(own, kind(True, backend="mosaic_gpu"), allowed)
     assert CONV.calls == kind.calls
 
 

@@ -1,4 +1,6 @@
-"""Finds slices that a lowered program writes into a kernel's result, which XLA for GPUs refuses to compile."""
+"""What a lowered program for GPUs does with a kernel's results, and hands it to write to: nothing that XLA makes one with it."""
+
+import re
 
 WRITES = ("stablehlo.dynamic_update_slice", "stablehlo.scatter")
 SAME_MEMORY = ("stablehlo.reshape", "stablehlo.bitcast_convert", "stablehlo.optimization_barrier")
@@ -54,3 +56,32 @@ def written_into_kernels(lowered):
         return False
 
     return [str(operation) for operation in writes if of_kernel(operation.operands[0])]
+
+
+def beside_kernels(text):
+    """(kernels, what touches them but a barrier): the operations that make an operand which a kernel of this lowered module writes
+    to, and those that use a kernel's results, by name; a function's argument is called "argument".
+    """
+    kernels, touching = 0, []
+    for body in re.split(r"func\.func ", text)[1:]:
+        lines = body.splitlines()
+        made = {found[1]: line for line in lines if (found := re.match(r"\s*(%\w+)(?::\d+)? = ", line))}
+
+        def operation(line):
+            return re.search(r"= \"?(?:stablehlo\.)?([\w.]+)|(return)", line).group(0).split(".")[-1]
+
+        for line in lines:
+            found = re.match(r"\s*(%\w+)(?::\d+)? = stablehlo\.custom_call @mosaic_gpu_v2\(([^)]*)\)", line)
+            if found is None:
+                continue
+            kernels += 1
+            operands = found[2].split(", ")
+            for index in re.findall(r"operand_index = (\d+)", line):
+                maker = made.get(operands[int(index)].split("#")[0])
+                touching.append("argument" if maker is None else operation(maker))
+            touching += [
+                operation(user)
+                for user in lines
+                if user is not line and re.search(rf"{found[1]}(?![\w])", user.split("=", 1)[-1])
+            ]
+    return kernels, [name for name in touching if name != "optimization_barrier"]

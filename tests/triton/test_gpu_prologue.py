@@ -6,7 +6,10 @@ import torch
 import triton_impl
 from tests.tools.synchronisation import no_synchronisation
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 DEVICE = "cuda"
 
 
@@ -100,7 +103,10 @@ def test_gates(channel, lower_bound):
         expected = lower_bound * torch.sigmoid(rate * z)
     live = torch.ones(len(z), dtype=torch.bool, device=DEVICE)
     live[1001:1038] = live[-3:] = False
-    torch.testing.assert_close(found.g[live].double(), expected[live], rtol=3e-6, atol=1e-30)
+    # exp of an argument u is off by u's own error, some roundings of |u|; the sigmoid at -u is exp(-u) where that is small
+    argument = torch.zeros_like(z) if lower_bound is None else (rate * z).abs()
+    error = 3e-6 + 4 * 2.0**-24 * argument
+    assert ((found.g.double() - expected).abs() <= error * expected.abs() + 1e-30)[live].all()
     torch.testing.assert_close(
         found.beta[live].double(), given["b"][live].double().sigmoid(), rtol=1e-6, atol=0
     )
