@@ -546,18 +546,17 @@ class _Beside:
         if device.type == "cuda":
             if device not in _streams:
                 _streams[device] = torch.cuda.Stream(device, priority=-1)
-            self.side, self.current = _streams[device], torch.cuda.current_stream(device)
+            self.side, self.current = _streams[device], torch.cuda.current_stream(device.index)
             self.begin = self.current.record_event()
-            self.context = torch.cuda.stream(self.side)
 
     def __enter__(self):
         if self.side is not None:
             self.side.wait_event(self.begin)
-            self.context.__enter__()
+            torch.cuda.set_stream(self.side)  # `torch.cuda.stream` asks for streams and devices that are known here
 
     def __exit__(self, *error):
         if self.side is not None:
-            self.context.__exit__(*error)
+            torch.cuda.set_stream(self.current)
 
     def join(self):
         if self.side is not None:
@@ -771,9 +770,11 @@ class _ConvolutionOnKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = _GradientsOnKernels.apply(
-            ctx.part, needs_x, needs_weight or needs_bias, ctx.sum_weight_gradients, dout, *ctx.saved_tensors
-        )
+        needs = needs_x, needs_weight or needs_bias, ctx.sum_weight_gradients
+        if torch.is_grad_enabled():  # a second gradient would be asked for here
+            dx, dweight, dbias = _GradientsOnKernels.apply(ctx.part, *needs, dout, *ctx.saved_tensors)
+        else:
+            dx, dweight, dbias = ctx.part.backward((dout, *ctx.saved_tensors), *needs)
         return dx, dweight if needs_weight else None, dbias if needs_bias else None, None, None, None
 
 
