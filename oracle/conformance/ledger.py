@@ -5,7 +5,8 @@
     reason = "the TPU path copies x; issue 41"
 
 A case that an entry names and that fails is "xfailed". One that passes is "xpassed" and an error, and so is an
-entry that names no case of the run: a stale ledger hides the next failure.
+entry that names no case of the run: a stale ledger hides the next failure. With `sometimes = true`, of what depends on the
+machine, a case that passes counts as passed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from oracle.conformance.report import GOOD, Report
 
 @dataclass(frozen=True)
 class Entry:
-    """One known failure: a glob of case ids and why they fail."""
+    """One known failure: a glob of case ids, why they fail, and whether on some machines only."""
 
     cases: str
     reason: str
+    sometimes: bool = False
 
 
 def read(path: str | Path) -> list[Entry]:
@@ -41,12 +43,16 @@ def read(path: str | Path) -> list[Entry]:
         raise ValueError(f"{path}: expected [[failure]] entries only, got {sorted(unknown)}")
     entries = []
     for number, entry in enumerate(data.get("failure", []), 1):
-        if set(entry) != {"cases", "reason"}:
+        if set(entry) - {"sometimes"} != {"cases", "reason"}:
             raise ValueError(
-                f"{path}: failure {number}: expected the fields cases and reason, got {sorted(entry)}"
+                f"{path}: failure {number}: expected the fields cases and reason, and perhaps sometimes, got {sorted(entry)}"
             )
         for field, value in entry.items():
-            if not isinstance(value, str) or not value.strip():
+            if field == "sometimes" and not isinstance(value, bool):
+                raise ValueError(
+                    f"{path}: failure {number}: sometimes: expected true or false, got {value!r}"
+                )
+            if field != "sometimes" and (not isinstance(value, str) or not value.strip()):
                 raise ValueError(f"{path}: failure {number}: {field}: expected text, got {value!r}")
         entries.append(Entry(**entry))
     return entries
@@ -71,9 +77,13 @@ def apply(report: Report, entries: list[Entry]) -> Report:
     """The report with known failures marked, and every stale entry as a finding."""
     findings, cases = list(report.footer["findings"]), []
     for case in report.cases:
-        reasons = [entry.reason for entry in entries if fnmatch.fnmatchcase(case["id"], entry.cases)]
+        known = case["status"] not in GOOD
+        reasons = [
+            entry.reason
+            for entry in entries
+            if fnmatch.fnmatchcase(case["id"], entry.cases) and (known or not entry.sometimes)
+        ]
         if reasons and case["status"] != "unsupported":
-            known = case["status"] not in GOOD
             detail = f"known: {'; '.join(reasons)}" + (
                 f" ({case['status']}: {case['detail']})" if known else ", but it passes"
             )

@@ -101,6 +101,7 @@ def test_stale_entries_fail(tmp_path):
     [('[[failure]]\ncases = "x"', "failure 1: expected the fields cases and reason"),
      ('[[failure]]\ncases = "x"\nreason = " "', "failure 1: reason: expected text"),
      ("[[failures]]\n", "entries only"), ("[[failure", "expected a TOML file"),
+     ('[[failure]]\ncases = "x"\nreason = "r"\nsometimes = 1', "failure 1: sometimes: expected true or false, got 1"),
      ('[[failure]]\ncases = 3\nreason = "r"', "failure 1: cases: expected text")],
 )  # fmt: skip
 def test_a_damaged_ledger_is_named(tmp_path, text, message):
@@ -126,3 +127,14 @@ def test_crashes_can_be_known_too():
     marked = ledger.apply(result, [ledger.Entry("fn/no-*", "soon")])
     assert marked.good
     assert "wrong_error" in marked.cases[0]["detail"]
+
+
+@pytest.mark.parametrize(
+    "adapter", ["oracle.conformance.mutants.arithmetic:BiasRequired", "oracle.conformance.model:Model"]
+)
+def test_what_depends_on_the_machine(adapter):
+    result = runner.run(adapter, select(catalogue(), patterns=["fn/no-bias"]))
+    marked = ledger.apply(result, [ledger.Entry("fn/no-bias", "where bias is a pointer", sometimes=True)])
+    assert marked.good
+    assert marked.cases[0]["status"] == ("xfailed" if "mutants" in adapter else "passed")
+    assert not marked.footer["findings"]
