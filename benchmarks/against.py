@@ -39,16 +39,20 @@ GRAPH_CALLS = {"torch": 50, "jax": 20}
 def load_twin(checkout: str, framework: str) -> None:
     """Imports a checkout's twin with the contract beside it, and then this checkout's oracle for the gate."""
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != HERE]
-    for name in [name for name in sys.modules if name.split(".")[0] == "oracle"]:
-        del sys.modules[name]
+    forget("oracle")
     sys.path[:] = [checkout, *elsewhere]
     twin = importlib.import_module(PACKAGES[framework])
     importlib.import_module(f"{PACKAGES[framework]}.functional")
     if not Path(twin.__file__).resolve().is_relative_to(Path(checkout).resolve()):
         raise SystemExit(f"expected {PACKAGES[framework]} of {checkout}, got {twin.__file__}")
-    for name in [name for name in sys.modules if name.split(".")[0] in ("oracle", "benchmarks")]:
-        del sys.modules[name]
+    forget("oracle", "benchmarks")
     sys.path[:] = [str(HERE), checkout, *elsewhere]
+
+
+def forget(*packages: str) -> None:
+    """Lets the next import of these packages look for them anew."""
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+        del sys.modules[name]
 
 
 class Server:

@@ -552,9 +552,8 @@ class _Beside:
     def __enter__(self):
         if self.side is not None:
             self.side.wait_event(self.begin)
-            torch.cuda.set_stream(
-                self.side
-            )  # `torch.cuda.stream` asks for streams and devices that are known here
+            # `torch.cuda.stream` asks for streams and devices that are known here
+            torch.cuda.set_stream(self.side)
 
     def __exit__(self, *error):
         if self.side is not None:

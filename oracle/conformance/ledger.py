@@ -47,13 +47,11 @@ def read(path: str | Path) -> list[Entry]:
             raise ValueError(
                 f"{path}: failure {number}: expected the fields cases and reason, and perhaps sometimes, got {sorted(entry)}"
             )
-        for field, value in entry.items():
-            if field == "sometimes" and not isinstance(value, bool):
-                raise ValueError(
-                    f"{path}: failure {number}: sometimes: expected true or false, got {value!r}"
-                )
-            if field != "sometimes" and (not isinstance(value, str) or not value.strip()):
+        for field in ("cases", "reason"):
+            if not isinstance(value := entry[field], str) or not value.strip():
                 raise ValueError(f"{path}: failure {number}: {field}: expected text, got {value!r}")
+        if not isinstance(value := entry.get("sometimes", False), bool):
+            raise ValueError(f"{path}: failure {number}: sometimes: expected true or false, got {value!r}")
         entries.append(Entry(**entry))
     return entries
 

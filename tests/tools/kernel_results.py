@@ -68,7 +68,8 @@ def beside_kernels(text):
         made = {found[1]: line for line in lines if (found := re.match(r"\s*(%\w+)(?::\d+)? = ", line))}
 
         def operation(line):
-            return re.search(r"= \"?(?:stablehlo\.)?([\w.]+)|(return)", line).group(0).split(".")[-1]
+            found = re.search(r"= \"?(?:stablehlo\.)?([\w.]+)|(return)", line)
+            return found[1] or found[2]
 
         for line in lines:
             found = re.match(r"\s*(%\w+)(?::\d+)? = stablehlo\.custom_call @mosaic_gpu_v2\(([^)]*)\)", line)
@@ -82,6 +83,6 @@ def beside_kernels(text):
             touching += [
                 operation(user)
                 for user in lines
-                if user is not line and re.search(rf"{found[1]}(?![\w])", user.split("=", 1)[-1])
+                if user is not line and re.search(rf"{found[1]}\b", user.split("=", 1)[-1])
             ]
     return kernels, [name for name in touching if name != "optimization_barrier"]
