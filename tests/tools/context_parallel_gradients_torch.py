@@ -7,7 +7,6 @@ one device, all gradients lie within the reference's bounds. It prints how many 
 that does not.
 """
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from oracle.numerics import TypedArray
 from tests.tools.context_parallel_cases import build, cases, judge, uneven_cases
+from tests.tools.context_parallel_torch import finish
 from triton_impl import causal_conv1d, context_parallel
 
 FLOATS = ("x", "weight", "bias")
@@ -104,25 +104,6 @@ def check(case, rank, ranks, device, backend):
             expect(same_bits(total, found[name].cpu()), f"sums of the parts of {name}")
 
 
-def check_unequal(rank, device, backend):
-    """Parts of different lengths have to be named: on a CPU every rank says so, a GPU asserts it, and is of no use afterwards."""
-    x = torch.ones(4 + rank, 8, requires_grad=True, device=device)
-    weight, offsets = torch.ones(8, 3, device=device), torch.tensor([0, 9], device=device)
-    try:
-        context_parallel.causal_conv1d(x, weight, None, offsets, backend=backend)
-        if device != "cpu":
-            torch.cuda.synchronize()
-    except ValueError as error:
-        if "part_lengths" in str(error):
-            return
-        raise
-    except RuntimeError as error:
-        if device != "cpu" and "device-side assert" in str(error):
-            return
-        raise
-    raise SystemExit(f"rank {rank}: parts of different lengths went unseen")
-
-
 def main(rank, ranks, rendezvous, device, backend, names=""):
     rank, ranks = int(rank), int(ranks)
     if device == "cuda":
@@ -145,12 +126,11 @@ def main(rank, ranks, rendezvous, device, backend, names=""):
             continue
         check(case, rank, ranks, device, backend)
         done += 1
-    dist.barrier()
-    check_unequal(rank, device, backend)
-    print(f"agreed: {done}", flush=True)
-    if device != "cpu":
-        os._exit(0)  # nothing on this GPU can end in order any more
-    dist.destroy_process_group()
+
+    def run(x, weight, offsets):
+        return context_parallel.causal_conv1d(x.requires_grad_(), weight, None, offsets, backend=backend)
+
+    finish(rank, device, run, done)
 
 
 if __name__ == "__main__":

@@ -105,12 +105,14 @@ def check(number, case, rank, ranks, device, backend):
             raise SystemExit(f"rank {rank} case {number} {case} {activation}: states differ")
 
 
-def check_unequal(rank, device, backend):
-    """Parts of different lengths have to be named: on a CPU every rank says so, a GPU asserts it, and is of no use afterwards."""
+def check_unequal(rank, device, run):
+    """Parts of different lengths have to be named: on a CPU every rank says so, a GPU asserts it, and is of no use afterwards.
+
+    run: a function of x, weight and offsets.
+    """
     x, weight = torch.ones(4 + rank, 8, device=device), torch.ones(8, 3, device=device)
-    offsets = torch.tensor([0, 9], device=device)
     try:
-        context_parallel.causal_conv1d_fn(x, weight, None, None, offsets, backend=backend)
+        run(x, weight, torch.tensor([0, 9], device=device))
         if device != "cpu":
             torch.cuda.synchronize()
     except ValueError as error:
@@ -122,6 +124,16 @@ def check_unequal(rank, device, backend):
             return
         raise
     raise SystemExit(f"rank {rank}: parts of different lengths went unseen")
+
+
+def finish(rank, device, run, done):
+    """The last check, the count of what agreed, and the end of the process group."""
+    dist.barrier()
+    check_unequal(rank, device, run)
+    print(f"agreed: {done}", flush=True)
+    if device != "cpu":
+        os._exit(0)  # nothing on this GPU can end in order any more
+    dist.destroy_process_group()
 
 
 def main(rank, ranks, rendezvous, device, backend):
@@ -141,12 +153,11 @@ def main(rank, ranks, rendezvous, device, backend):
     for number, case in enumerate(cases(ranks)):
         check(number, case, rank, ranks, device, backend)
         done += 1
-    dist.barrier()
-    check_unequal(rank, device, backend)
-    print(f"agreed: {done}", flush=True)
-    if device != "cpu":
-        os._exit(0)  # nothing on this GPU can end in order any more
-    dist.destroy_process_group()
+
+    def run(x, weight, offsets):
+        return context_parallel.causal_conv1d_fn(x, weight, None, None, offsets, backend=backend)
+
+    finish(rank, device, run, done)
 
 
 if __name__ == "__main__":
