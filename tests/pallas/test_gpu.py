@@ -255,10 +255,9 @@ def test_pools_of_layers_in_one_array(layers):
         jnp.asarray(draw(size=s), jnp.bfloat16) for s in ((4, 256), (3, 256, 4), (3, 4, 3, 256))
     )
     given = jnp.copy(pools)
-    wanted, found = (
-        jax.jit(layers, static_argnames="backend")(x, weight, given, backend=backend)
-        for backend in ("xla", "mosaic_gpu")
-    )
+    found = jax.jit(layers, static_argnames="backend")(x, weight, given, backend="mosaic_gpu")
+    # layer by layer: in one program XLA leaves out the rounding between layers of its own
+    wanted = layers(x, weight, given, backend="xla")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert np.array_equal(np.asarray(a).view(np.uint16), np.asarray(b).view(np.uint16))
     assert np.array_equal(np.asarray(given).view(np.uint16), np.asarray(pools).view(np.uint16))
