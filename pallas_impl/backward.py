@@ -28,6 +28,7 @@ from pallas_impl.arithmetic import (
     convolve,
     div,
     in_layout,
+    keep,
     layout,
     load_taps,
     map_registers,
@@ -38,13 +39,22 @@ from pallas_impl.arithmetic import (
 from pallas_impl.call import CLIPS, interpreter
 from pallas_impl.config import BACKWARD_D, BackwardConfig, backward_config, cdiv, tma_dim
 from pallas_impl.launch import run
-from pallas_impl.rows import copy_out, find_row, row_facts, store_rows, store_zeros
+from pallas_impl.rows import (
+    MARKED,
+    begins_in,
+    copy_out,
+    find_row,
+    row_facts,
+    same_document,
+    store_rows,
+    store_zeros,
+)
 from pallas_impl.tracing import refuse_transforms
 
-GROUP = 8  # tokens between two turns of the loop, and places of the workspace loaded at a time
+GROUP = MARKED  # tokens between two turns of the loop, and places of the workspace loaded at a time
 
 
-def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=None):
+def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=None, document_marks=None):
     """The gradients of the differentiable form.
 
     Args:
@@ -53,6 +63,7 @@ def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=Non
       upstream: the gradients of its two results, None where no loss depends on one.
       unrounded: those of weight and bias are wanted as float32.
       before_sums: an array, which is to have arrived before the kernel of the sums begins.
+      document_marks: of `rows.document_marks`, for the kernels, on rows whose final states no loss depends on.
 
     Returns:
       A gradient for each of `inputs`, None for query_start_loc.
@@ -72,7 +83,7 @@ def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=Non
         (tokens, dim), batch = inputs[0].shape, inputs[-1].shape[0] - 1
         config = backward_config(tokens, dim, batch, inputs[0].dtype.itemsize, max_seqlen, schedule)
         static = _Options(activation is not None, config, backend == "mosaic_gpu_interpret", unrounded)
-        found = _padded(*arrays, inputs[4], before_sums, static)
+        found = _padded(*arrays, inputs[4], document_marks, before_sums, static)
     return (*found, None)
 
 
@@ -85,7 +96,7 @@ class _Options(NamedTuple):
     unrounded: bool
 
 
-def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, before_sums, o):
+def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, document_marks, before_sums, o):
     """Calls the kernels with arrays that TMA can address: a dim that is too short or odd is padded."""
     tokens, dim = x.shape
     arrays = [a for a in (dout, dfinal, x, initial_states) if a is not None]
@@ -109,6 +120,7 @@ def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, befo
         wide(bias),
         wide(initial_states),
         starts,
+        document_marks,
         before_sums,
         o._replace(interpret=interpreter(o.interpret)),
     )
@@ -120,7 +132,7 @@ def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, befo
     )
 
 
-def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, before_sums, o):
+def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, document_marks, before_sums, o):
     """Runs both kernels.
 
     Args:
@@ -128,7 +140,7 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, befor
       dfinal: [batch, width-1, dim], or None.
       weight, bias, initial_states: as in `causal_conv1d`.
       query_start_loc: [batch+1] int32.
-      before_sums: as in `differentiate`.
+      document_marks, before_sums: as in `differentiate`.
       o: `_Options`.
 
     Returns:
@@ -150,6 +162,7 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, befor
         "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
         "sums": jax.ShapeDtypeStruct((places, kinds, columns * BACKWARD_D), jnp.float32),
     }
+    operands["document_marks"] = document_marks if history else None
     if operands["initial_states"] is not None:
         outputs["dinitial"] = jax.ShapeDtypeStruct(initial_states.shape, initial_states.dtype)
 
@@ -222,7 +235,7 @@ def _kernel(refs, *, columns, config, silu, interpret):
         @pl.when(live)
         def _():
             load(begin, rest, length, first)
-            walk(rest, length, first)
+            walk(index, rest, length, first)
 
         @pl.when(jnp.logical_not(live))
         def _():
@@ -279,7 +292,13 @@ def _kernel(refs, *, columns, config, silu, interpret):
                 refs.dfinal_states.at[row, pl.ds(0, history), channels], late, refs.late_ready
             )
 
-    def walk(rest, length, first):
+    def walk(index, rest, length, first):
+        groups = div(length + GROUP - 1, GROUP)
+        mark = None
+        if refs.document_marks is not None:
+            mark = mark_of(index, 0)
+            inner = div(length - history, GROUP)  # groups that meet no token behind the block's
+            cut = next_cut(index, 0, inner)  # while the tile is on its way
         taps, bias = load_taps(weight, refs.bias, channels.start, BACKWARD_D, interpret=interpret)
         zero = _zeros(interpret)
         past = (zero,) * history
@@ -306,9 +325,11 @@ def _kernel(refs, *, columns, config, silu, interpret):
         def _():
             plgpu.barrier_wait(refs.tile_ready)
 
-        def step(t, carry):
-            """Token t of the block; returns the gradient of the entry that it completes."""
+        def step(t, carry, mark=None, place=None, inside=False):
+            """Token t of the block, bit `place` of a mark; returns the gradient of the entry that it completes."""
             past, gs, sums = carry
+            if mark is not None:
+                past = tuple(keep_unless(begins_in(mark, place, 1), entry) for entry in past)
             past = (*past, tile[t].astype(jnp.float32))
             g, *sums = gradient_step(
                 past,
@@ -316,38 +337,81 @@ def _kernel(refs, *, columns, config, silu, interpret):
                 bias,
                 upstream[t].astype(jnp.float32),
                 sums,
-                t < rest,
-                t < length,
+                inside or t < rest,
+                inside or t < length,
                 silu=silu,
                 has_bias=refs.bias is not None,
                 interpret=interpret,
             )
-            gs = (*gs, g)
+            gs = met = (*gs, g)
+            if mark is not None:  # of the tokens that met the entry
+                cuts = (begins_in(mark, place - history + 1, age) for age in range(1, history + 1))
+                met = (gs[0], *map(keep_unless, cuts, gs[1:]))
             begin = zero
-            if late is not None:
+            if late is not None and not inside:
                 c = t - rest
                 final = lambda: late[jnp.clip(c, 0, history - 1)].astype(jnp.float32)  # noqa: E731
                 begin = lax.cond((c >= 0) & (c < history), final, lambda: zero)
-            gradient = convolve(gs, taps[::-1], begin, silu=False, interpret=interpret)
+            gradient = convolve(met, taps[::-1], begin, silu=False, interpret=interpret)
             return gradient, (past[1:], gs[1:], tuple(sums))
 
         # the first width-1 tokens complete entries of the initial state, or of another block
+        if mark is not None:
+            past = same_document(mark, MARKED, past, interpret=interpret)
         carry = past, (zero,) * history, (zero,) * total.shape[0]
         for t in range(history):
-            gradient, carry = step(t, carry)
+            gradient, carry = step(t, carry, mark, MARKED + t)
             if dwindow is not None:
                 dwindow[t] = gradient.astype(dwindow.dtype)
 
-        def group(i, carry):
+        def group(i, carry, inside=False):
             for r in range(GROUP):
                 t = i * GROUP + r
-                gradient, carry = step(t + history, carry)
+                gradient, carry = step(t + history, carry, inside=inside)
                 tile[t] = gradient.astype(tile.dtype)
             return carry
 
-        _, _, sums = lax.fori_loop(0, div(length + GROUP - 1, GROUP), group, carry)
+        def cut_group(i, carry):
+            mark = mark_of(index, i)
+
+            def token(r, carry):
+                gradient, carry = step(i * GROUP + r + history, carry, mark, MARKED + history + r)
+                tile[i * GROUP + r] = gradient.astype(tile.dtype)
+                return carry
+
+            return lax.fori_loop(0, GROUP, token, carry)
+
+        def up_to_cut(state):
+            first, cut, carry = state
+            carry = lax.fori_loop(first, cut, functools.partial(group, inside=True), carry)
+            carry = cut_group(cut, carry)
+            return cut + 1, next_cut(index, cut + 1, inner), carry
+
+        if mark is None:
+            _, _, sums = lax.fori_loop(0, groups, group, carry)
+        else:
+            state = jnp.int32(0), cut, carry
+            _, _, (_, _, sums) = lax.while_loop(lambda state: state[0] < groups, up_to_cut, state)
         for j, value in enumerate(sums):
             total[j] = value
+
+    def mark_of(index, group):
+        """The mark of a group of tokens of block `index`, or behind the row some mark."""
+        last = refs.document_marks.shape[1] - 1
+        return refs.document_marks[row, jnp.minimum(index * (block_t // MARKED) + group, last)]
+
+    def next_cut(index, first, inner):
+        """The first group of a block, from `first` on, with tokens that others' gradients must not reach; else max(first, inner)."""
+        uncut = lambda mark: jnp.logical_not(begins_in(mark, MARKED + 1, GROUP - 1 + history))  # noqa: E731
+        state = jnp.asarray(first, jnp.int32), mark_of(index, first)
+        return lax.while_loop(
+            lambda state: (state[0] < inner) & uncut(state[1]),
+            lambda state: (state[0] + 1, mark_of(index, state[0] + 1)),
+            state,
+        )[0]
+
+    def keep_unless(condition, value):
+        return keep(jnp.logical_not(condition), value, interpret=interpret)
 
     if config.flat:
         index = block - number
@@ -368,8 +432,8 @@ def _zeros(interpret):
 
 
 def gradient_step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias, interpret):
-    """One token: its g, zero unless it is `here` in the row, and the sums with it added where it is `counted`."""
-    width = len(taps)
+    """One token: its g, zero unless it is `here` in the row, and the sums with it added where it is `counted`; True: always."""
+    width, tested = len(taps), here is not True
     if interpret:
         g = dout
         if silu:
@@ -392,21 +456,24 @@ def gradient_step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias
             for tap, value in zip(taps, past, strict=True):
                 pre = map_registers(math.fma, tap, value, pre)
             g = map_registers(lambda g, z: arith.mulf(g, silu_slope_of_register(z)), g, pre)
-        nothing = ir.IntegerType.get_signless(32)
-        here, counted = (
-            arith.cmpi(arith.CmpIPredicate.ne, flag.registers.item(), mgpu.c(0, nothing))
-            for flag in (here, counted)
-        )
-        g = map_registers(lambda g: arith.select(here, g, constant(g.type, 0.0)), g)
+        select = lambda _, chosen, other: chosen  # noqa: E731
+        if tested:
+            select, nothing = arith.select, ir.IntegerType.get_signless(32)
+            here, counted = (
+                arith.cmpi(arith.CmpIPredicate.ne, flag.registers.item(), mgpu.c(0, nothing))
+                for flag in (here, counted)
+            )
+        g = map_registers(lambda g: select(here, g, constant(g.type, 0.0)), g)
         new = [
-            map_registers(lambda x, g, s: arith.select(counted, math.fma(x, g, s), s), x, g, s)
+            map_registers(lambda x, g, s: select(counted, math.fma(x, g, s), s), x, g, s)
             for x, s in zip(past, sums, strict=False)
         ]
         if has_bias:
-            new.append(map_registers(lambda g, s: arith.select(counted, arith.addf(s, g), s), g, sums[width]))
+            new.append(map_registers(lambda g, s: select(counted, arith.addf(s, g), s), g, sums[width]))
         return g, *new
 
-    return run(here.astype(jnp.int32), counted.astype(jnp.int32), bias, dout, *past, *taps, *sums)
+    flags = (jnp.asarray(flag, jnp.int32) for flag in (here, counted))
+    return run(*flags, bias, dout, *past, *taps, *sums)
 
 
 def add_places(sums, interpret):

@@ -62,6 +62,13 @@ def prefill_part(call):
     return out, arrays._replace(conv_states=pool), options._replace(interpret=interpreter(options.interpret))
 
 
+def run_rows(call, document_marks):
+    """`out` of an `FnCall` on a kernel; `document_marks` (`rows.document_marks`) say where documents begin in rows, or None."""
+    call, sizes, backend = _checked(call, call.x)
+    arrays = _arrays(call)._replace(document_marks=document_marks)
+    return _prefill(arrays, _prefill_options(call, sizes, backend))[0]
+
+
 def _run_prefill(call, sizes, backend):
     return ConvOutput(*_prefill(_arrays(call), _prefill_options(call, sizes, backend)))
 
@@ -484,6 +491,7 @@ def padded(launch, arrays, options):
         num_accepted_tokens=counts,
         tree_parents=arrays.tree_parents,
         residual=wide(arrays.residual),
+        document_marks=arrays.document_marks,
     )
     if pool is not None:
         rows = jnp.where(live, jnp.arange(batch, dtype=jnp.int32), -1)

@@ -30,10 +30,14 @@ from pallas_impl.launch import joined, parts, run
 from pallas_impl.records import Share
 from pallas_impl.rows import (
     GROUP,
+    MARKED,
+    begins_in,
     copy_out,
     find_row,
     load_rows,
+    next_beginning,
     row_facts,
+    same_document,
     store_rows,
     store_zeros,
     zero_tail,
@@ -96,6 +100,7 @@ def launch(arrays, options, finish=None):
         "has_initial_state",
         "residual",
         "cache_seqlens",
+        "document_marks",
     )
     *outs, new_pool = run(
         functools.partial(
@@ -182,7 +187,7 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
                 load_rows(refs.residual, channels, added, refs.added_ready, begin, length)
             if pool is not None:
                 pl.when(first & stateful)(load_past)
-            convolve_tile(length, first)
+            convolve_tile(index, length, first)
             if finish is not None:
                 finish.tile(tile, refs.wide, length, channels.start)
 
@@ -244,7 +249,10 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
         first = first_column(refs, row, history, pool.shape[1], o.state_layout)
         load_window(pool, slot, first, channels, window, refs.window_ready, o.state_layout)
 
-    def convolve_tile(length, first):
+    def convolve_tile(index, length, first):
+        mark = None
+        if refs.document_marks is not None and history:
+            mark = refs.document_marks[row, index * (block_t // MARKED)]
         taps, bias = load_taps(weight, refs.bias, channels.start, block_d, interpret=interpret)
         past = ()
         if history:
@@ -298,9 +306,24 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
                 past = past[1:]
             return past
 
-        groups = div(length, GROUP)
-        past = lax.fori_loop(0, groups, lambda g, past: rows(g * GROUP, GROUP, past), past)
-        lax.fori_loop(groups * GROUP, length, lambda r, past: rows(r, 1, past), past)
+        def convolve_rows(first, end, past):
+            groups = div(end - first, GROUP)
+            past = lax.fori_loop(0, groups, lambda g, past: rows(first + g * GROUP, GROUP, past), past)
+            return lax.fori_loop(first + groups * GROUP, end, lambda r, past: rows(r, 1, past), past)
+
+        if mark is None:
+            convolve_rows(0, length, past)
+            return
+
+        def convolve_document(state):
+            first, past = state
+            continued = jnp.logical_not(begins_in(mark, MARKED + first, 1))
+            past = tuple(keep(continued, entry, interpret=interpret) for entry in past)
+            end = jnp.minimum(next_beginning(mark, MARKED + first) - MARKED, length)
+            return end, convolve_rows(first, end, past)
+
+        past = same_document(mark, MARKED, past, interpret=interpret)
+        lax.while_loop(lambda state: state[0] < length, convolve_document, (jnp.int32(0), past))
 
     def new_state(j):
         """Entry row_length + j of window ++ x, in the pool's dtype."""

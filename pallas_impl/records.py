@@ -31,6 +31,9 @@ class Arrays(NamedTuple):
     b: Any = None
     A_log: Any = None
     dt_bias: Any = None
+    document_marks: Any = (
+        None  # not the contract's: where documents begin inside rows, see `rows.document_marks`
+    )
 
     def named(self, *names):
         """{name: array} of these."""

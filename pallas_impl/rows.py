@@ -1,5 +1,8 @@
 """Rows of packed tokens on the device: where each lies, which one a block belongs to, its tokens in and out."""
 
+import functools
+import operator
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -9,9 +12,49 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref
 from jaxlib.mlir.dialects import llvm  # not in jax.extend.mlir
 
-from pallas_impl.arithmetic import WARPGROUP, div, in_layout
+from pallas_impl.arithmetic import WARPGROUP, div, in_layout, keep
+from pallas_impl.config import cdiv
 
 GROUP = 4  # rows of a tile convolved between two turns of the loop; more take more registers
+MARKED = 8  # tokens that a mark of documents stands for; blocks are multiples of it
+
+
+def document_marks(segment_ids):
+    """[batch, ceil(seqlen / 8)] int32, where documents begin: bit j of mark i, from the highest, is token 8 * (i - 1) + j.
+
+    So the mark of any 8 tokens knows the 8 tokens before and behind them, which width-1 of a window never exceed. A row's
+    first token continues what is before the row, and is no beginning.
+    """
+    batch, seqlen = segment_ids.shape
+    marks = cdiv(seqlen, MARKED)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begins = jnp.pad(changes, [(0, 0), (MARKED + 1, MARKED * (marks + 1) - seqlen)]).astype(jnp.int32)
+    size = MARKED * marks
+    bits = (
+        lax.slice(begins, (0, j), (batch, j + size - MARKED + 1), (1, MARKED)) << (31 - j)
+        for j in range(3 * MARKED)
+    )  # one operation for XLA, no reduction
+    return functools.reduce(operator.or_, bits)
+
+
+def begins_in(mark, place, count):
+    """Whether a document begins at one of `count` tokens of a mark, the first of them bit `place`."""
+    return lax.shift_right_logical(mark << place, jnp.int32(32 - count)) != 0
+
+
+def next_beginning(mark, place):
+    """The first bit of a mark behind `place` at which a document begins; if none does, one behind those of its tokens."""
+    return place + 1 + lax.clz(mark << (place + 1))
+
+
+def same_document(mark, place, entries, *, interpret):
+    """Float32 vectors of the tokens before bit `place` of a mark, oldest first; zeros for those of other documents than the last's."""
+    ages = range(len(entries) - 1, 0, -1)
+    older = (
+        keep(jnp.logical_not(begins_in(mark, place - age, age)), entry, interpret=interpret)
+        for age, entry in zip(ages, entries, strict=False)
+    )
+    return (*older, *entries[-1:])
 
 
 def row_facts(query_start_loc, row, batch, tokens, seqlen=None):

@@ -1,6 +1,6 @@
 """The convolution as models call it: dense rows with a cache, documents or padding, in any usual layout.
 
-Everything here is jax.numpy around one of two forms: `plain.dense`, or the kernels on packed rows (`_on_kernels`).
+Everything here is jax.numpy around one of two forms: `plain.dense`, or the kernels on rows of equal length (`_convolve`).
 """
 
 import functools
@@ -13,10 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from oracle.contract import ConvOutput, ShortConvCall, Unsupported, check_lengths
-from pallas_impl import api, backward, parts, plain
-from pallas_impl.call import resolve
+from oracle.contract import ConvOutput, FnCall, ShortConvCall, Unsupported, check_lengths
+from pallas_impl import backward, parts, plain
+from pallas_impl.call import resolve, run_rows
 from pallas_impl.parts import BATCH, CHANNELS
+from pallas_impl.rows import document_marks
 from pallas_impl.tracing import mappable, vary_alike
 
 AxisNames: TypeAlias = str | tuple[str, ...] | None
@@ -56,8 +57,7 @@ def short_conv(
       cache_layout: "time" [batch, columns, dim] or "channels" [batch, dim, columns].
       want_cache: False: no new cache is made, which costs nothing.
       activation: None, "silu" or "swish".
-      backend: as in `causal_conv1d`. "auto" runs documents in plain jax.numpy: a kernel asked for by name reserves a
-        row for each token, since their number is not known when it is compiled.
+      backend: as in `causal_conv1d`.
       axes: (batch axis, channel axis) of the mesh in context (`jax.set_mesh`), or of the one that x lies on: a name, a
         tuple of names, or None. The call then runs on every device's part of x, in `jax.shard_map`. None: as x is split,
         where its type names the axes (explicit meshes), its sharding does (outside `jit`), or the compiler does
@@ -79,8 +79,6 @@ def short_conv(
     if isinstance(lengths, np.ndarray | np.generic):
         check_lengths(np.atleast_1d(lengths).tolist(), sizes.seqlen)
     backend = resolve(backend, x)
-    if call.backend == "auto" and segment_ids is not None:
-        backend = "xla"
     options = (activation, backend, weight_layout, cache_layout, want_cache)
     arrays = dict(x=x, weight=weight, bias=bias, cache=cache, segment_ids=segment_ids, lengths=lengths)
     mesh, axes = _mesh_axes(axes, x, backend)
@@ -109,7 +107,7 @@ def _batched(options, arrays):
     if cache is not None and cache_layout == "channels":
         cache = plain.moved(lambda _, cache: cache.swapaxes(1, 2), (), jnp.asarray(cache))
     x, weight, bias, cache = vary_alike(x, weight, bias, cache)
-    documents = None if arrays["segment_ids"] is None else _documents(jnp.asarray(arrays["segment_ids"]))
+    ids = None if arrays["segment_ids"] is None else jnp.asarray(arrays["segment_ids"])
     whole, valid = x, None
     if lengths is not None:
         lengths = jnp.minimum(plain.natural(jnp.asarray(lengths)), seqlen)
@@ -118,9 +116,11 @@ def _batched(options, arrays):
 
     window = None if cache is None else cache[:, cache.shape[1] - history :]
     if backend == "xla" or not x.size:
+        documents = None if ids is None else _documents(ids)
         out, _ = plain.dense(activation is not None, whole, weight, bias, window, documents)
     else:
-        out = _kernels(activation, backend, whole, weight, bias, window, documents)
+        marks = None if ids is None else document_marks(ids)
+        out = _convolve((activation, backend), whole, weight, bias, window, marks)
     if valid is not None:
         out = jnp.where(valid, out, jnp.zeros((), out.dtype))
     if not want_cache:
@@ -128,7 +128,9 @@ def _batched(options, arrays):
 
     columns = history if cache is None else cache.shape[1]
     if lengths is None:
-        new = plain.last_entries(x, cache, documents, columns)
+        tail = slice(max(seqlen - columns, 0) if isinstance(seqlen, int) else 0, None)
+        documents = None if ids is None else _documents(ids[:, tail])
+        new = plain.last_entries(x[:, tail], cache, documents, columns)
     else:
         new = _entries_before(whole, cache, lengths, columns)
     if cache_layout == "channels":
@@ -165,23 +167,9 @@ def _entries_before(x, cache, lengths, columns):
 # The kernels.
 
 
-def _kernels(activation, backend, x, weight, bias, window, documents):
-    """The outputs of packed rows: documents are rows without a state, a window changes a row's first tokens alone."""
-    options = activation, backend
-    if documents is None:
-        return _convolve(options, x, weight, bias, window, None)
-    out = _convolve(options, x, weight, bias, None, documents)
-    head = min(x.shape[1], weight.shape[1] - 1)
-    if window is None or not head:
-        return out
-    first = _convolve(options, x[:, :head], weight, bias, window, None)
-    first = jnp.where((documents[:, :head] == 0)[..., None], first, out[:, :head])
-    return jnp.concatenate([first, out[:, head:]], axis=1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(options, *arrays):
-    """arrays: x [batch, seqlen, dim], weight, bias, and a window of each row or documents, or neither."""
+    """arrays: x [batch, seqlen, dim], weight, bias, a window of each row or None, marks of documents or None."""
     return _mappable(_forward, options)(*arrays)
 
 
@@ -197,17 +185,6 @@ def _differentiate(options, arrays, dout):
 _convolve.defvjp(_keep_inputs, _differentiate)
 
 
-def _rows(x, documents):
-    """(query_start_loc, schedule): of rows, or of documents; their number is data, so of as many as there are tokens."""
-    tokens = x.shape[0] * x.shape[1]
-    if documents is None:
-        return plain.equal_rows(x.shape[0], tokens), "auto"
-    begins = jnp.pad(documents[:, 1:] != documents[:, :-1], [(0, 0), (1, 0)], constant_values=True)
-    place = jnp.arange(tokens, dtype=jnp.int32)
-    starts = jnp.sort(jnp.where(begins.reshape(-1), place, tokens))
-    return jnp.append(starts, jnp.int32(tokens)), "flat"
-
-
 class _Dense(NamedTuple):
     """The arrays of `_convolve`, with the gradient of its result where that is asked for; `options` as there."""
 
@@ -215,15 +192,15 @@ class _Dense(NamedTuple):
     weight: Any
     bias: Any
     window: Any
-    documents: Any
+    marks: Any
     dout: Any
     options: tuple
 
-    ARRAYS = "x", "weight", "bias", "window", "documents", "dout"
+    ARRAYS = "x", "weight", "bias", "window", "marks", "dout"
 
 
 TOKENS = BATCH, None, CHANNELS
-ROLES = {"x": TOKENS, "dout": TOKENS, "window": TOKENS, "documents": (BATCH, None), "weight": (CHANNELS, None),
+ROLES = {"x": TOKENS, "dout": TOKENS, "window": TOKENS, "marks": (BATCH, None), "weight": (CHANNELS, None),
          "bias": (CHANNELS,)}  # fmt: skip
 
 
@@ -235,14 +212,13 @@ def _forward(options, *arrays):
 
 
 def _run_forward(call):
-    x, weight, bias, window, documents, _, (activation, backend) = call
-    starts, schedule = _rows(x, documents)
-    has_state = None if window is None else jnp.ones(x.shape[:1], bool)
-    out, _ = api.causal_conv1d_fn(
-        x.reshape(-1, x.shape[2]), weight, bias, window, starts, None, has_state,
-        activation=activation, max_seqlen=x.shape[1], schedule=schedule, backend=backend,
-    )  # fmt: skip
-    return (out.reshape(x.shape),)
+    x, weight, bias, window, marks, _, (activation, backend) = call
+    batch, seqlen, dim = x.shape
+    starts = plain.equal_rows(batch, batch * seqlen)
+    has_state = None if window is None else jnp.ones((batch,), bool)
+    rows = FnCall(x.reshape(-1, dim), weight, bias, window, starts, None, has_state)
+    rows = rows._replace(activation=activation, max_seqlen=seqlen, backend=backend)
+    return (run_rows(rows, marks).reshape(x.shape),)
 
 
 def _backward(options, *arrays):
@@ -257,13 +233,13 @@ def _backward(options, *arrays):
 
 
 def _run_backward(call, **options):
-    x, weight, bias, window, documents, dout, (activation, backend) = call
-    starts, schedule = _rows(x, documents)
-    flat = (-1, x.shape[2])
-    inputs = x.reshape(flat), weight, bias, window, starts
-    given = activation, x.shape[1], schedule, backend
-    upstream = dout.reshape(flat), None
-    dx, dweight, dbias, dwindow, _ = backward.differentiate(given, inputs, upstream, **options)
+    x, weight, bias, window, marks, dout, (activation, backend) = call
+    batch, seqlen, dim = x.shape
+    inputs = x.reshape(-1, dim), weight, bias, window, plain.equal_rows(batch, batch * seqlen)
+    given, upstream = (activation, seqlen, "auto", backend), (dout.reshape(-1, dim), None)
+    dx, dweight, dbias, dwindow, _ = backward.differentiate(
+        given, inputs, upstream, document_marks=marks, **options
+    )
     return dx.reshape(x.shape), dweight, dbias, dwindow
 
 

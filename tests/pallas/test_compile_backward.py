@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_impl import short_conv
 from pallas_impl.functional import causal_conv1d
 
 PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
@@ -79,3 +80,37 @@ def test_two_kernels_without_spills(
     assert len(re.findall(r"custom-call\(", entry)) == 2
     workspace = (tokens // (256 // jnp.dtype(dtype).itemsize) + batch + 1) * (width + 1) * dim * 4
     assert executable.memory_analysis().temp_size_in_bytes <= workspace + 2**20
+
+
+@pytest.mark.parametrize(("width", "dtype", "most_registers"), [(4, "bfloat16", 104), (8, "float32", 168)])
+def test_documents_cost_one_operation(sharding, monkeypatch, capfd, width, dtype, most_registers):
+    """Besides that of the marks, the operations and the workspace are those of rows without documents."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    batch, seqlen, dim = 8, 2048, 2048
+
+    def training(x, weight, bias, ids, dout):
+        options = dict(segment_ids=ids, want_cache=False, activation="silu", backend="mosaic_gpu")
+        out, back = jax.vjp(lambda *arrays: short_conv(*arrays, **options).out, x, weight, bias)
+        return out, *back(dout)
+
+    def compiled(run, ids):
+        sizes = (batch, seqlen, dim), (dim, width), (dim,), (batch, seqlen), (batch, seqlen, dim)
+        x, weight, bias, documents, dout = (
+            jax.ShapeDtypeStruct(size, jnp.dtype(kind), sharding=sharding)
+            for size, kind in zip(sizes, (dtype, dtype, dtype, "int32", dtype), strict=True)
+        )
+        arguments = x, weight, bias, documents if ids else None, dout
+        executable = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+        printed = capfd.readouterr().out
+        assert {int(n) for n in re.findall(r"(\d+) bytes spill", printed)} == {0}
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", printed)]
+        assert len(registers) == 3
+        assert max(registers) <= most_registers  # three programs of the gradient fit on a multiprocessor
+        operations = re.findall(r"(fusion|custom-call)\(", executable.as_text().split("ENTRY")[1])
+        return len(operations), executable.memory_analysis().temp_size_in_bytes
+
+    (operations, workspace), (dense_operations, dense_workspace) = (
+        compiled(training, True), compiled(training, False)
+    )  # fmt: skip
+    assert operations == dense_operations + 1
+    assert workspace <= dense_workspace + 4 * batch * seqlen // 8 + 2**10

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update
+from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, short_conv
 from tests.tools import pallas_code
 from tests.tools.code_calls import CALLS
 from tests.tools.kernel_results import beside_kernels
@@ -122,6 +122,40 @@ def test_without_a_pool_nothing_is_aliased():
     )
     assert operations(text) == ["mosaic_gpu_v2"]
     assert "operand_index" not in text
+
+
+def grid(kernel):
+    """How many programs a Mosaic kernel's text launches."""
+    name = re.search(r'gpu\.launch"\(%\w+, (%\w+)', kernel)[1]
+    return int(re.search(rf"{name} = .*value = (\d+)", kernel)[1])
+
+
+def test_documents_are_rows_of_equal_length():
+    """The kernels, their grids and the sums of the gradient are those of rows without documents, and marks are no search."""
+
+    def training(x, weight, cache, segment_ids, dout):
+        def run(x, weight, cache):
+            options = dict(segment_ids=segment_ids, want_cache=False, activation="silu")
+            return short_conv(x, weight, cache=cache, backend="mosaic_gpu", **options).out
+
+        out, back = jax.vjp(run, x, weight, cache)
+        return out, *back(dout)
+
+    def lowered(ids):
+        x = spec((8, 2048, 512), "bfloat16")
+        arrays = x, spec((512, 4), "bfloat16"), spec((8, 3, 512), "bfloat16"), ids, x
+        return jax.jit(training).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    texts = lowered(None), lowered(spec((8, 2048), "int32"))
+    calls, grids = [], []
+    for text in texts:
+        assert not {"sort", "gather", "scatter", "while", "reduce", "reduce_window"} & set(operations(text))
+        calls.append(re.findall(r"custom_call @mosaic_gpu\S*\(.*-> (.*)", text))
+        grids.append([grid(kernel) for kernel, _ in pallas_code.kernels(text)])
+    assert len(calls[0]) == 3
+    assert calls[0] == calls[1]
+    assert grids[0] == grids[1]
+    assert max(grids[0]) < 8 * 2048
 
 
 def test_a_grid_beyond_32_bits_is_unsupported():

@@ -236,13 +236,28 @@ AUTO = [*TRAINED, "packed, channels", "update, rows", "update, channels"]
 def plain_kernels(monkeypatch):
     """Plain array code in the place of the kernels: the interpreter's callbacks on several devices wait for each other."""
 
+    def of_documents(marks, silu, x, weight, bias, windows, batch):
+        rows = x.reshape(batch, -1, x.shape[-1])
+        begins = marks[:, :, None] >> (23 - jnp.arange(8)) & 1
+        documents = jnp.cumsum(begins.reshape(batch, -1)[:, : rows.shape[1]], axis=1)
+        return plain.dense(silu, rows, weight, bias, windows, documents)[0].reshape(x.shape)
+
     def run(arrays, options):
+        if arrays.document_marks is not None:
+            batch, pool = arrays.query_start_loc.shape[0] - 1, arrays.conv_states
+            given = arrays.x, arrays.weight, arrays.bias, pool, batch
+            return of_documents(arrays.document_marks, options.silu, *given), pool, None
         if arrays.query_start_loc is None:
             starts = plain.equal_rows(arrays.x.shape[0] // options.seqlen, arrays.x.shape[0])
             arrays = arrays._replace(query_start_loc=starts)
         return plain.run(arrays, options)
 
-    def differentiate(options, inputs, upstream, **more):
+    def differentiate(options, inputs, upstream, document_marks=None, **more):
+        if document_marks is not None:
+            *floats, starts = inputs
+            given = document_marks, options[0] is not None
+            forward = lambda *floats: of_documents(*given, *floats, starts.shape[0] - 1)  # noqa: E731
+            return *jax.vjp(forward, *floats)[1](upstream[0]), None
         return real((*options[:-1], "xla"), inputs, upstream, **more)
 
     real = backward.differentiate

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from oracle import reference_short
-from pallas_impl import Unsupported, causal_conv1d, plain, short_conv
+from pallas_impl import Unsupported, causal_conv1d, config, plain, short_conv
 from tests.tools import short_conv_cases as cases
 
 KERNEL = "mosaic_gpu_interpret"
@@ -74,6 +75,88 @@ def test_gradients_are_those_of_rows_alone(rows, backend):
         np.testing.assert_allclose(gradient, want[name], rtol=1e-5, atol=2e-5, err_msg=name)
 
 
+def gradients(run, *arrays):
+    """The result of `run`, and its gradients for an upstream gradient that is the same in any order of tokens."""
+    out, back = jax.vjp(run, *arrays)
+    return out, *back(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+
+
+@functools.cache
+def documents_on_kernels(width, dtype, cached, damage=None):
+    """(the arrays, [out, dx, dweight, dbias] and dcache) of rows of documents on the kernels."""
+    arrays = jnp_of(cases.inputs(width, cached=cached, seqlen=cases.LONG))
+    x, weight, bias, *cache = (a.astype(dtype) for a in arrays.values())
+    if damage == "cache":
+        cache[0] = jnp.full_like(cache[0], jnp.nan)
+    elif damage:
+        x = x.at[damage].set(jnp.nan)
+    given = x, weight, bias, *cache
+    return given, jax.jit(functools.partial(gradients, functools.partial(of_documents, KERNEL)))(*given)
+
+
+def of_documents(backend, x, weight, bias, cache=None):
+    ids = jnp.asarray(cases.LONG_IDS)
+    given = x, weight, bias
+    options = dict(cache=cache, segment_ids=ids, want_cache=False, activation="silu", backend=backend)
+    return short_conv(*given, **options).out
+
+
+def alone_on_kernels(x, weight, bias, cache):
+    """`out` of the documents as packed rows of their own."""
+    starts, rows, first = cases.starts_alone()
+    windows = jnp.where(jnp.asarray(first)[:, None, None], cache[jnp.asarray(rows)], 0)
+    flat = x.reshape(-1, cases.DIM), weight, bias, windows, jnp.asarray(starts)
+    return causal_conv1d(*flat, activation="silu", backend=KERNEL).out.reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "cached"),
+    [(4, "float32", True), (2, "bfloat16", False), (3, "float16", True), (8, "float32", False)],
+)  # fmt: skip
+def test_documents_at_the_borders_of_blocks(width, dtype, cached):
+    """To a last bit or two of the largest value, since compilers fuse products; sums over all tokens to one of each term."""
+    given, found = documents_on_kernels(width, dtype, cached)
+    wanted = jax.jit(functools.partial(gradients, functools.partial(of_documents, "xla")))(*given)
+    for name, got, want in zip(("out", "dx", "dweight", "dbias", "dcache"), found, wanted, strict=False):
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
+        near = 2 * float(jnp.finfo(dtype).eps) * np.abs(want).max()
+        if name in ("dweight", "dbias"):
+            x = given[0].astype(jnp.float32)
+            near += x[..., 0].size * float(jnp.finfo(jnp.float32).eps) * max(1, float(jnp.abs(x).max()))
+        np.testing.assert_allclose(got, want, rtol=0, atol=near, err_msg=name)
+
+
+@pytest.mark.parametrize("block_t", [8, 16])
+def test_documents_have_the_bits_of_rows_alone(monkeypatch, block_t):
+    given, (out, *_) = documents_on_kernels(4, "float32", True)
+    if block_t == 16:  # as long rows have it
+        blocks = config.PrefillConfig(False, 16, 128, row_blocks=3, tail_blocks=0)
+        chosen = mock.Mock(return_value=blocks)
+        jax.clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(config, "prefill_config", chosen)
+            out = of_documents(KERNEL, *given)
+        chosen.assert_called_once()
+        jax.clear_caches()
+    np.testing.assert_array_equal(out, alone_on_kernels(*given))
+
+
+@pytest.mark.parametrize("damage", ["cache", (0, 9), (1, 36)])
+def test_what_is_in_another_document_is_not_read(damage):
+    """A NaN stays in the documents of its token, or of the cache; dweight, which is a sum over all, is one."""
+    _, clean = documents_on_kernels(4, "float32", True)
+    _, found = documents_on_kernels(4, "float32", True, damage)
+    documents = np.cumsum(np.diff(cases.LONG_IDS, prepend=cases.LONG_IDS[:, :1]) != 0, axis=1)
+    reached = documents == 0
+    if damage != "cache":
+        reached = (documents == documents[damage]) & (np.arange(2) == damage[0])[:, None]
+    for got, want in zip(found[:2], clean[:2], strict=True):
+        np.testing.assert_array_equal(got[~reached], want[~reached])
+        assert np.isnan(np.asarray(got)[reached]).any()
+    dcache = np.isnan(found[4]).any((1, 2))
+    assert (dcache == reached[:, 0]).all()
+
+
 def test_padding_may_hold_anything():
     arrays = jnp_of(cases.inputs())
     arrays["x"] = arrays["x"].at[0, 5:].set(jnp.nan).at[1, 1:].set(jnp.inf)
@@ -82,16 +165,16 @@ def test_padding_may_hold_anything():
     assert not found["x"][0, 5:].any()
 
 
-@pytest.mark.parametrize("backend", ["xla", KERNEL])
-def test_vmap_over_a_row_is_the_batch_axis(backend):
-    arrays = jnp_of(cases.inputs())
+@pytest.mark.parametrize(("backend", "rows"), [("xla", "dense"), (KERNEL, "dense"), (KERNEL, "documents")])
+def test_vmap_over_a_row_is_the_batch_axis(backend, rows):
+    arrays, rows = jnp_of(cases.inputs()), jnp_of(cases.ROWS[rows])
     shared = dict(x=0, weight=None, bias=None, cache=0)
 
-    def of_row(arrays):
-        return loss(backend, arrays, {})
+    def of_row(arrays, rows):
+        return loss(backend, arrays, rows)
 
-    got = jax.grad(lambda arrays: jax.vmap(of_row, (shared,))(arrays).sum())(arrays)
-    want = jax.grad(lambda arrays: loss("xla", arrays, {}))(arrays)
+    got = jax.grad(lambda arrays: jax.vmap(of_row, (shared, 0))(arrays, rows).sum())(arrays)
+    want = jax.grad(lambda arrays: loss("xla", arrays, rows))(arrays)
     for name, gradient in got.items():
         np.testing.assert_allclose(gradient, want[name], rtol=1e-5, atol=2e-5, err_msg=name)
 

@@ -42,6 +42,23 @@ def cuts(row, rows, seqlen):
     return [0, int(rows["lengths"][row]) if "lengths" in rows else seqlen]
 
 
+# Documents that begin at the borders of a kernel's blocks of 8 and 16 tokens, beside them, and one after another; one id comes
+# back behind another document, and in a row of one document another begins with the last token.
+LONG = 37
+CUTS = [0, 1, 2, 8, 15, 16, 17, 30, LONG], [0, LONG - 1, LONG]
+LONG_IDS = np.stack([np.repeat(np.arange(len(cuts) - 1, dtype=np.int32) % 2, np.diff(cuts)) for cuts in CUTS])
+
+
+def starts_alone(cuts=CUTS, seqlen=LONG):
+    """Offsets of the documents as packed rows of their own, and of each whether it is a row's first, hence its row."""
+    starts = [row * seqlen + cut for row, edges in enumerate(cuts) for cut in edges[:-1]]
+    return (
+        np.array([*starts, len(cuts) * seqlen], np.int32),
+        [start // seqlen for start in starts],
+        [start % seqlen == 0 for start in starts],
+    )
+
+
 # What is refused: (what differs from a valid call, error, a part of its text).
 REFUSED = [
     (dict(segment_ids=IDS[:, :-1]), ValueError, "segment_ids: expected shape [batch=2, seqlen=7], got [2, 6]"),
