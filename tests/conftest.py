@@ -8,9 +8,10 @@ interpreter (but for names with "compile", which need its compiler), JAX on the 
 With `--gpu` only the marked tests run, and a missing GPU is a failure.
 
 SECOND_JAX=1 says that the kernels' files of tests/pallas run once more, under another JAX: then tests of the plain path, which have xla
-in their names or parameters, are left out, the conformance suite takes a case for every feature, and files of ONE_CASE a case a test.
+in the names of their file, their own or their parameters, are left out, the conformance suite takes a case for every feature, and files of ONE_CASE a case a test.
 """
 
+import functools
 import gc
 import importlib.util
 import os
@@ -23,11 +24,10 @@ import pytest
 # On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
 # What rests on how XLA compiles has files of its own, besides the conformance suite, which says by itself.
 AS_USERS_COMPILE = ("test_bits.py", "test_conformance.py")
-# Under a second JAX one case a test: every feature of these operations is in a case of the conformance suite there, or,
-# for the exchange between devices, in a test of its own.
+# Under a second JAX one case a test: what these ask of JAX is the same in every case.
 ONE_CASE = (
-    "test_operations.py", "test_rolling.py", "test_serving.py", "test_serving_jit.py", "test_backward.py", "test_prologue.py",
-    "test_prologue_backward.py", "test_gated_conv.py", "test_exchange.py", "test_short_conv.py",
+    "test_operations.py", "test_serving_jit.py", "test_exchange.py", "test_short_conv.py", "test_settings.py",
+    "test_compat_calls.py",
 )  # fmt: skip
 QUICK_COMPILE = (  # a program split over threads is linked and copied once for each
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
     if os.environ.get("SECOND_JAX") == "1":
-        kept = first_cases([item for item in items if "xla" not in item.name])
+        kept = first_cases([item for item in items if "xla" not in item.path.stem + item.name])
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
@@ -147,21 +147,26 @@ def quick_interpreters():
     patch_once(sys.modules.get("triton.runtime.interpreter"))
     if "jax" in sys.modules:
         plain_callbacks()
+        no_program_a_shape()
 
 
 def patch_once(interpreter):
-    """Makes Triton's interpreter patch `triton.language` once a launch, and keep its table of NumPy's dtypes.
+    """Makes Triton's interpreter patch `triton.language` once a launch, and keep what it makes anew at every operation.
 
-    It patches again at every call of a device function, which finds nothing left to patch, and makes the table
-    at every operation.
+    It patches again at every call of a device function, which finds nothing left to patch; and at every operation it makes
+    a table of NumPy's dtypes, constants for the result's shape and text for its type.
     """
     patch, dtype_of = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "_get_np_dtype", None)
     if patch is None or dtype_of is None or hasattr(patch, "once"):
         return
     language, dtypes = interpreter.tl, {}
 
+    @functools.cache
+    def modules_of(function):
+        return [m for m in function.__globals__.values() if m is language or m is language.core]
+
     def once(function):
-        seen = [m for m in function.__globals__.values() if m is language or m is language.core]
+        seen = modules_of(function)
         if seen and not any(language.core.is_builtin(module.load) for module in seen):
             return interpreter._LangPatchScope()  # inside a kernel: nothing to put back
         return patch(function)
@@ -174,6 +179,37 @@ def patch_once(interpreter):
 
     once.once = True
     interpreter._patch_lang, interpreter._get_np_dtype = once, kept
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        kept_types(language.core)
+        # Eight operations for every sum, whose result is dropped unless `debug` is set.
+        language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
+
+
+def kept_types(core):
+    """Makes what a type and its tensors derive from a shape once a shape."""
+    make_tensor, make_block, scalar, blocks = core.tensor.__init__, core.block_type.__init__, {}, {}
+
+    def tensor(self, handle, type):
+        sizes = getattr(type, "sizes", {}) if type.is_block() else scalar
+        if sizes:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.__dict__.update(sizes)
+        else:
+            make_tensor(self, handle, type)
+            sizes.update(numel=self.numel, shape=self.shape)
+
+    def block_type(self, element_ty, shape):
+        if not all(type(size) is int for size in shape):
+            make_block(self, element_ty, shape)
+            return
+        key = (type(element_ty), element_ty.name, *shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = {"shape": self.shape, "numel": self.numel, "name": self.name, "sizes": {}}
+        self.element_ty = element_ty
+        self.__dict__.update(blocks[key])
+
+    core.tensor.__init__, core.block_type.__init__ = tensor, block_type
 
 
 def plain_callbacks():
@@ -189,6 +225,23 @@ def plain_callbacks():
     callbacks.io_callback_impl = called
     if to_int := getattr(shared_memory, "_to_int", None):  # JAX 0.12 asks whether a coordinate is a jax.Array
         shared_memory._to_int = lambda value: value.item() if isinstance(value, np.ndarray) else to_int(value)
+
+
+def no_program_a_shape():
+    """Makes jnp.array and jnp.asarray copy a NumPy array, where they compile a program for every shape and dtype."""
+    import jax
+    from jax._src.lax import lax
+
+    stage = getattr(lax, "stage_p", None)
+    if stage is None or hasattr(stage.impl, "copies"):
+        return
+    compiled = stage.impl
+
+    def copied(value):
+        return jax.device_put(value.copy()) if isinstance(value, np.ndarray) else compiled(value)
+
+    copied.copies = True
+    stage.def_impl(copied)
 
 
 def boolean_masks():

@@ -34,6 +34,20 @@ def test_a_mask_of_integers_is_refused_under_every_version():
         _copy_kernel[(1,)](torch.ones(4), torch.empty(4), 2, True)
 
 
+@triton.jit
+def _shapes_kernel(out, rows: tl.constexpr, lanes: tl.constexpr):
+    tile = tl.arange(0, rows)[:, None] * lanes + tl.arange(0, lanes)[None, :]
+    tl.static_assert(tile.shape[0] == rows and tile.shape[1] == lanes and tile.numel == rows * lanes)
+    tl.store(out + tile, tile.to(tl.float32))
+
+
+@pytest.mark.parametrize(("rows", "lanes"), [(2, 4), (4, 2), (8, 1)])
+def test_what_is_kept_of_a_shape_is_that_shape(rows, lanes):
+    out = torch.empty(rows * lanes)
+    _shapes_kernel[(1,)](out, rows, lanes)
+    assert out.tolist() == list(range(rows * lanes))
+
+
 def test_no_field_of_a_record_is_an_attribute_of_tritons_tuples():
     """Under Triton 3.9 `record.values` is the list of all fields."""
     taken = {name for name in dir(tl.core.tuple([])) if not name.startswith("__")}
