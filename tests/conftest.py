@@ -27,7 +27,7 @@ AS_USERS_COMPILE = ("test_bits.py", "test_conformance.py")
 # Under a second JAX one case a test: what these ask of JAX is the same in every case.
 ONE_CASE = (
     "test_operations.py", "test_serving_jit.py", "test_exchange.py", "test_short_conv.py", "test_settings.py",
-    "test_compat_calls.py",
+    "test_compat_calls.py", "test_sharding_types.py", "test_prologue_sharding.py",
 )  # fmt: skip
 QUICK_COMPILE = (  # a program split over threads is linked and copied once for each
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
