@@ -112,7 +112,7 @@ def launch(arrays, options, finish=None):
             finish=finish,
         ),
         "prefill",
-        grid.blocks * grid.columns,
+        grid.blocks * (grid.columns + (0 if finish is None else finish.columns(config.block_t))),
         operands | dict(conv_states=pool if pooled else None),
         results,
         scratch,
@@ -143,7 +143,8 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
     )
 
     program = lax.axis_index("program")
-    block, column = div(program, grid.columns), rem(program, grid.columns)
+    of_gates = 0 if finish is None else finish.columns(block_t)
+    block, column = div(program, grid.columns + of_gates), rem(program, grid.columns + of_gates)
     channels = pl.ds(column * block_d, block_d)
     of_x = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
     of_gate = None if o.gates is None else pl.ds(channels.start + o.gates[0], block_d)
@@ -164,7 +165,14 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
     def run_block(index):
         begin = start + index * block_t
         length = jnp.minimum(end - begin, block_t)
-        first = index == 0
+        if not of_gates:
+            convolve_block(begin, length, index == 0)
+            return
+        share = Share(begin, length, column - grid.columns, of_gates, block_t, live)
+        pl.when(column >= grid.columns)(lambda: finish.gates(refs, share))
+        pl.when(column < grid.columns)(lambda: convolve_block(begin, length, index == 0))
+
+    def convolve_block(begin, length, first):
         fewest = GROUP if in_registers else 1  # a box less is a tensor map less
 
         @pl.when(row < batch)  # x is asked for before it is known whether the row is live
@@ -174,9 +182,6 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
                 load_rows(x, of_gate, refs.gate, refs.gate_ready, begin, length)
             if has_edges:
                 load_edge(begin, first)
-
-        if finish is not None:
-            finish.gates(refs, Share(begin, length, column, grid.columns, block_t, live))
 
         @pl.when(live)
         def _():

@@ -1,8 +1,8 @@
 """The prologue of the gated delta rule: the convolution, the norm of q's and k's heads, and the gates.
 
 The kernels are those of `prefill` and `update`. Between the convolution of a tile and its way out, `Finish` norms
-the heads that lie in it, in shared memory or in registers; each program computes a share of its tokens' gates. What
-no such kernel does (`is_fused`), and backend "xla", is in `plain_prologue`.
+the heads that lie in it, in shared memory or in registers; programs beside those of the tiles compute the gates of the
+same tokens. What no such kernel does (`is_fused`), and backend "xla", is in `plain_prologue`.
 """
 
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from pallas_impl.slots import part_of_out
 
 VECTOR = 8  # neighbouring channels that a thread norms at a time
 WARP = 32
+GATES = 8 * WARPGROUP  # of g or of beta that a program computes
 NORM_T = 16  # tokens of a tile of `norm_heads`
 
 
@@ -431,8 +432,13 @@ class Finish(NamedTuple):
             return {}
         return {f"partial{r}": plgpu.SMEM((WARPGROUP // WARP,), jnp.float32) for r in range(rows)}
 
+    def columns(self, tokens):
+        """Programs beside those of `tokens` tokens' channels, for their gates."""
+        widest = max((array.shape[1] for array in (self.a, self.b) if array is not None), default=0)
+        return cdiv(tokens * widest, GATES)
+
     def gates(self, refs, share):
-        """While the channels of the same tokens are on their way."""
+        """The gates of such a program."""
         write_gates(refs, share, self.heads, interpret=self.interpret)
 
     def _is_normed(self, channel):

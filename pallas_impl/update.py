@@ -47,7 +47,7 @@ def launch(arrays, options, finish=None):
     x, pool = arrays.x, arrays.conv_states
     batch, (dim, width) = x.shape[0], arrays.weight.shape
     config = options.config._replace(rows=min(options.config.rows, batch))
-    columns = cdiv(dim, config.block_d)
+    columns, of_gates = cdiv(dim, config.block_d), 0
     scratch, body = {}, _in_registers
     if not config.in_registers:
         body = _in_shared_memory
@@ -66,11 +66,12 @@ def launch(arrays, options, finish=None):
         operands |= finish.operands()
         results |= finish.results()
         scratch = finish.scratch_of_rows(config.rows, config.block_d)
-        body = functools.partial(body, finish=finish)
+        of_gates = finish.columns(config.rows)
+        body = functools.partial(body, finish=finish, of_gates=of_gates)
     *outs, new_pool = run(
         functools.partial(body, columns=columns, num_slots=pool.shape[0], o=options._replace(config=config)),
         "update",
-        cdiv(batch, config.rows) * columns,
+        cdiv(batch, config.rows) * (columns + of_gates),
         operands | dict(conv_states=pool if width > 1 else None),
         results,
         scratch,
@@ -80,12 +81,28 @@ def launch(arrays, options, finish=None):
     return joined(outs, options.split_sizes), pool if new_pool is None else new_pool
 
 
-def _in_registers(refs, *, columns, num_slots, o, finish=None):
+def _in_registers(refs, *, columns, num_slots, o, finish=None, of_gates=0):
+    program = lax.axis_index("program")
+    first, column = div(program, columns + of_gates) * o.config.rows, rem(program, columns + of_gates)
+    if not of_gates:
+        _convolve_rows(refs, first, column, num_slots, o, finish)
+        return
+
+    @pl.when(column >= columns)
+    def _():
+        batch = refs.x.shape[0]
+        for r in range(o.config.rows):
+            _, live = find_slot(refs.cache_indices, first + r, batch, num_slots, o.pad_slot_id)
+            count = jnp.where(first + r < batch, 1, 0)
+            finish.gates(refs, Share(first + r, count, column - columns, of_gates, 1, live))
+
+    pl.when(column < columns)(lambda: _convolve_rows(refs, first, column, num_slots, o, finish))
+
+
+def _convolve_rows(refs, first, column, num_slots, o, finish):
     x, weight, pool, residual = refs.x, refs.weight, refs.conv_states, refs.residual
     config, interpret = o.config, bool(o.interpret)
     batch, history, block_d = x.shape[0], weight.shape[1] - 1, config.block_d
-    program = lax.axis_index("program")
-    first, column = div(program, columns) * config.rows, rem(program, columns)
     channels = pl.ds(column * block_d, block_d)
     of_x = pl.ds(channels.start + o.channel, block_d) if o.channel else channels
 
@@ -108,10 +125,6 @@ def _in_registers(refs, *, columns, num_slots, o, finish=None):
     if history:
         for r in range(config.rows):
             past[r] = read_window(pool, slots[r], live[r], channels, history, interpret=interpret)
-    if finish is not None:
-        for r in range(config.rows):
-            count = jnp.where(first + r < batch, 1, 0)
-            finish.gates(refs, Share(first + r, count, column, columns, 1, live[r]))
 
     for r in range(config.rows):
         # taps

@@ -53,6 +53,23 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr, o: tl.constexpr):
+    """The float32 values of `round_to`; of neighbours two at a time, where one costs a conversion of its own."""
+    if o.ptx and dtype == tl.bfloat16:
+        wide = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=r,=r,r,r",
+            [value],
+            tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        wide = widen(round_to(value, dtype))
+    return wide
+
+
+@triton.jit
 def split_columns(tile, levels: tl.constexpr):
     """The 2**levels columns of a tile along its last axis, in their order."""
     columns = (tile,)
@@ -173,11 +190,12 @@ def activate(z, o: tl.constexpr):
 
 
 @triton.jit
-def silu_slope(z, o: tl.constexpr):
-    """The derivative of SiLU, s * (1 + z * (1 - s)); 2**14 * s in between, and no cancellation in 1 - s.
+def silu_and_slope(z, o: tl.constexpr):
+    """SiLU and its derivative s * (1 + z * (1 - s)); 2**14 * s in between, and no cancellation in 1 - s.
 
-    Beyond 97 it is 0 or 1 to the last bit of a float32.
+    Beyond 97 the derivative is 0 or 1 to the last bit of a float32, and SiLU 0 or z.
     """
+    free = z
     z = tl.clamp(z, -97.0, 97.0, propagate_nan=tl.PropagateNan.ALL)
     exponent = tl.fma(z, -1.4426950408889634, -14.0)
     if o.ptx:
@@ -190,7 +208,14 @@ def silu_slope(z, o: tl.constexpr):
     else:
         p = tl.exp2(exponent)
         r = 1.0 / (p + 0.00006103515625)
-    return r * tl.fma(z, p * r, 1.0) * 0.00006103515625
+    return (free * 0.00006103515625) * r, r * tl.fma(z, p * r, 1.0) * 0.00006103515625
+
+
+@triton.jit
+def silu_slope(z, o: tl.constexpr):
+    """The derivative of SiLU."""
+    _, slope = silu_and_slope(z, o)
+    return slope
 
 
 @triton.jit
@@ -302,15 +327,29 @@ def over_heads(values, factors, lanes: tl.constexpr):
 
 
 @triton.jit
+def _quick_inverse_root(total, o: tl.constexpr):
+    """1 / sqrt(total) to 2**-22.9 of it, without a branch; total is no subnormal number."""
+    if o.ptx:
+        r = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [total], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        r = tl.div_rn(1.0, tl.sqrt_rn(total))
+    return r
+
+
+@triton.jit
 def normalise_back(value, upstream, norm: tl.constexpr, o: tl.constexpr):
     """The gradient at an activated float32 vector of heads, given that of `normalise`; roundings count as the identity."""
     if norm.scale != 1.0:
         upstream = upstream * norm.scale
     if norm.l2:
-        inverse = inverse_norms(value, norm.lanes, norm.eps, o)
-        unit = over_heads(value, inverse, norm.lanes)
-        along = sum_of_heads(unit * upstream, norm.lanes)
-        upstream = over_heads(upstream - over_heads(unit, along, norm.lanes), inverse, norm.lanes)
+        # both sums at a time: neither waits for the other
+        along = sum_of_heads(value * upstream, norm.lanes)
+        inverse = _quick_inverse_root(sum_of_heads(value * value, norm.lanes) + norm.eps, o)
+        along = tl.where(inverse > 0.0, along * inverse * inverse, 0.0)  # 0: of a head whose squares overflow
+        unit = over_heads(value, along, norm.lanes)
+        upstream = over_heads(upstream - unit, inverse, norm.lanes)
     return upstream
 
 
@@ -318,7 +357,7 @@ def normalise_back(value, upstream, norm: tl.constexpr, o: tl.constexpr):
 def normalise(y, norm: tl.constexpr, dtype: tl.constexpr, o: tl.constexpr):
     """A float32 vector of heads as `Norm` says, before the rounding at the store."""
     if norm.stored:
-        y = widen(round_to(y, dtype))
+        y = rounded(y, dtype, o)
     if norm.l2:
         y = over_heads(y, inverse_norms(y, norm.lanes, norm.eps, o), norm.lanes)
     if norm.scale != 1.0:

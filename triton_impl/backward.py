@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from triton_impl.arithmetic import (
-    activate,
     convolve,
     join_columns,
     load_taps,
@@ -31,6 +30,8 @@ from triton_impl.arithmetic import (
     native_ptx,
     normalise_back,
     round_to,
+    rounded,
+    silu_and_slope,
     silu_slope,
     split_columns,
     widen,
@@ -236,11 +237,16 @@ def _gradient(window, weights, upstream, here, dtype: tl.constexpr, o: tl.conste
     """The gradient of one pre-activation; zero where the token is not `here`, in the row. dtype: of x, and of results."""
     g = upstream
     if o.norm is not None:
-        value = activate(convolve(window, weights.taps, weights.start, o.width), o)
+        value = convolve(window, weights.taps, weights.start, o.width)
+        if o.silu:
+            value, slope = silu_and_slope(value, o)
         if o.norm.stored:
-            value = widen(round_to(value, dtype))
-        g = tl.where(here, normalise_back(value, g, o.norm, o), 0.0)
-    if o.silu:
+            value = rounded(value, dtype, o)
+        g = normalise_back(value, g, o.norm, o)
+        if o.silu:
+            g = g * slope
+        g = tl.where(here, g, 0.0)
+    elif o.silu:
         slope = silu_slope(convolve(window, weights.taps, weights.start, o.width), o)
         g = tl.where(here, g * slope, 0.0)
     return g

@@ -148,7 +148,7 @@ def make_gates(gates, row, t, target, inside, live, block, h: tl.constexpr):
 
     Args:
       row, t: a row and [T] tokens in it, as a and b count them; target: [T], as g and beta do, all 64-bit.
-      inside: [T], the tokens that exist; live: [T] or one for all, those that are computed.
+      inside: [T], the tokens that exist; live: [T] or one for all, those that are computed. No load waits for it.
     """
     c = block * h.gate_columns + tl.arange(0, h.gate_columns)
     t = t[:, None]
@@ -158,12 +158,11 @@ def make_gates(gates, row, t, target, inside, live, block, h: tl.constexpr):
             channel = c % h.per_head
             exist = c < h.columns
             stored = inside[:, None] & exist[None, :]
-            wanted = stored & live
             column = head * tl.cast(gates.strides.a[2], tl.int64) + channel * tl.cast(
                 gates.strides.a[3], tl.int64
             )
             source = gates.a + row * gates.strides.a[0] + t * gates.strides.a[1] + column[None, :]
-            z = widen(tl.load(source, mask=wanted, other=0.0))
+            z = widen(tl.load(source, mask=stored, other=0.0))
             if gates.dt_bias is not None:
                 place = gates.dt_bias + head * gates.strides.dt_bias[0] + channel * gates.strides.dt_bias[1]
                 z = z + widen(tl.load(place, mask=exist, other=0.0))[None, :]
@@ -173,28 +172,25 @@ def make_gates(gates, row, t, target, inside, live, block, h: tl.constexpr):
                 g = -rate * softplus(z)
             else:
                 g = h.lower * sigmoid(rate * z)
-            tl.store(
-                gates.g + target[:, None] * h.columns + c[None, :], tl.where(wanted, g, 0.0), mask=stored
-            )
+            tl.store(gates.g + target[:, None] * h.columns + c[None, :], tl.where(live, g, 0.0), mask=stored)
     if gates.b is not None:
         own = block
         if h.per_head > 1:
             own = block - h.g_blocks
         c = own * h.gate_columns + tl.arange(0, h.gate_columns)
         stored = inside[:, None] & ((c >= 0) & (c < h.value_heads))[None, :]
-        wanted = stored & live
         source = (
             gates.b
             + row * gates.strides.b[0]
             + t * gates.strides.b[1]
             + (c * tl.cast(gates.strides.b[2], tl.int64))[None, :]
         )
-        beta = sigmoid(widen(tl.load(source, mask=wanted, other=0.0)))
+        beta = sigmoid(widen(tl.load(source, mask=stored, other=0.0)))
         if h.rounds:
             beta = widen(round_to(beta, gates.b.dtype.element_ty))
         tl.store(
             gates.beta + target[:, None] * h.value_heads + c[None, :],
-            tl.where(wanted, beta, 0.0),
+            tl.where(live, beta, 0.0),
             mask=stored,
         )
 
