@@ -56,8 +56,8 @@ def gated_delta_prologue(
     """The front of a linear-attention layer, for training: `gated_delta_prologue_fn` without a pool, differentiable.
 
     Gradients arrive at x, weight, bias, initial_states, a, b, A_log and dt_bias, through every result; a rounding inside
-    counts as the identity. One kernel computes those of x, weight, bias and initial_states from the inputs alone; those
-    of the gates are torch operations. Channel-first x, and gradients of q, k and v whose heads do not lie side by side,
+    counts as the identity. One kernel computes those of x, weight, bias and initial_states from the inputs alone,
+    another those of the gates. Channel-first x, and gradients of q, k and v whose heads do not lie side by side,
     are copied first in the backward pass. Nothing synchronises.
 
     Args:
@@ -134,18 +134,19 @@ def _backward(*arguments):
         dx, dweight, dbias, dinitial = plain_prologue.backward(
             packed, grads, dfinal, starts, call.initial_states
         )
+        gates = plain_prologue.gates_backward(packed, dg, dbeta)
     else:
         x = packed.x if walks(*packed.x.stride()) else packed.x.contiguous()
         dx, dweight, dbias, dinitial = launch_on(
             x.device, kernels("prologue_backward").launch, grads, dfinal, x, call.weight, call.bias, call.initial_states,
             starts, packed, packed.check(), needs, kernels("launch").warp_size(),
         )  # fmt: skip
-    da, db, drate, ddt = plain_prologue.gates_backward(packed, dg, dbeta)
+        gates = launch_on(
+            x.device, kernels("prologue_backward").launch_gates, packed, packed.check(), dg, dbeta
+        )
     wanted = (True, needs[0], needs[0], needs[1], True, True, True, True)
     results = []
-    for name, grad, want in zip(
-        _DIFFERENTIABLE, (dx, dweight, dbias, dinitial, da, db, drate, ddt), wanted, strict=True
-    ):
+    for name, grad, want in zip(_DIFFERENTIABLE, (dx, dweight, dbias, dinitial, *gates), wanted, strict=True):
         given = getattr(call, name)
         absent = given is None or not want
         results.append(call.x.new_empty(0) if absent else owned(grad.reshape(given.shape)))

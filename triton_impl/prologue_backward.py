@@ -1,14 +1,18 @@
-"""The differentiable prologue of the gated delta rule: gradients of q, k and v in one pass, then those of the gates.
+"""The differentiable prologue of the gated delta rule: gradients of q, k and v in one pass, those of the gates in another.
 
 The backward kernel is `backward`'s: a program's channels are whole heads of q or of k, or channels of v, and between its
 upstream gradient and the slope of the activation comes the norm's derivative, from the value that it recomputes.
+Programs of the gates' kernel take some tokens times some columns of g and beta, as `prologue.make_gates`, and leave what
+their tokens add to A_log and dt_bias in a place of their own; a second kernel adds the places up in their order.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from triton_impl.arithmetic import native_ptx, word_bits
+from triton_impl.arithmetic import native_ptx, round_to, widen, word_bits
 from triton_impl.backward import (
     Given,
     Options,
@@ -17,10 +21,19 @@ from triton_impl.backward import (
     backward_config,
     prepare_sums,
 )
-from triton_impl.config import MAX_GRID_YZ
+from triton_impl.config import MAX_GRID_YZ, next_power_of_2
 from triton_impl.launch import Launch
-from triton_impl.prologue import head_channels, heads_of, lanes_of, norms
+from triton_impl.prologue import (
+    exponential,
+    head_channels,
+    heads_of,
+    lanes_of,
+    norms,
+    sigmoid,
+    softplus,
+)
 from triton_impl.records import Tokens, constants, strides_record
+from triton_impl.rows import offset
 
 Strides = strides_record("dq", "dk", "dv", "dfinal", "x", "weight", "bias", "initial_states", "dx")
 
@@ -148,3 +161,140 @@ def launch(upstream, dfinal, x, weight, bias, initial_states, starts, call, size
     if need_sums:
         reduce(workspace, dweight, dbias)
     return dx, dweight, dbias, dinitial
+
+
+# The gates.
+
+
+class Columns(NamedTuple):
+    """The gates of a call; constants.
+
+    Attributes:
+      heads: columns of b; per_head: those of a for each of them; lower: lower_bound, or None.
+      lanes: the power of two that holds `per_head`.
+      block_t, block_c: tokens and columns a program.
+    """
+
+    heads: Any
+    per_head: Any
+    lower: Any
+    lanes: Any
+    block_t: Any
+    block_c: Any
+
+
+@triton.jit
+def _gate_slopes(z, rate, dg, h: tl.constexpr):
+    """The gradients of z and of the rate's logarithm."""
+    if h.lower is None:
+        slope = tl.where(z > 20.0, 1.0, sigmoid(z))
+        dz = -rate * slope * dg
+        drate = -rate * softplus(z) * dg
+    else:
+        s = sigmoid(rate * z)
+        dw = h.lower * s * (1.0 - s) * dg
+        dz = rate * dw
+        drate = rate * z * dw
+    return dz, drate
+
+
+@triton.jit(do_not_specialize=["tokens", "batch"])
+def _gates_backward_kernel(
+    a, b, A_log, dt_bias, dg, dbeta, query_start_loc, da, db, partial, tokens, batch, h: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64)
+    t = place * h.block_t + tl.arange(0, h.block_t)
+    c = tl.program_id(1) * h.block_c + tl.arange(0, h.block_c)
+    columns: tl.constexpr = h.heads * h.per_head
+    inside = (t < tokens)[:, None]
+    live = (t < offset(query_start_loc, batch, batch, tokens))[:, None]
+    if a is not None:
+        exist = c < columns
+        wanted = inside & exist[None, :]
+        of_a = t[:, None] * columns + c[None, :]
+        z = widen(tl.load(a + of_a, mask=wanted, other=0.0))
+        if dt_bias is not None:
+            z = z + widen(tl.load(dt_bias + c, mask=exist, other=0.0))[None, :]
+        rate = exponential(widen(tl.load(A_log + c // h.per_head, mask=exist, other=0.0)))[None, :]
+        if dg is not None:
+            upstream = widen(tl.load(dg + of_a, mask=wanted, other=0.0))
+        else:
+            upstream = tl.zeros_like(z)
+        dz, drate = _gate_slopes(z, rate, upstream, h)
+        dz = tl.where(live & wanted, dz, 0.0)
+        drate = tl.where(live & wanted, drate, 0.0)
+        tl.store(da + of_a, round_to(dz, da.dtype.element_ty), mask=wanted)
+        sums = partial + place * (2 * columns) + c
+        tl.store(sums, tl.sum(drate, axis=0), mask=exist)
+        tl.store(sums + columns, tl.sum(dz, axis=0), mask=exist)
+    if b is not None:
+        wanted = inside & (c < h.heads)[None, :]
+        of_b = t[:, None] * h.heads + c[None, :]
+        s = sigmoid(widen(tl.load(b + of_b, mask=wanted, other=0.0)))
+        if dbeta is not None:
+            upstream = widen(tl.load(dbeta + of_b, mask=wanted, other=0.0))
+        else:
+            upstream = tl.zeros_like(s)
+        slope = tl.where(live, s * (1.0 - s) * upstream, 0.0)
+        tl.store(db + of_b, round_to(slope, db.dtype.element_ty), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["places"])
+def _gates_sum_kernel(partial, dA_log, ddt_bias, places, h: tl.constexpr):
+    """The sums over all places, of the columns of one head."""
+    head = tl.program_id(0)
+    lane = tl.arange(0, h.lanes)
+    exist = lane < h.per_head
+    columns: tl.constexpr = h.heads * h.per_head
+    rows: tl.constexpr = 4096 // h.lanes
+    row = tl.arange(0, rows)
+    rate = tl.zeros([rows, h.lanes], tl.float32)
+    bias = tl.zeros([rows, h.lanes], tl.float32)
+    for first in range(0, places, rows):
+        wanted = (first + row < places)[:, None] & exist[None, :]
+        source = (first + row).to(tl.int64)[:, None] * (2 * columns) + (head * h.per_head + lane)[None, :]
+        rate += tl.load(partial + source, mask=wanted, other=0.0)
+        bias += tl.load(partial + source + columns, mask=wanted, other=0.0)
+    total = tl.sum(tl.sum(rate, axis=0), axis=0)
+    tl.store(dA_log + head, round_to(total, dA_log.dtype.element_ty))
+    if ddt_bias is not None:
+        total = round_to(tl.sum(bias, axis=0), ddt_bias.dtype.element_ty)
+        tl.store(ddt_bias + head * h.per_head + lane, total, mask=exist)
+
+
+def launch_gates(call, sizes, dg, dbeta):
+    """Runs the kernels of the gates of a `PrologueFnCall` of packed rows.
+
+    Args:
+      dg, dbeta: upstream gradients, or None for zeros.
+
+    Returns:
+      (da, db, dA_log, ddt_bias), None for what the call does not have.
+    """
+    tokens, heads = call.x.shape[0], sizes.num_v_heads
+    per_head = sizes.head_k_dim if sizes.gate == "channel" else 1
+    columns = heads * per_head
+    block_c = min(next_power_of_2(columns), 128)
+    h = Columns(
+        heads, per_head, call.lower_bound, next_power_of_2(per_head), min(4096 // block_c, 512), block_c
+    )
+    places = triton.cdiv(tokens, h.block_t)
+    a, b, A_log, dt_bias, dg, dbeta = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (call.a, call.b, call.A_log, call.dt_bias, dg, dbeta)
+    )
+    da = db = partial = drate = dbias = None
+    if a is not None:
+        da, drate = torch.empty_like(a), torch.empty_like(A_log)
+        dbias = None if dt_bias is None else torch.empty_like(dt_bias)
+        partial = a.new_empty(places, 2, columns, dtype=torch.float32)
+    if b is not None:
+        db = torch.empty_like(b)
+    blocks = triton.cdiv(columns if a is not None else heads, block_c)
+    grid, batch = (places, blocks, 1), call.query_start_loc.shape[0] - 1
+    run = Launch(_gates_backward_kernel, grid, (tokens, batch, constants(h)), num_warps=4)
+    run(a, b, A_log, dt_bias, dg, dbeta, call.query_start_loc, da, db, partial)
+    if a is not None:
+        add = Launch(_gates_sum_kernel, (heads, 1, 1), (places, constants(h)), num_warps=4)
+        add(partial, drate, dbias)
+    return da, db, drate, dbias

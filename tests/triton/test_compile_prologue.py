@@ -117,19 +117,25 @@ def test_gated_convolution_reads_three_slices_and_stores_once():
 def test_backward_pass():
     import triton_impl  # behind `pretend`: it looks at the device
 
-    dim = 8192
-    x = torch.empty(8192, dim, dtype=torch.bfloat16, requires_grad=True)
+    dim, tokens = 8192, 8192
+    x = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.empty(dim, 4, dtype=torch.bfloat16, requires_grad=True)
+    gates = {name: torch.empty(tokens, 32, dtype=torch.bfloat16, requires_grad=True) for name in "ab"}
+    gates |= {name: torch.empty(32, requires_grad=True) for name in ("A_log", "dt_bias")}
     starts = torch.zeros(9, dtype=torch.int32)
     with recorded(SM_90) as launches:
-        found = triton_impl.gated_delta_prologue(x, weight, None, None, starts, **HEADS, backend="triton")
-        parts = found[:3]
-        torch.autograd.grad(parts, [x, weight], [torch.empty_like(part) for part in parts])
+        found = triton_impl.gated_delta_prologue(
+            x, weight, None, None, starts, **HEADS, **gates, backend="triton"
+        )
+        parts = found[:5]
+        torch.autograd.grad(parts, [x, weight, *gates.values()], [torch.empty_like(part) for part in parts])
     assert [launch.name for launch in launches] == [
         "_prologue_kernel",
         "_prologue_backward_kernel",
         "_reduce_kernel",
+        "_gates_backward_kernel",
+        "_gates_sum_kernel",
     ]
-    binary = launches[1].compile()
-    assert resources(binary)[1] == 0
-    assert binary.metadata.shared == 0
+    for launch in launches[1:]:
+        assert resources(launch.compile())[1] == 0
+    assert launches[1].compile().metadata.shared == 0
