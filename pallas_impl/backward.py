@@ -6,8 +6,9 @@ and `width-1` tokens further: it recomputes the pre-activation and from it `g = 
 entry of the initial state. The gradient of x takes the place of x in shared memory and leaves through TMA.
 
 Block k of row s has the number `query_start_loc[s] // block_t + s + k` in both schedules and leaves its sums for
-weight and bias in that place of a float32 workspace; numbers that no block has get zeros. A second kernel adds the
-places up in their order, so the sums have the same bits in every run and in both schedules.
+weight and bias in that place of a float32 workspace; numbers that no block has get zeros. Rows of equal length need no
+offsets, and have as many numbers as blocks. A second kernel adds the places up in their order, so the sums have the same
+bits in every run and in both schedules.
 """
 
 import functools
@@ -59,7 +60,7 @@ def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=Non
 
     Args:
       options: (activation, max_seqlen, schedule, backend).
-      inputs: x [tokens, dim], weight, bias, initial_states, query_start_loc.
+      inputs: x [tokens, dim], weight, bias, initial_states, query_start_loc, or None in its place: rows of `max_seqlen` tokens.
       upstream: the gradients of its two results, None where no loss depends on one.
       unrounded: those of weight and bias are wanted as float32.
       before_sums: an array, which is to have arrived before the kernel of the sums begins.
@@ -72,28 +73,34 @@ def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=Non
     dout, dfinal = upstream
     if dout is None:
         dout = jnp.zeros_like(inputs[0])
+    (tokens, dim), starts = inputs[0].shape, inputs[-1]
+    batch = tokens // max(max_seqlen, 1) if starts is None else starts.shape[0] - 1
 
-    if backend == "xla" or inputs[0].size == 0 or inputs[-1].shape[0] == 1:
-        x, weight, bias, *others = inputs
+    if backend == "xla" or inputs[0].size == 0 or batch == 0:
+        x, weight, bias, *others, starts = inputs
+        others.append(plain.equal_rows(batch, tokens) if starts is None else starts)
         if unrounded:  # float32 copies change no product
             weight, bias = weight.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
         found = plain.backward(dout, dfinal, x, weight, bias, *others, silu=activation is not None)
     else:
         arrays = refuse_transforms(dout, dfinal, *inputs[:4])
-        (tokens, dim), batch = inputs[0].shape, inputs[-1].shape[0] - 1
+        schedule, seqlen = ("per_sequence", max_seqlen) if starts is None else (schedule, None)
         config = backward_config(tokens, dim, batch, inputs[0].dtype.itemsize, max_seqlen, schedule)
-        static = _Options(activation is not None, config, backend == "mosaic_gpu_interpret", unrounded)
-        found = _padded(*arrays, inputs[4], document_marks, before_sums, static)
+        static = _Options(
+            activation is not None, config, backend == "mosaic_gpu_interpret", unrounded, seqlen
+        )
+        found = _padded(*arrays, starts, document_marks, before_sums, static)
     return (*found, None)
 
 
 class _Options(NamedTuple):
-    """`interpret` is a bool, below `_padded` False or the parameters of Pallas' GPU interpreter."""
+    """`interpret` is a bool, below `_padded` False or the parameters of Pallas' GPU interpreter; `seqlen`: of rows of equal length."""
 
     silu: bool
     config: BackwardConfig
     interpret: Any
     unrounded: bool
+    seqlen: int | None
 
 
 def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, document_marks, before_sums, o):
@@ -104,7 +111,7 @@ def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docu
     if o.interpret and not CLIPS:
         extra = -dim % BACKWARD_D
     starts = query_start_loc
-    if starts.dtype != jnp.int32:
+    if starts is not None and starts.dtype != jnp.int32:
         starts = plain.offsets(starts, tokens)
 
     def wide(array):
@@ -139,7 +146,7 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
       dout, x: [tokens, dim]; rows of every array are multiples of 16 bytes and at least 128 channels long.
       dfinal: [batch, width-1, dim], or None.
       weight, bias, initial_states: as in `causal_conv1d`.
-      query_start_loc: [batch+1] int32.
+      query_start_loc: [batch+1] int32; None: rows of `o.seqlen` tokens.
       document_marks, before_sums: as in `differentiate`.
       o: `_Options`.
 
@@ -148,12 +155,16 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
       dinitial None without one.
     """
     (tokens, dim), width = x.shape, weight.shape[1]
-    batch, history = query_start_loc.shape[0] - 1, width - 1
+    history = width - 1
     if history == 0:
         dfinal = None
     columns = cdiv(dim, BACKWARD_D)
-    places = tokens // o.config.block_t + batch + 1
-    blocks = places if o.config.flat else (batch + 1) * o.config.row_blocks
+    if query_start_loc is None:
+        places = blocks = tokens // o.seqlen * o.config.row_blocks
+    else:
+        batch = query_start_loc.shape[0] - 1
+        places = tokens // o.config.block_t + batch + 1
+        blocks = places if o.config.flat else (batch + 1) * o.config.row_blocks
     kinds = width + (bias is not None)
 
     operands = {"x": x, "dout": dout, "weight": weight, "query_start_loc": query_start_loc}
@@ -185,9 +196,7 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
         scratch |= {"late": rows(history, dfinal.dtype), "late_ready": plgpu.Barrier(num_arrivals=1)}
 
     found = run(
-        functools.partial(
-            _kernel, columns=columns, config=o.config, silu=o.silu, interpret=bool(o.interpret)
-        ),
+        functools.partial(_kernel, columns=columns, o=o),
         "backward",
         blocks * columns,
         operands,
@@ -207,12 +216,14 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
     return found["dx"], rounded(total[:width].T, weight), dbias, dinitial
 
 
-def _kernel(refs, *, columns, config, silu, interpret):
+def _kernel(refs, *, columns, o):
+    config, silu, interpret = o.config, o.silu, bool(o.interpret)
     x, dout, weight, query_start_loc = refs.x, refs.dout, refs.weight, refs.query_start_loc
     tile, upstream, edge, total = refs.tile, refs.upstream, refs.edge, refs.total
     window, dwindow, late = refs.window, refs.dwindow, refs.late
     (tokens, dim), width = x.shape, weight.shape[1]
-    history, batch, block_t = width - 1, query_start_loc.shape[0] - 1, config.block_t
+    history, block_t = width - 1, config.block_t
+    batch = tokens // o.seqlen if query_start_loc is None else query_start_loc.shape[0] - 1
 
     program = lax.axis_index("program")
     block, column = div(program, columns), rem(program, columns)
@@ -221,9 +232,12 @@ def _kernel(refs, *, columns, config, silu, interpret):
         row = find_row(query_start_loc, block, block_t, batch, tokens, interpret=interpret)
     else:
         row = div(block, config.row_blocks)
-    start, end = row_facts(query_start_loc, row, batch, tokens)
-    number = div(start, block_t) + row  # of the row's first block
-    numbers = div(end, block_t) + row + 1 - number  # up to the next row's; the last may be no block
+    start, end = row_facts(query_start_loc, row, batch, tokens, o.seqlen)
+    if query_start_loc is None:
+        number, numbers = row * config.row_blocks, jnp.int32(config.row_blocks)
+    else:
+        number = div(start, block_t) + row  # of the row's first block
+        numbers = div(end, block_t) + row + 1 - number  # up to the next row's; the last may be no block
 
     def run_block(index):
         begin = start + index * block_t

@@ -62,11 +62,20 @@ def prefill_part(call):
     return out, arrays._replace(conv_states=pool), options._replace(interpret=interpreter(options.interpret))
 
 
-def run_rows(call, document_marks):
-    """`out` of an `FnCall` on a kernel; `document_marks` (`rows.document_marks`) say where documents begin in rows, or None."""
-    call, sizes, backend = _checked(call, call.x)
-    arrays = _arrays(call)._replace(document_marks=document_marks)
-    return _prefill(arrays, _prefill_options(call, sizes, backend))[0]
+def run_rows(arrays, activation, backend):
+    """`out` [batch, seqlen, dim] on a kernel: x has rows of equal length, each of which begins with its window in `conv_states`.
+
+    Nothing is stored. Where `document_marks` say that a document begins, a row begins anew with zeros.
+    """
+    (batch, seqlen, dim), width = arrays.x.shape, arrays.weight.shape[1]
+    _refuse_symbols(dict(batch=batch, seqlen=seqlen, dim=dim, width=width))
+    blocks = config.prefill_config(batch * seqlen, dim, batch, seqlen, "per_sequence")._replace(tail_blocks=0)
+    options = Options(
+        silu=activation is not None, always_state=True, kernel="prefill", config=blocks, seqlen=seqlen
+    )
+    options = options._replace(commit=False, interpret=backend == "mosaic_gpu_interpret")
+    flat = arrays._replace(x=arrays.x.reshape(-1, dim))
+    return _on_kernels(_launch_prefill, flat, options)[0].reshape(arrays.x.shape)
 
 
 def _run_prefill(call, sizes, backend):
@@ -259,12 +268,16 @@ def _checked(call, on):
         call.check_values(sizes, on_host)
     call = normalised(call)._replace(backend=backend, validate=False)
     if backend != "xla":
-        for name, size in getattr(sizes, "conv", sizes)._asdict().items():
-            if size is not None and not isinstance(size, int):
-                raise Unsupported(
-                    f"{name}: a kernel is made for one size; expected an integer or backend='xla', got {size}"
-                )
+        _refuse_symbols(getattr(sizes, "conv", sizes)._asdict())
     return call, sizes, backend
+
+
+def _refuse_symbols(sizes):
+    for name, size in sizes.items():
+        if size is not None and not isinstance(size, int):
+            raise Unsupported(
+                f"{name}: a kernel is made for one size; expected an integer or backend='xla', got {size}"
+            )
 
 
 def _arrays(call):

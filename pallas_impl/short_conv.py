@@ -13,10 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from oracle.contract import ConvOutput, FnCall, ShortConvCall, Unsupported, check_lengths
+from oracle.contract import ConvOutput, ShortConvCall, Unsupported, check_lengths
 from pallas_impl import backward, parts, plain
 from pallas_impl.call import resolve, run_rows
 from pallas_impl.parts import BATCH, CHANNELS
+from pallas_impl.records import Arrays
 from pallas_impl.rows import document_marks
 from pallas_impl.tracing import mappable, vary_alike
 
@@ -213,12 +214,8 @@ def _forward(options, *arrays):
 
 def _run_forward(call):
     x, weight, bias, window, marks, _, (activation, backend) = call
-    batch, seqlen, dim = x.shape
-    starts = plain.equal_rows(batch, batch * seqlen)
-    has_state = None if window is None else jnp.ones((batch,), bool)
-    rows = FnCall(x.reshape(-1, dim), weight, bias, window, starts, None, has_state)
-    rows = rows._replace(activation=activation, max_seqlen=seqlen, backend=backend)
-    return (run_rows(rows, marks).reshape(x.shape),)
+    rows = Arrays(x=x, weight=weight, bias=bias, conv_states=window, document_marks=marks)
+    return (run_rows(rows, activation, backend),)
 
 
 def _backward(options, *arrays):
@@ -234,8 +231,8 @@ def _backward(options, *arrays):
 
 def _run_backward(call, **options):
     x, weight, bias, window, marks, dout, (activation, backend) = call
-    batch, seqlen, dim = x.shape
-    inputs = x.reshape(-1, dim), weight, bias, window, plain.equal_rows(batch, batch * seqlen)
+    _, seqlen, dim = x.shape
+    inputs = x.reshape(-1, dim), weight, bias, window, None
     given, upstream = (activation, seqlen, "auto", backend), (dout.reshape(-1, dim), None)
     dx, dweight, dbias, dwindow, _ = backward.differentiate(
         given, inputs, upstream, document_marks=marks, **options

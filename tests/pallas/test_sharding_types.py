@@ -244,7 +244,7 @@ def plain_kernels(monkeypatch):
 
     def run(arrays, options):
         if arrays.document_marks is not None:
-            batch, pool = arrays.query_start_loc.shape[0] - 1, arrays.conv_states
+            batch, pool = arrays.x.shape[0] // options.seqlen, arrays.conv_states
             given = arrays.x, arrays.weight, arrays.bias, pool, batch
             return of_documents(arrays.document_marks, options.silu, *given), pool, None
         if arrays.query_start_loc is None:
@@ -254,10 +254,9 @@ def plain_kernels(monkeypatch):
 
     def differentiate(options, inputs, upstream, document_marks=None, **more):
         if document_marks is not None:
-            *floats, starts = inputs
-            given = document_marks, options[0] is not None
-            forward = lambda *floats: of_documents(*given, *floats, starts.shape[0] - 1)  # noqa: E731
-            return *jax.vjp(forward, *floats)[1](upstream[0]), None
+            given, batch = (document_marks, options[0] is not None), inputs[0].shape[0] // options[1]
+            forward = lambda *floats: of_documents(*given, *floats, batch)  # noqa: E731
+            return *jax.vjp(forward, *inputs[:4])[1](upstream[0]), None
         return real((*options[:-1], "xla"), inputs, upstream, **more)
 
     real = backward.differentiate

@@ -281,3 +281,51 @@ def test_a_kernel_on_a_mesh_without_axes_is_refused():
             jax.eval_shape(
                 lambda x: short_conv(x, jnp.ones((3, 4)), axes=(None, "model")), arrays["x"][0, :, :3]
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("width", "dtype", "dim", "seqlen"),
+    [(4, "bfloat16", 2048, 2048), (2, "bfloat16", 640, 1001), (3, "float16", 2048, 515), (4, "float32", 384, 300),
+     (5, "bfloat16", 1032, 777), (8, "float32", 256, 130), (4, "bfloat16", 100, 61), (1, "bfloat16", 256, 40)],
+)  # fmt: skip
+@pytest.mark.parametrize("cached", [False, True])
+def test_gpu_documents_have_the_bits_of_rows_alone(width, dtype, dim, seqlen, cached):
+    """Forward, dx and the cache's gradient, of "auto"; the sums over all tokens to their rounding."""
+    rng = np.random.default_rng(seqlen)
+    begins = rng.random((3, seqlen)) < np.array([[0.3], [0.01], [0.0]])
+    begins[:, 0] = True
+    starts = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
+    first, rows = starts[:-1] % seqlen == 0, starts[:-1] // seqlen
+    ids = jnp.asarray(np.cumsum(begins, axis=1) % 3, jnp.int32)
+    shapes = (3, seqlen, dim), (dim, width), (dim,), (3, seqlen, dim), (3, width - 1, dim)
+    x, weight, bias, dout, cache = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype) for shape in shapes
+    )
+    cache = (cache,) if cached else ()
+
+    def dense(x, weight, bias, cache=None):
+        options = dict(segment_ids=ids, want_cache=False, activation="silu")
+        return short_conv(x, weight, bias, cache=cache, **options).out
+
+    def packed(x, weight, bias, cache=None):
+        windows = None if cache is None else jnp.where(jnp.asarray(first)[:, None, None], cache[rows], 0)
+        flat = x.reshape(-1, dim), weight, bias, windows, jnp.asarray(starts)
+        return causal_conv1d(*flat, activation="silu", backend="mosaic_gpu").out.reshape(x.shape)
+
+    def training(run):
+        def step(dout, *arrays):
+            out, back = jax.vjp(run, *arrays)
+            return out, *back(dout)
+
+        return jax.jit(step)(dout, x, weight, bias, *cache)
+
+    for name, got, want in zip(
+        ("out", "dx", "dweight", "dbias", "dcache"), training(dense), training(packed), strict=False
+    ):
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
+        if name in ("dweight", "dbias"):
+            near = 2 * float(jnp.finfo(dtype).eps) * np.abs(want).max() + 3 * seqlen * 2.0**-20
+            np.testing.assert_allclose(got, want, rtol=0, atol=near, err_msg=name)
+        else:
+            np.testing.assert_array_equal(got, want, err_msg=name)
