@@ -166,13 +166,14 @@ def _kernel(refs, *, num_slots, batch, grid, o, finish):
         begin = start + index * block_t
         length = jnp.minimum(end - begin, block_t)
         if not of_gates:
-            convolve_block(begin, length, index == 0)
+            convolve_block(index, begin, length)
             return
         share = Share(begin, length, column - grid.columns, of_gates, block_t, live)
         pl.when(column >= grid.columns)(lambda: finish.gates(refs, share))
-        pl.when(column < grid.columns)(lambda: convolve_block(begin, length, index == 0))
+        pl.when(column < grid.columns)(lambda: convolve_block(index, begin, length))
 
-    def convolve_block(begin, length, first):
+    def convolve_block(index, begin, length):
+        first = index == 0
         fewest = GROUP if in_registers else 1  # a box less is a tensor map less
 
         @pl.when(row < batch)  # x is asked for before it is known whether the row is live
