@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import html
 import io
+import platform
 import re
 import socket
 import tomllib
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
@@ -31,12 +34,14 @@ def pins(name):
 def wheels(name):
     """The addresses of a project's wheels for this machine, by version."""
     with urllib.request.urlopen(f"https://pypi.org/simple/{name}/", timeout=60) as page:
-        found = re.findall(r'href="([^"#]+/([^"#/]+\.whl))', page.read().decode())
+        links = re.findall(r'<a href="([^"#]+/([^"#/]+\.whl))[^>]*>', text := page.read().decode())
+    pythons = re.findall(r'([^"#/]+\.whl)[#"][^>]*data-requires-python="([^"]*)"', text)
+    pythons = {file: SpecifierSet(html.unescape(specifier)) for file, specifier in pythons}
     usable, tags = {}, set(sys_tags())
-    for address, file in found:
+    for address, file in links:
         with contextlib.suppress(InvalidWheelFilename):
             _, version, _, kinds = parse_wheel_filename(file)
-            if tags & kinds:
+            if tags & kinds and platform.python_version() in pythons.get(file, SpecifierSet()):
                 usable[version] = address
     return usable
 
