@@ -42,10 +42,10 @@ def cuts(row, rows, seqlen):
     return [0, int(rows["lengths"][row]) if "lengths" in rows else seqlen]
 
 
-# Documents that begin at the borders of a kernel's blocks of 8 and 16 tokens, beside them, and one after another; one id comes
-# back behind another document, and in a row of one document another begins with the last token.
+# Documents that begin at the borders of a kernel's blocks of 8 and 16 tokens, beside them, and one after another;
+# ids come back behind another document. In the second row the last token is one, and one begins just behind a group of 8.
 LONG = 37
-CUTS = [0, 1, 2, 8, 15, 16, 17, 30, LONG], [0, LONG - 1, LONG]
+CUTS = [0, 1, 2, 8, 15, 16, 17, 30, LONG], [0, 9, LONG - 1, LONG]
 LONG_IDS = np.stack([np.repeat(np.arange(len(cuts) - 1, dtype=np.int32) % 2, np.diff(cuts)) for cuts in CUTS])
 
 
