@@ -33,10 +33,10 @@ def in_layout(value, *, interpret):
     return value if interpret else plgpu.layout_cast(value, layout(value.shape[0]))
 
 
-def load_taps(weight_ref, bias_ref, channel, block_d, *, interpret):
+def load_taps(weight_ref, bias_ref, channel, block_d, *, repeats=1, interpret):
     """Loads the taps and the bias of channels `channel` to `channel + block_d - 1`, as float32 vectors.
 
-    Channels past the end repeat the last one, so nothing outside the arrays is read; what is computed for
+    With `repeats`, vectors hold them so many times over. Channels past the end repeat the last one, so nothing outside the arrays is read; what is computed for
     them is never stored.
 
     Returns:
@@ -45,12 +45,14 @@ def load_taps(weight_ref, bias_ref, channel, block_d, *, interpret):
     dim, width = weight_ref.shape
     if interpret:
         columns = pl.ds(channel, block_d)
-        taps = tuple(weight_ref[columns, j].astype(jnp.float32) for j in range(width))
+        wide = lambda values: jnp.tile(values.astype(jnp.float32), repeats)  # noqa: E731
+        taps = tuple(wide(weight_ref[columns, j]) for j in range(width))
         if bias_ref is None:
-            return taps, jnp.zeros((block_d,), jnp.float32)
-        return taps, bias_ref[columns].astype(jnp.float32)
+            return taps, jnp.zeros((block_d * repeats,), jnp.float32)
+        return taps, wide(bias_ref[columns])
 
-    row = plgpu.ShapeDtypeStruct((block_d,), jnp.float32, layout(block_d))
+    lanes = block_d * repeats
+    row = plgpu.ShapeDtypeStruct((lanes,), jnp.float32, layout(lanes))
     refs = (weight_ref,) if bias_ref is None else (weight_ref, bias_ref)
 
     @plgpu.inline_mgpu(
@@ -61,12 +63,12 @@ def load_taps(weight_ref, bias_ref, channel, block_d, *, interpret):
         oldest_first = [mgpu.c(j, ir.IndexType.get()) for j in range(width)]
         columns = [lambda c, j=j: memref.load(weight, [c, j]) for j in oldest_first]
         columns += [lambda c, b=b: memref.load(b, [c]) for b in bias]
-        return tuple(_gather(column, first, dim, block_d) for column in columns)
+        return tuple(_gather(column, first, dim, block_d, repeats) for column in columns)
 
     loaded = load(channel, *refs)
     if bias_ref is not None:
         return loaded[:width], loaded[width]
-    return loaded, plgpu.layout_cast(jnp.zeros((block_d,), jnp.float32), layout(block_d))
+    return loaded, plgpu.layout_cast(jnp.zeros((lanes,), jnp.float32), layout(lanes))
 
 
 def convolve(window, taps, start, *, silu, interpret):
@@ -201,17 +203,20 @@ def rem(a, b):
     return lax.rem(a, jnp.int32(b))
 
 
-def _gather(load, first, dim, block_d):
-    """A float32 FragmentedArray of `load(c)` for c from `first` on, clamped to the last channel."""
+def _gather(load, first, dim, block_d, repeats):
+    """A float32 FragmentedArray of `load(c)` for `block_d` channels from `first` on, clamped to the last channel."""
     index = ir.IndexType.get()
     float32 = ir.F32Type.get()
-    kind = mgpu.WGStridedFragLayout((block_d,), block_d // WARPGROUP)
-    registers = np.empty(kind.registers_shape((block_d,)), dtype=object)
+    lanes = block_d * repeats
+    kind = mgpu.WGStridedFragLayout((lanes,), lanes // WARPGROUP)
+    registers = np.empty(kind.registers_shape((lanes,)), dtype=object)
     base = arith.index_cast(
         index, first.registers.item() if isinstance(first, mgpu.FragmentedArray) else first
     )
     for i, lane in enumerate(kind.linear_thread_idxs()):
         values = []
+        if repeats > 1:
+            lane = arith.remui(lane, mgpu.c(block_d, index))
         for k in range(kind.vec_size):
             channel = arith.addi(arith.addi(base, lane), mgpu.c(k, index))
             value = load(arith.minui(channel, mgpu.c(dim - 1, index)))
@@ -243,6 +248,18 @@ def silu_slope_of_register(z):
     p = ptx("ex2.approx.ftz.f32", math.fma(z, one(-LOG2E), one(-14.0)))
     r = ptx("rcp.approx.ftz.f32", arith.addf(p, one(SCALE)))
     return arith.mulf(arith.mulf(r, math.fma(z, arith.mulf(p, r), one(1.0))), one(SCALE))
+
+
+def silu_and_slope_of_register(z):
+    """`activate` and `silu_slope` of a register, which share exponential and quotient."""
+    kind = z.type
+    one = lambda value: constant(kind, value)  # noqa: E731
+    above = arith.maximumf(z, one(-97.0))  # where SiLU is zero to a float32
+    z = arith.minimumf(above, one(97.0))
+    p = ptx("ex2.approx.ftz.f32", math.fma(z, one(-LOG2E), one(-14.0)))
+    r = ptx("rcp.approx.ftz.f32", arith.addf(p, one(SCALE)))
+    s = arith.mulf(r, one(SCALE))
+    return arith.mulf(above, s), arith.mulf(s, math.fma(z, arith.mulf(p, r), one(1.0)))
 
 
 def constant(kind, value):

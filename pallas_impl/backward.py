@@ -50,6 +50,7 @@ from pallas_impl.rows import (
     store_rows,
     store_zeros,
 )
+from pallas_impl.slots import part_of_out
 from pallas_impl.tracing import refuse_transforms
 
 GROUP = MARKED  # tokens between two turns of the loop, and places of the workspace loaded at a time
@@ -86,21 +87,28 @@ def differentiate(options, inputs, upstream, *, unrounded=False, before_sums=Non
         arrays = refuse_transforms(dout, dfinal, *inputs[:4])
         schedule, seqlen = ("per_sequence", max_seqlen) if starts is None else (schedule, None)
         config = backward_config(tokens, dim, batch, inputs[0].dtype.itemsize, max_seqlen, schedule)
-        static = _Options(
-            activation is not None, config, backend == "mosaic_gpu_interpret", unrounded, seqlen
-        )
+        static = Options(activation is not None, config, backend == "mosaic_gpu_interpret", unrounded, seqlen)
         found = _padded(*arrays, starts, document_marks, before_sums, static)
     return (*found, None)
 
 
-class _Options(NamedTuple):
-    """`interpret` is a bool, below `_padded` False or the parameters of Pallas' GPU interpreter; `seqlen`: of rows of equal length."""
+class Options(NamedTuple):
+    """What is static in a backward pass.
+
+    Attributes:
+      silu: whether the forward pass applied it.
+      interpret: a bool, for `launch` False or the parameters of Pallas' GPU interpreter.
+      unrounded: as in `differentiate`.
+      seqlen: of rows of equal length.
+      front: what the results went through, `prologue_backward.Front`, or None.
+    """
 
     silu: bool
     config: BackwardConfig
     interpret: Any
-    unrounded: bool
-    seqlen: int | None
+    unrounded: bool = False
+    seqlen: int | None = None
+    front: Any = None
 
 
 def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, document_marks, before_sums, o):
@@ -143,12 +151,13 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
     """Runs both kernels.
 
     Args:
-      dout, x: [tokens, dim]; rows of every array are multiples of 16 bytes and at least 128 channels long.
+      dout, x: [tokens, dim]; rows of every array are multiples of 16 bytes and at least 128 channels long. With a front,
+        dout is a tuple of arrays, each of whole tiles, which lie side by side.
       dfinal: [batch, width-1, dim], or None.
       weight, bias, initial_states: as in `causal_conv1d`.
       query_start_loc: [batch+1] int32; None: rows of `o.seqlen` tokens.
       document_marks, before_sums: as in `differentiate`.
-      o: `_Options`.
+      o: `Options`.
 
     Returns:
       (dx, dweight, dbias, dinitial), each in the dtype of its argument, dweight and dbias float32 if unrounded; dbias and
@@ -167,7 +176,9 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
         blocks = places if o.config.flat else (batch + 1) * o.config.row_blocks
     kinds = width + (bias is not None)
 
-    operands = {"x": x, "dout": dout, "weight": weight, "query_start_loc": query_start_loc}
+    douts = (dout,) if o.front is None else dout
+    operands = {"x": x, **{f"dout{i}": part for i, part in enumerate(douts)}}
+    operands |= {"weight": weight, "query_start_loc": query_start_loc}
     operands |= {"bias": bias, "dfinal_states": dfinal, "initial_states": initial_states if history else None}
     outputs = {
         "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -178,9 +189,10 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
         outputs["dinitial"] = jax.ShapeDtypeStruct(initial_states.shape, initial_states.dtype)
 
     rows = lambda n, dtype: plgpu.SMEM((n, BACKWARD_D), dtype)  # noqa: E731
+    least = 0 if o.front is None else o.front.rows_of_sums(kinds, x.dtype)
     scratch = {
-        "tile": rows(o.config.block_t + history, x.dtype),
-        "upstream": rows(o.config.block_t + history, dout.dtype),
+        "tile": rows(max(o.config.block_t + history, least), x.dtype),
+        "upstream": rows(o.config.block_t + history, douts[0].dtype),
         "edge": rows(max(history, 1), x.dtype),
         "total": rows(kinds, jnp.float32),
         "tile_ready": plgpu.Barrier(num_arrivals=2),
@@ -217,13 +229,15 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
 
 
 def _kernel(refs, *, columns, o):
-    config, silu, interpret = o.config, o.silu, bool(o.interpret)
-    x, dout, weight, query_start_loc = refs.x, refs.dout, refs.weight, refs.query_start_loc
+    config, silu, front, interpret = o.config, o.silu, o.front, bool(o.interpret)
+    x, weight, query_start_loc = refs.x, refs.weight, refs.query_start_loc
+    douts = [part for part in (refs.dout0, refs.dout1, refs.dout2) if part is not None]
     tile, upstream, edge, total = refs.tile, refs.upstream, refs.edge, refs.total
     window, dwindow, late = refs.window, refs.dwindow, refs.late
     (tokens, dim), width = x.shape, weight.shape[1]
     history, block_t = width - 1, config.block_t
     batch = tokens // o.seqlen if query_start_loc is None else query_start_loc.shape[0] - 1
+    result, shift = (tile, 0) if front is None else (upstream, history)  # where dx is left, from which row on
 
     program = lax.axis_index("program")
     block, column = div(program, columns), rem(program, columns)
@@ -253,12 +267,12 @@ def _kernel(refs, *, columns, o):
 
         @pl.when(jnp.logical_not(live))
         def _():
-            lax.fori_loop(0, length, lambda t, _: store_zeros(tile, t, interpret), None)
+            lax.fori_loop(0, length, lambda t, _: store_zeros(result, t + shift, interpret), None)
             for j in range(total.shape[0]):
                 store_zeros(total, j, interpret)
 
         plgpu.commit_smem()
-        store_rows(tile.at[pl.ds(0, block_t)], refs.dx, channels, begin, length)
+        store_rows(result.at[pl.ds(shift, block_t)], refs.dx, channels, begin, length)
         plgpu.copy_smem_to_gmem(total, refs.sums.at[number + index, :, channels])
         if dwindow is not None:
 
@@ -277,10 +291,13 @@ def _kernel(refs, *, columns, o):
                 (length > 0) & (length + history > smaller) & ((length + history <= size) | (size == tokens))
             )
             def _(size=size):
-                for source, target in ((x, tile), (dout, upstream)):
+                def copy(target, source, part):
                     plgpu.copy_gmem_to_smem(
-                        source.at[pl.ds(begin, size), channels], target.at[pl.ds(0, size)], refs.tile_ready
+                        source.at[pl.ds(begin, size), part], target.at[pl.ds(0, size)], refs.tile_ready
                     )
+
+                copy(tile, x, channels)
+                part_of_out(douts, channels, functools.partial(copy, upstream))
 
             smaller = size
         if not history:
@@ -306,16 +323,8 @@ def _kernel(refs, *, columns, o):
                 refs.dfinal_states.at[row, pl.ds(0, history), channels], late, refs.late_ready
             )
 
-    def walk(index, rest, length, first):
-        groups = div(length + GROUP - 1, GROUP)
-        mark = None
-        if refs.document_marks is not None:
-            mark = mark_of(index, 0)
-            inner = div(length - history, GROUP)  # groups that meet no token behind the block's
-            cut = next_cut(index, 0, inner)  # while the tile is on its way
-        taps, bias = load_taps(weight, refs.bias, channels.start, BACKWARD_D, interpret=interpret)
-        zero = _zeros(interpret)
-        past = (zero,) * history
+    def wait(first, length, read, past):
+        """Waits for the copies; returns the inputs before the block, by `read(rows, j)`; `past`: where there is none."""
         if history:
             if tokens > block_t:
 
@@ -329,7 +338,7 @@ def _kernel(refs, *, columns, o):
                 def _():
                     plgpu.barrier_wait(refs.window_ready)
 
-            entries = lambda ref: tuple(ref[j].astype(jnp.float32) for j in range(history))  # noqa: E731
+            entries = lambda ref: tuple(read(ref, j) for j in range(history))  # noqa: E731
             initial = (lambda: entries(window)) if window is not None else (lambda: past)
             past = lax.cond(first, initial, lambda: entries(edge)) if tokens > block_t else initial()
             if late is not None:
@@ -338,6 +347,23 @@ def _kernel(refs, *, columns, o):
         @pl.when(length > 0)
         def _():
             plgpu.barrier_wait(refs.tile_ready)
+
+        return past
+
+    def walk(index, rest, length, first):
+        if front is not None:
+            arrive = functools.partial(wait, first, length)
+            front.walk(refs, channels.start, block_t, rest, length, arrive, silu=silu)
+            return
+        groups = div(length + GROUP - 1, GROUP)
+        mark = None
+        if refs.document_marks is not None:
+            mark = mark_of(index, 0)
+            inner = div(length - history, GROUP)  # groups that meet no token behind the block's
+            cut = next_cut(index, 0, inner)  # while the tile is on its way
+        taps, bias = load_taps(weight, refs.bias, channels.start, BACKWARD_D, interpret=interpret)
+        zero = _zeros(interpret)
+        past = wait(first, length, lambda ref, j: ref[j].astype(jnp.float32), (zero,) * history)
 
         def step(t, carry, mark=None, place=None, inside=False):
             """Token t of the block, bit `place` of a mark; returns the gradient of the entry that it completes."""

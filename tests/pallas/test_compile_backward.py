@@ -12,6 +12,7 @@ import pytest
 
 from pallas_impl import short_conv
 from pallas_impl.functional import causal_conv1d
+from pallas_impl.functional_prologue import gated_delta_prologue
 
 PLUGINS = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
 pytestmark = [
@@ -114,3 +115,47 @@ def test_documents_cost_one_operation(sharding, monkeypatch, capfd, width, dtype
     )  # fmt: skip
     assert operations == dense_operations + 1
     assert workspace <= dense_workspace + 4 * batch * seqlen // 8 + 2**10
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "size", "states", "rounding", "programs"),
+    [(4, "bfloat16", 128, False, "storage", 3), (4, "bfloat16", 64, True, "none", 3), (5, "float16", 16, True, "storage", 2),
+     (4, "float32", 128, True, "storage", 3)],
+)  # fmt: skip
+def test_a_fronts_gradient_is_two_kernels_without_spills(
+    sharding, monkeypatch, capfd, width, dtype, size, states, rounding, programs
+):
+    """So many programs have the registers of a multiprocessor; wide arrays are read and written by the kernels alone."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    batch, tokens, dim = 8, 16384, 4096
+    heads = dict(num_k_heads=1024 // size, num_v_heads=2048 // size, head_k_dim=size, head_v_dim=size)
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=sharding)
+
+    def gradient(x, weight, bias, initial, starts, parts, dfinal):
+        def forward(x, weight, bias, initial):
+            found = gated_delta_prologue(
+                x, weight, bias, initial, starts, **heads, q_scale=0.5, norm_rounding=rounding, max_seqlen=2048,
+                backend="mosaic_gpu",
+            )  # fmt: skip
+            return (*found[:3], *found[-1:] * states)
+
+        return jax.vjp(forward, x, weight, bias, initial)[1]((*parts, *[dfinal] * states))
+
+    state = shape(batch, width - 1, dim)
+    parts = [shape(tokens, n // size, size) for n in (1024, 1024, 2048)]
+    arguments = (
+        shape(tokens, dim), shape(dim, width), shape(dim), state if states else None,
+        shape(batch + 1, dtype="int32"), parts, state,
+    )  # fmt: skip
+    executable = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    printed = capfd.readouterr().out
+    assert {int(n) for n in re.findall(r"(\d+) bytes spill", printed)} == {0}
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", printed)]
+    assert len(registers) == 2
+    assert max(registers) <= 65536 // (programs * 128) // 8 * 8
+    entry = executable.as_text().split("ENTRY")[1]
+    assert len(re.findall(r"custom-call\(", entry)) == 2
+    workspace = (tokens // (256 // jnp.dtype(dtype).itemsize) + batch + 1) * (width + 1) * dim * 4
+    assert executable.memory_analysis().temp_size_in_bytes <= workspace + 2**20

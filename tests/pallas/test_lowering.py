@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, short_conv
+from pallas_impl import Unsupported, causal_conv1d_fn, causal_conv1d_update, gated_delta_prologue, short_conv
 from tests.tools import pallas_code
 from tests.tools.code_calls import CALLS
 from tests.tools.kernel_results import beside_kernels
@@ -156,6 +156,30 @@ def test_documents_are_rows_of_equal_length():
     assert calls[0] == calls[1]
     assert grids[0] == grids[1]
     assert max(grids[0]) < 8 * 2048
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(128, 2), (64, 2), (16, 2), (256, 3)])
+def test_the_gradient_of_whole_heads_is_two_kernels(size, kernels):
+    """The walk and its sums; nothing else touches an array of the width of x, of q, k or v. Larger heads: composed."""
+    dim, tokens, count = 1024, 100, 256 // size
+    heads = dict(num_k_heads=count, num_v_heads=2 * count, head_k_dim=size, head_v_dim=size)
+    x, weight = spec((tokens, dim), "bfloat16"), spec((dim, 4), "bfloat16")
+    parts = [spec((tokens, n * count, size), "bfloat16") for n in (1, 1, 2)]
+
+    def gradient(x, weight, starts, parts, backend):
+        def forward(x, weight):
+            return gated_delta_prologue(x, weight, query_start_loc=starts, **heads, backend=backend)[:3]
+
+        return jax.vjp(forward, x, weight)[1](tuple(parts))
+
+    text = lower(gradient, x, weight, spec((4,), "int32"), parts)
+    assert operations(text).count("mosaic_gpu_v2") == kernels
+    wide = {
+        name
+        for name, rest in re.findall(r"(?<!#)stablehlo\.(\w+)([^\n]*)", text)
+        if re.search(rf"tensor<{tokens}x(256|512|{dim})x", rest) and name not in ("custom_call", "reshape")
+    }
+    assert (wide - {"optimization_barrier"} == set()) == (kernels == 2), wide
 
 
 def test_a_grid_beyond_32_bits_is_unsupported():
