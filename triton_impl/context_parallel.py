@@ -648,63 +648,51 @@ class _KernelPart(NamedTuple):
         dout, x, weight, bias, offsets, starts, told = tensors
         if crosses(dout.shape, dout.stride(), x.stride()):
             dout = torch.empty_like(x).copy_(dout)
-        kept = (x, weight, dout, offsets, bias, *self.options, *self.facts, needs_x, needs_sums)
+        together = needs_sums and sum_weight_gradients
+        needs = needs_x, needs_sums, together
+        kept = (x, weight, dout, offsets, bias, *self.options, *self.facts, *needs)
         if (split := recall("context_parallel backward", kept)) is None:
             call = RowsCall(x, weight, bias, None, offsets, *self.options)
-            split = _SplitBackward(call, dout, self.facts[0], self.lengths, needs_x, needs_sums)
+            split = _SplitBackward(call, dout, self.facts[0], self.lengths, needs)
             remember("context_parallel backward", kept, split)
 
         message = torch.empty(split.size, dtype=torch.uint8, device=x.device)
         windows = x.new_empty(split.windows)
         split.tell(x, dout, offsets, told, message, windows)
-        beside = _Beside(x.device)
-        dx = torch.empty_like(x)
-        dweight = dbias = sums = workspace = None
+        beside = None if together else _Beside(x.device)
+        dx, dx_around = torch.empty_like(x), None
+        dweight = dbias = workspace = None
         if needs_sums:
             workspace = x.new_empty(split.workspace, dtype=torch.float32)
-            if sum_weight_gradients:  # they come unrounded, one behind the other
-                sums = x.new_empty(
-                    weight.numel() + (0 if bias is None else bias.numel()), dtype=torch.float32
-                )
-                dweight = sums
-                dbias = None if bias is None else sums[weight.numel() :]
-            else:
-                dweight = weight.new_empty(weight.shape)
-                dbias = None if bias is None else bias.new_empty(bias.shape)
+            dweight = weight.new_empty(weight.shape)
+            dbias = None if bias is None else bias.new_empty(bias.shape)
         split.walk(dout, None, x, weight, bias, windows, starts, dx, None, workspace)
         if needs_sums:
-            split.reduce(workspace, dweight, dbias)
-        if split.sends:
-            x_around, dout_around, dx_around = x.new_empty(split.around_shape).unbind(0)
-            starts_around = torch.empty_like(offsets)
+            sums = dweight, dbias
+            if together:  # they leave unrounded, behind the message
+                own = message[split.first : split.first + 4 * split.numbers].view(torch.float32)
+                sums = own, None if bias is None else own[weight.numel() :]
+            split.reduce(workspace, *sums)
+        around = x, weight, bias, dout, offsets, told
+        if together:  # one collective, whose sums come behind the walk
+            every = self._gather(message)
+            dx_around = split.run_around(*around, every)
+            split.add(every, dweight, dbias)
+        elif split.sends:
             with beside:
-                if len(self.lengths) > 1:
-                    dist.all_reduce(message, group=self.group)
-                if split.tail:
-                    split.around(x, dout, offsets, told, message, x_around, dout_around, starts_around)
-                    split.walk_around(
-                        dout_around, None, x_around, weight, bias, None, starts_around, dx_around, None, None
-                    )
+                dx_around = split.run_around(*around, self._gather(message))
             beside.join()
-            if split.tail:
-                dx[-split.tail :].copy_(dx_around[split.history : split.history + split.tail])
-        if sums is not None:
-            dweight, dbias = self._sums(sums, weight, bias)
+        if split.tail:
+            dx[-split.tail :].copy_(dx_around)
         return dx if needs_x else None, dweight, dbias
 
-    def _sums(self, mine, weight, bias):
-        """The float32 sums of all ranks, added in the order of the ranks and rounded to the dtypes of weight and bias."""
-        ranks, numbers, weights = len(self.lengths), mine.numel(), weight.numel()
-        every = mine.new_empty(ranks * numbers)
-        _all_gather_single(every, mine, group=self.group)
-        kept = every, weight, bias
-        if (add := recall("context_parallel sums", kept)) is None:
-            add = kernels("exchange").prepare_sums(weights, numbers - weights, ranks)
-            remember("context_parallel sums", kept, add)
-        dweight = weight.new_empty(weight.shape)
-        dbias = None if bias is None else bias.new_empty(bias.shape)
-        add(every, dweight, dbias)
-        return dweight, dbias
+    def _gather(self, message):
+        """The messages of all ranks, one behind the other."""
+        if len(self.lengths) == 1:
+            return message
+        every = message.new_empty(len(self.lengths) * message.numel())
+        _all_gather_single(every, message, group=self.group)
+        return every
 
 
 class _SplitBackward:
@@ -714,13 +702,17 @@ class _SplitBackward:
     g of a token reads the width-1 tokens before it, dx the width-1 values of g after it.
     """
 
-    def __init__(self, call, dout, rank, lengths, needs_x, needs_sums):
+    def __init__(self, call, dout, rank, lengths, needs):
         exchange, sizes = kernels("exchange"), call.check()
+        needs_x, needs_sums, together = needs
         part = exchange.Part(rank, tuple(lengths), False)
         self.history = sizes.width - 1
         self.sends = needs_x and self.history > 0
         self.tail = min(sizes.tokens, self.history) if needs_x else 0
-        self.size, self.tell, self.around = exchange.prepare_backward(call, dout, sizes, part, self.tail)
+        self.numbers = sizes.dim * (sizes.width + (call.bias is not None)) if together else 0
+        (self.first, self.size), self.tell, self.around, self.add = exchange.prepare_backward(
+            call, dout, sizes, part, self.tail, self.numbers
+        )
         self.windows = sizes.batch, self.history, sizes.dim
         self.around_shape = 3, self.tail + 2 * self.history, sizes.dim
         windows, around = (
@@ -729,6 +721,16 @@ class _SplitBackward:
         places, self.walk, self.reduce = self._plain(call, sizes, (dout, call.x, windows), needs_sums)
         self.workspace = places, sizes.width + (call.bias is not None), sizes.dim
         _, self.walk_around, _ = self._plain(call, sizes, (around, around, None), False)
+
+    def run_around(self, x, weight, bias, dout, offsets, told, every):
+        """dx of the part's last tokens; None where it has none."""
+        if not self.tail:
+            return None
+        x_around, dout_around, dx = x.new_empty(self.around_shape).unbind(0)
+        starts = torch.empty_like(offsets)
+        self.around(x, dout, offsets, told, every, x_around, dout_around, starts)
+        self.walk_around(dout_around, None, x_around, weight, bias, None, starts, dx, None, None)
+        return dx[self.history : self.history + self.tail]
 
     @staticmethod
     def _plain(call, sizes, tensors, needs_sums):

@@ -8,6 +8,9 @@ rank, its number of tokens; then come vectors of dim channels in x's dtype:
                [batch, width-1]     with a pool: the last tokens of each row
     backward   [ranks, 2, width-1]  the tokens after each rank's part, and their upstream gradient
 
+A backward message is not summed but gathered, since behind it lie sums in float32 that are added in the order of the ranks;
+who reads it joins the bits of all ranks.
+
 Tokens that do not exist are zeros. All offsets are into the whole and are clamped to it, so no value of
 `query_start_loc` leads outside of a tensor, nor does a part of another length than was expected.
 """
@@ -124,6 +127,17 @@ def _tell(vectors, i, dim, source, t, own, channels):
 def _told(vectors, i, dim, wanted, channels):
     place = vectors + tl.cast(i, tl.int64) * dim + channels.index
     return tl.load(place, mask=channels.exist & wanted, other=0.0)
+
+
+@triton.jit
+def _told_by_any(every, size, like, i, dim, wanted, channels, o: tl.constexpr):
+    """Vector i of the messages of all ranks, `size` bytes each; one rank at most has told it, the others zeros."""
+    bits: tl.constexpr = tl.int16 if like.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
+    joined = tl.zeros([o.block_d], bits)
+    for r in tl.static_range(len(o.apart)):
+        vectors = _vectors(every + tl.cast(size, tl.int64) * r, like, o)
+        joined = joined | _told(vectors, i, dim, wanted, channels).to(bits, bitcast=True)
+    return joined.to(like.dtype.element_ty, bitcast=True)
 
 
 @triton.jit
@@ -323,13 +337,15 @@ def _tell_back_kernel(
             tl.store(target, entry.to(windows.dtype.element_ty), mask=channels.exist)
 
 
-@triton.jit(do_not_specialize=["tokens", "whole", "begin", "batch", "rank", "count", "channel_blocks"])
+@triton.jit(
+    do_not_specialize=["tokens", "whole", "begin", "batch", "rank", "count", "size", "channel_blocks"]
+)
 def _around_kernel(
     x,
     dout,
     query_start_loc,
     before,
-    message,
+    every,
     x_around,
     dout_around,
     starts,
@@ -341,11 +357,12 @@ def _around_kernel(
     batch,
     rank,
     count,
+    size,
     channel_blocks,
     o: tl.constexpr,
 ):
     """The `count` tokens around the part's last ones, width-1 of them behind it; their gradients; the rows' offsets."""
-    vectors, halo = _vectors(message, x, o), _vectors(before, x, o)
+    halo, like_x, like_dout = _vectors(before, x, o), x, dout
     x, dout = tokens_of(x, strides.x), tokens_of(dout, strides.dout)
     channels, place, first = _place(channel_blocks, dim, o)
     base = tl.cast(tokens, tl.int64) + (o.width - 1) - count  # counted in the part, so below 0 before it
@@ -354,14 +371,16 @@ def _around_kernel(
         here = (t >= 0) & (t < tokens)
         later = tl.maximum(t - tokens, 0)
         told = _told(halo, rank * (o.width - 1) + t + (o.width - 1), dim, t < 0, channels)
-        after = _told(vectors, 2 * rank * (o.width - 1) + later, dim, t >= tokens, channels)
+        of_x = 2 * rank * (o.width - 1) + later
+        after = _told_by_any(every, size, like_x, of_x, dim, t >= tokens, channels, o)
         own = tl.load(at(x, t, channels), mask=channels.exist & here, other=0.0)
         entry = tl.where(here, own, tl.where(t < 0, told, after))
         target = place.to(tl.int64) * dim + channels.index
         tl.store(x_around + target, entry, mask=channels.exist)
         # what lies before the tokens whose dx is wanted gives nothing to it
         here = here & (place >= o.width - 1)
-        after = _told(vectors, (2 * rank + 1) * (o.width - 1) + later, dim, t >= tokens, channels)
+        of_dout = of_x + (o.width - 1)
+        after = _told_by_any(every, size, like_dout, of_dout, dim, t >= tokens, channels, o)
         own = tl.load(at(dout, t, channels), mask=channels.exist & here, other=0.0)
         tl.store(dout_around + target, tl.where(here, own, after), mask=channels.exist)
     else:
@@ -371,14 +390,18 @@ def _around_kernel(
     tl.store(starts, tl.zeros([], starts.dtype.element_ty), mask=(place == 0) & first)
 
 
-@triton.jit(do_not_specialize=["weights", "numbers", "ranks"])
-def _sum_kernel(parts, dweight, dbias, weights, numbers, ranks, block: tl.constexpr):
-    """The sums over ranks of [ranks, numbers] float32, in their order; the first `weights` of them are dweight's."""
+@triton.jit(do_not_specialize=["weights", "numbers", "ranks", "first", "size"])
+def _sum_kernel(every, dweight, dbias, weights, numbers, ranks, first, size, block: tl.constexpr):
+    """The sums over ranks, in their order, of `numbers` float32 from `first` on of each rank's `size`.
+
+    The first `weights` of them are dweight's.
+    """
     i = tl.program_id(0) * block + tl.arange(0, block)
     exist = i < numbers
+    parts = every.to(tl.pointer_type(tl.float32)) + first
     total = tl.load(parts + i, mask=exist, other=0.0)
     for r in range(1, ranks):
-        total += tl.load(parts + tl.cast(r, tl.int64) * numbers + i, mask=exist, other=0.0)
+        total += tl.load(parts + tl.cast(r, tl.int64) * size + i, mask=exist, other=0.0)
     tl.store(dweight + i, round_to(total, dweight.dtype.element_ty), mask=i < weights)
     if dbias is not None:
         biases = exist & (i >= weights)
@@ -430,7 +453,7 @@ def prepare(call, sizes, part):
     return size, tell, Launch(_cut_kernel, grid, cut, **checked)
 
 
-def prepare_backward(call, dout, sizes, part, tail):
+def prepare_backward(call, dout, sizes, part, tail, numbers):
     """Prepares the kernels around the backward pass of a part of the tokens.
 
     Args:
@@ -439,25 +462,25 @@ def prepare_backward(call, dout, sizes, part, tail):
       sizes: `call.check()`.
       part: a Part.
       tail: tokens at its end whose dx needs the later ranks.
+      numbers: how many float32 lie behind a message, to be summed over the ranks.
 
     Returns:
-      (bytes of the message; a Launch of x, dout, query_start_loc, the forward message, the message, initial windows;
-      a Launch of x, dout, query_start_loc, the forward message, the summed message, x, dout and offsets around the tail).
+      (bytes of the message without them and with them; a Launch of x, dout, query_start_loc, the forward message, the message, initial
+      windows; a Launch of x, dout, query_start_loc, the forward message, the messages of all ranks, x, dout and offsets
+      around the tail; a Launch of those messages, dweight and dbias).
     """
     history = sizes.width - 1
     count = tail + 2 * history
     size = part.header() + 2 * len(part.lengths) * history * sizes.dim * call.x.element_size()
+    first = -(-size // 16) * 16
+    size = first + -(-numbers // 4) * 16
     strides = BackwardStrides(call.x.stride(), dout.stride())
     place = sizes.tokens, sum(part.lengths), part.begin, sizes.dim, sizes.batch, part.rank
     behind = part.behind(history)
     options, grid, blocks = _options(call, sizes, part, behind, 1 + sizes.batch)
     tell = Launch(_tell_back_kernel, grid, (strides, *place, blocks, constants(options)))
     options, grid, blocks = _options(call, sizes, part, behind, count + sizes.batch)
-    around = Launch(_around_kernel, grid, (strides, *place, count, blocks, constants(options)))
-    return size, tell, around
-
-
-def prepare_sums(weights, biases, ranks):
-    """Prepares the sum of the ranks' float32 gradients: a Launch of them [ranks, weights+biases], dweight and dbias."""
-    numbers = weights + biases
-    return Launch(_sum_kernel, (triton.cdiv(numbers, 1024), 1, 1), (weights, numbers, ranks, 1024))
+    around = Launch(_around_kernel, grid, (strides, *place, count, size, blocks, constants(options)))
+    weights, ranks, block = sizes.dim * sizes.width, len(part.lengths), 1024
+    values = weights, numbers, ranks, first // 4, size // 4, block
+    return (first, size), tell, around, Launch(_sum_kernel, (triton.cdiv(numbers, block), 1, 1), values)
