@@ -45,7 +45,14 @@ def prologue_backward_config(
     plain = backward_config(tokens, dim, batch, width, 0, max_seqlen, schedule, warp_size)
     channels = max(lanes // warp_size, 2)  # a thread
     block_d = max(plain.block_d, warp_size * channels)
-    return plain._replace(block_d=block_d, group=4, num_warps=block_d // (warp_size * channels))
+    block_t = min(plain.block_t, 64)
+    return plain._replace(
+        block_d=block_d,
+        block_t=block_t,
+        group=2,
+        num_warps=block_d // (warp_size * channels),
+        row_blocks=-(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t),
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "channel_blocks"])
@@ -126,7 +133,9 @@ def prepare(upstream, dfinal, x, weight, bias, initial_states, query_start_loc, 
     )
     variants = [constants(options._replace(norm=norm)) for norm in norms(call, sizes)]
     values = (strides, tokens, dim, batch, programs, constants(h), *variants)
-    walk = Launch(_prologue_backward_kernel, grid, values, num_warps=config.num_warps)
+    # heads of 128: more programs at a time are worth more than what the compiler does with more registers
+    most = 104 if native_ptx() and config.block_d // config.num_warps == 128 and width <= 4 else None
+    walk = Launch(_prologue_backward_kernel, grid, values, num_warps=config.num_warps, maxnreg=most)
     return places, walk, prepare_sums(width, bias is not None, dim, places)
 
 
