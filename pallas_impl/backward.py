@@ -45,6 +45,7 @@ from pallas_impl.rows import (
     begins_in,
     copy_out,
     find_row,
+    marks_with,
     row_facts,
     same_document,
     store_rows,
@@ -358,27 +359,29 @@ def _kernel(refs, *, columns, o):
         groups = div(length + GROUP - 1, GROUP)
         mark = None
         if refs.document_marks is not None:
-            mark = mark_of(index, 0)
-            inner = div(length - history, GROUP)  # groups that meet no token behind the block's
-            cut = next_cut(index, 0, inner)  # while the tile is on its way
+            mark, left = mark_of(index, 0), groups_cut(index)  # while the tile is on its way
         taps, bias = load_taps(weight, refs.bias, channels.start, BACKWARD_D, interpret=interpret)
         zero = _zeros(interpret)
         past = wait(first, length, lambda ref, j: ref[j].astype(jnp.float32), (zero,) * history)
 
-        def step(t, carry, mark=None, place=None, inside=False):
-            """Token t of the block, bit `place` of a mark; returns the gradient of the entry that it completes."""
+        def read(t):
+            return tile[t], upstream[t]
+
+        def step(t, token, carry, mark=None, place=None):
+            """Token t of the block, as `read`, bit `place` of a mark; returns the gradient of the entry that it completes."""
             past, gs, sums = carry
             if mark is not None:
                 past = tuple(keep_unless(begins_in(mark, place, 1), entry) for entry in past)
-            past = (*past, tile[t].astype(jnp.float32))
+            value, dout = (entry.astype(jnp.float32) for entry in token)
+            past = (*past, value)
             g, *sums = gradient_step(
                 past,
                 taps,
                 bias,
-                upstream[t].astype(jnp.float32),
+                dout,
                 sums,
-                inside or t < rest,
-                inside or t < length,
+                t < rest,
+                t < length,
                 silu=silu,
                 has_bias=refs.bias is not None,
                 interpret=interpret,
@@ -388,7 +391,7 @@ def _kernel(refs, *, columns, o):
                 cuts = (begins_in(mark, place - history + 1, age) for age in range(1, history + 1))
                 met = (gs[0], *map(keep_unless, cuts, gs[1:]))
             begin = zero
-            if late is not None and not inside:
+            if late is not None:
                 c = t - rest
                 final = lambda: late[jnp.clip(c, 0, history - 1)].astype(jnp.float32)  # noqa: E731
                 begin = lax.cond((c >= 0) & (c < history), final, lambda: zero)
@@ -400,37 +403,30 @@ def _kernel(refs, *, columns, o):
             past = same_document(mark, MARKED, past, interpret=interpret)
         carry = past, (zero,) * history, (zero,) * total.shape[0]
         for t in range(history):
-            gradient, carry = step(t, carry, mark, MARKED + t)
+            gradient, carry = step(t, read(t), carry, mark, MARKED + t)
             if dwindow is not None:
                 dwindow[t] = gradient.astype(dwindow.dtype)
 
-        def group(i, carry, inside=False):
-            for r in range(GROUP):
-                t = i * GROUP + r
-                gradient, carry = step(t + history, carry, inside=inside)
-                tile[t] = gradient.astype(tile.dtype)
+        def group(i, carry, mark=None):
+            ahead = [i * GROUP + history + r for r in range(GROUP)]
+            tokens = [read(t) for t in ahead]  # before any store, which the assembler moves no load across
+            for r, (t, token) in enumerate(zip(ahead, tokens, strict=True)):
+                gradient, carry = step(t, token, carry, mark, MARKED + history + r)
+                tile[i * GROUP + r] = gradient.astype(tile.dtype)
             return carry
 
-        def cut_group(i, carry):
-            mark = mark_of(index, i)
-
-            def token(r, carry):
-                gradient, carry = step(i * GROUP + r + history, carry, mark, MARKED + history + r)
-                tile[i * GROUP + r] = gradient.astype(tile.dtype)
-                return carry
-
-            return lax.fori_loop(0, GROUP, token, carry)
-
         def up_to_cut(state):
-            first, cut, carry = state
-            carry = lax.fori_loop(first, cut, functools.partial(group, inside=True), carry)
-            carry = cut_group(cut, carry)
-            return cut + 1, next_cut(index, cut + 1, inner), carry
+            first, left, carry = state
+            cut = jnp.minimum(lax.clz(left), groups)
+            carry = lax.fori_loop(first, cut, group, carry)
+            cut_group = functools.partial(group, cut, mark=mark_of(index, cut))
+            carry = lax.cond(cut < groups, cut_group, lambda carry: carry, carry)
+            return cut + 1, left & lax.shift_right_logical(jnp.int32(2**31 - 1), cut), carry
 
         if mark is None:
             _, _, sums = lax.fori_loop(0, groups, group, carry)
         else:
-            state = jnp.int32(0), cut, carry
+            state = jnp.int32(0), left, carry
             _, _, (_, _, sums) = lax.while_loop(lambda state: state[0] < groups, up_to_cut, state)
         for j, value in enumerate(sums):
             total[j] = value
@@ -440,15 +436,11 @@ def _kernel(refs, *, columns, o):
         last = refs.document_marks.shape[1] - 1
         return refs.document_marks[row, jnp.minimum(index * (block_t // MARKED) + group, last)]
 
-    def next_cut(index, first, inner):
-        """The first group of a block, from `first` on, with tokens that others' gradients must not reach; else max(first, inner)."""
-        uncut = lambda mark: jnp.logical_not(begins_in(mark, MARKED + 1, GROUP - 1 + history))  # noqa: E731
-        state = jnp.asarray(first, jnp.int32), mark_of(index, first)
-        return lax.while_loop(
-            lambda state: (state[0] < inner) & uncut(state[1]),
-            lambda state: (state[0] + 1, mark_of(index, state[0] + 1)),
-            state,
-        )[0]
+    def groups_cut(index):
+        """A bit for each group of a block, from the highest: whether it has tokens that others' gradients must not reach."""
+        place, count = MARKED + 1, GROUP - 1 + history
+        groups = block_t // GROUP
+        return marks_with(refs.document_marks, row, index * groups, groups, place, count, interpret=interpret)
 
     def keep_unless(condition, value):
         return keep(jnp.logical_not(condition), value, interpret=interpret)

@@ -47,6 +47,42 @@ def next_beginning(mark, place):
     return place + 1 + lax.clz(mark << (place + 1))
 
 
+def marks_with(marks, row, first, size, place, count, *, interpret):
+    """Bit i, from the highest, for mark `first + i` of a row, or its last: whether `begins_in`. At most 32, at one latency."""
+    last = marks.shape[1] - 1
+    if interpret:
+        found = jnp.int32(0)
+        for i in range(size):
+            begins = begins_in(marks[row, jnp.minimum(first + i, last)], place, count)
+            found |= jnp.where(begins, lax.shift_right_logical(jnp.int32(-(2**31)), jnp.int32(i)), 0)
+        return found
+
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), scalar, scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, scalar)
+    )
+    def ballot(_, marks, row, first):
+        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        constant = lambda value: mgpu.c(value, int32)  # noqa: E731
+        lane = arith.remui(mgpu.thread_idx(), constant(32))
+        mark = arith.minui(arith.addi(first.registers.item(), lane), constant(last))
+        mark = memref.load(marks, [arith.index_cast(index, i) for i in (row.registers.item(), mark)])
+        bits = arith.andi(mark, constant(((1 << count) - 1) << (32 - place - count)))
+        begins = arith.cmpi(arith.CmpIPredicate.ne, bits, constant(0))
+        begins = arith.andi(begins, arith.cmpi(arith.CmpIPredicate.ult, lane, constant(size)))
+        found = llvm.inline_asm(
+            int32,
+            [arith.extui(int32, begins)],
+            "{ .reg .pred p; .reg .b32 b; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 b, p, 0xffffffff; brev.b32 $0, b; }",
+            "=r,r",
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return ballot(marks, row, first)
+
+
 def same_document(mark, place, entries, *, interpret):
     """Float32 vectors of the tokens before bit `place` of a mark, oldest first; zeros for those of other documents than the last's."""
     ages = range(len(entries) - 1, 0, -1)

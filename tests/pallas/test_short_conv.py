@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from oracle import reference_short
-from pallas_impl import Unsupported, causal_conv1d, config, plain, short_conv
+from pallas_impl import Unsupported, backward, causal_conv1d, config, plain, short_conv
 from tests.tools import short_conv_cases as cases
 
 KERNEL = "mosaic_gpu_interpret"
@@ -139,6 +139,20 @@ def test_documents_have_the_bits_of_rows_alone(monkeypatch, block_t):
         chosen.assert_called_once()
         jax.clear_caches()
     np.testing.assert_array_equal(out, alone_on_kernels(*given))
+
+
+def test_gradients_of_documents_have_the_bits_of_any_block(monkeypatch):
+    """A block of 8 groups: beginnings in one after another, none in two, and in the row's last."""
+    given, (_, dx, *_, dcache) = documents_on_kernels(4, "float32", True)
+    chosen = mock.Mock(return_value=config.BackwardConfig(False, 64, row_blocks=1))
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        patch.setattr(backward, "backward_config", chosen)
+        _, one_dx, *_, one_dcache = gradients(functools.partial(of_documents, KERNEL), *given)
+    chosen.assert_called_once()
+    jax.clear_caches()
+    np.testing.assert_array_equal(one_dx, dx)
+    np.testing.assert_array_equal(one_dcache, dcache)
 
 
 @pytest.mark.parametrize("damage", ["cache", (0, 9), (1, 36)])
