@@ -17,10 +17,12 @@ from pallas_impl.api import (
     gated_delta_prologue_fn,
     gated_delta_prologue_update,
 )
+from tests.tools.covering import on_backends
 
 BACKENDS = "xla", "mosaic_gpu_interpret"
 SMALL = dict(num_k_heads=1, num_v_heads=2, head_k_dim=128, head_v_dim=64)  # one kernel
 ODD = dict(num_k_heads=2, num_v_heads=2, head_k_dim=20, head_v_dim=30)  # composed
+HEADS = {"small": SMALL, "odd": ODD}
 BITS = {2: np.uint16, 4: np.uint32}
 
 
@@ -91,10 +93,12 @@ def expected_gates(given, lower_bound=None):
     return g, 1 / (1 + np.exp(-b))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("heads", [SMALL, ODD], ids=["small", "odd"])
+# (the kernels of odd heads are those of the plain operation: each once)
+@on_backends(
+    few=BACKENDS[1:], every=BACKENDS[:1], strength=1, dtype=["bfloat16", "float16", "float32"], heads=HEADS
+)
 def test_a_prefill_is_the_convolution_and_a_norm(backend, dtype, heads):
+    heads = HEADS[heads]
     given = prefill(heads, dtype)
     more = gates((21,), heads)
     found = gated_delta_prologue_fn(**given, **heads, **more, q_scale=0.3, backend=backend)
@@ -139,15 +143,17 @@ def test_without_a_rounding_in_between(backend):
     same_bits(found.conv_states, exact.conv_states)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("heads", [SMALL, ODD], ids=["small", "odd"])
-@pytest.mark.parametrize(
-    ("leading", "options"),
-    [((3,), {}), ((3, 2), {}), ((3, 6), {}), ((3, 2), dict(num_accepted_tokens=jnp.array([1, 2, 3]))),
-     ((3, 2), dict(tree_parents=jnp.array([[-1, 0]] * 3), commit=False)), ((3,), dict(state_layout="back"))],
-    ids=["token", "rows", "long", "rolling", "tree", "back"],
-)  # fmt: skip
-def test_a_step_is_the_convolution_and_a_norm(backend, heads, leading, options):
+STEPS = {
+    "token": ((3,), {}), "rows": ((3, 2), {}), "long": ((3, 6), {}),
+    "rolling": ((3, 2), dict(num_accepted_tokens=jnp.array([1, 2, 3]))),
+    "tree": ((3, 2), dict(tree_parents=jnp.array([[-1, 0]] * 3), commit=False)), "back": ((3,), dict(state_layout="back")),
+}  # fmt: skip
+
+
+@on_backends(few=BACKENDS[1:], every=BACKENDS[:1], strength=1, name=STEPS, heads=HEADS)
+def test_a_step_is_the_convolution_and_a_norm(backend, heads, name):
+    leading, options = STEPS[name]
+    heads = HEADS[heads]
     given, more = step(heads, *leading, **options), gates(leading, heads)
     found = gated_delta_prologue_update(**given, **heads, **more, backend=backend)
     plain = causal_conv1d_update(**given, activation="silu", backend=backend)

@@ -18,7 +18,7 @@ COMPILED = [
     "tests/triton/test_compile.py::test_update_fast_path[sm_90]",
     "tests/triton/test_compile_prologue.py::test_one_launch_within_the_registers_of_warps[update 1 row]",
 ]
-CASES = ("fn/width-4", "update/width-4", "front-update/heads-odd", "backward/width-4")
+CASES = ("fn/width-4", "update/width-4", "front-update/heads-odd", "backward/two-tokens")
 
 
 def run(command, **environment):
