@@ -134,7 +134,7 @@ def prepare(upstream, dfinal, x, weight, bias, initial_states, query_start_loc, 
     variants = [constants(options._replace(norm=norm)) for norm in norms(call, sizes)]
     values = (strides, tokens, dim, batch, programs, constants(h), *variants)
     # heads of 128: more programs at a time are worth more than what the compiler does with more registers
-    most = 104 if native_ptx() and config.block_d // config.num_warps == 128 and width <= 4 else None
+    most = 96 if native_ptx() and config.block_d // config.num_warps == 128 and width <= 4 else None
     walk = Launch(_prologue_backward_kernel, grid, values, num_warps=config.num_warps, maxnreg=most)
     return places, walk, prepare_sums(width, bias is not None, dim, places)
 
