@@ -119,11 +119,14 @@ def test_gradients_are_those_of_the_values(case):
         options = options | dict(activation="silu")
     loss, floats = loss_of(operation, arrays, options)
     loss = jax.jit(loss)
-    gradients = jax.jit(jax.grad(loss))(floats)
-    check_gradients(loss, floats, gradients)
-    # forward mode
     tangents = jax.tree.map(lambda a: normal(98, *a.shape), floats)
-    _, tangent = jax.jvp(loss, (floats,), (tangents,))
+
+    @jax.jit
+    def both_modes(floats, tangents):
+        return jax.grad(loss)(floats), jax.jvp(loss, (floats,), (tangents,))[1]
+
+    gradients, tangent = both_modes(floats, tangents)
+    check_gradients(loss, floats, gradients)
     along = sum(float((gradients[name] * tangents[name]).sum()) for name in floats)
     np.testing.assert_allclose(float(tangent), along, rtol=1e-4, atol=1e-4)
 
@@ -154,11 +157,10 @@ def test_chunks_have_the_gradient_of_the_whole():
             outs.append(out)
         return (jnp.concatenate(outs) ** 2).sum() + (pool**3).sum()
 
-    for got, wanted in zip(
-        jax.grad(loss, argnums=(0, 1))(x, weight, 5), jax.grad(loss, argnums=(0, 1))(x, weight, 12), strict=True
-    ):  # fmt: skip
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    for got, wanted in zip(gradients(x, weight, 5), gradients(x, weight, 12), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
-    assert jax.hessian(lambda x: loss(x, weight, 5))(x[:12]).shape == (12, DIM, 12, DIM)
+    assert jax.jit(jax.hessian(lambda x: loss(x, weight, 5)))(x[:12]).shape == (12, DIM, 12, DIM)
 
 
 def test_padding_and_large_arguments_leave_gradients_finite():
@@ -172,7 +174,8 @@ def test_padding_and_large_arguments_leave_gradients_finite():
         out, new = pallas_impl.causal_conv1d_fn(**given, activation="silu", backend="xla")
         return out.sum() + new[jnp.asarray([2, 4]), :3].sum()
 
-    for gradient in jax.grad(loss, argnums=(0, 1, 2))(*(arrays[n] for n in ("x", "weight", "conv_states"))):
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    for gradient in gradients(*(arrays[n] for n in ("x", "weight", "conv_states"))):
         assert np.isfinite(gradient).all()
         assert np.any(gradient != 0)
 
@@ -206,12 +209,12 @@ def test_fronts_of_padding_and_of_large_gates_leave_gradients_finite(case):
     poisoned = {n: a if n in ("A_log", "dt_bias") else a.at[dead].set(jnp.nan) for n, a in given.items()}
     run = functools.partial(getattr(pallas_impl, operation), backend="xla", **options)
 
-    @jax.jit
     def loss(given):
         return sum(result.astype(jnp.float32).sum() for result in jax.tree.leaves(run(**arrays | given)[:-1]))
 
-    gradients = jax.grad(loss)(poisoned)
-    for name, wanted in jax.grad(loss)(given).items():
+    gradient = jax.jit(jax.grad(loss))
+    gradients = gradient(poisoned)
+    for name, wanted in gradient(given).items():
         np.testing.assert_array_equal(gradients[name], wanted, err_msg=name)
         assert np.isfinite(wanted).all(), name
     if channels is not None:
