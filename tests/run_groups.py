@@ -30,11 +30,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
-SLOWEST = (  # files that take 40 seconds or more: they begin first, so that no core waits for one at the end
+SLOWEST = (  # files that take 40 seconds or more: they begin early, so that no core waits for one at the end
     "pallas/test_conformance", "triton/test_backward", "triton/test_compile_backward", "pallas/test_serving",
     "triton/test_serving", "pallas/test_context_parallel_gradients", "triton/test_context_parallel_gradients",
     "triton/test_conformance", "triton/test_context_parallel", "triton/test_conformance_plain", "pallas/test_engine",
     "pallas/test_operations", "triton/test_operations", "pallas/test_sharding", "pallas/test_models_jla", "pallas/test_models",
+    "project/test_benchmarks", "oracle/test_peers", "project/test_site",
 )  # fmt: skip
 ONE_JAX = (  # files of tests/pallas that are judged under the JAX of .venv alone: about plain jax.numpy, modules and tools, and
     # about operations of which every feature is in a case of the conformance suite under both
@@ -51,8 +52,8 @@ DEVICES = {  # files of tests/pallas that ask for so many devices, where a proce
     "test_sharding": 8, "test_sharding_training": 8, "test_context_parallel_gradients": 8,
 }  # fmt: skip
 ALONE = {  # files that measure their own process, or start others for most of their time
-    *SLOWEST, "triton/test_memory", "triton/test_examples", "triton/test_models", "pallas/test_bits", "pallas/test_models", "project/test_site",
-    "project/test_requirements", "project/test_benchmarks", "project/test_same_code", "project/test_run_groups", "oracle/test_peers",
+    *SLOWEST, "triton/test_memory", "triton/test_examples", "triton/test_models", "pallas/test_bits", "project/test_requirements",
+    "project/test_same_code", "project/test_run_groups",
 }  # fmt: skip
 TOGETHER = 8  # files a process
 LIMIT = 1800  # seconds a process; single tests have their own limit in pyproject.toml
@@ -77,9 +78,11 @@ class Part:
 
     @property
     def place(self) -> int:
-        """Where it stands in the queue: those in SLOWEST, then those that hold several files, then the others."""
+        """Where it stands in the queue: those that hold several files, minutes each, then those in SLOWEST, then the others."""
+        if len(self.files) > 1:
+            return -1
         name = name_of(self.files[0])
-        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST) + (len(self.files) == 1)
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
 
 @dataclass
