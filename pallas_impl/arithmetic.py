@@ -36,8 +36,8 @@ def in_layout(value, *, interpret):
 def load_taps(weight_ref, bias_ref, channel, block_d, *, repeats=1, interpret):
     """Loads the taps and the bias of channels `channel` to `channel + block_d - 1`, as float32 vectors.
 
-    With `repeats`, vectors hold them so many times over. Channels past the end repeat the last one, so nothing outside the arrays is read; what is computed for
-    them is never stored.
+    With `repeats`, vectors hold them so many times over. Channels past the end repeat the last one, so nothing outside the
+    arrays is read; what is computed for them is never stored.
 
     Returns:
       (taps, start): `width` vectors, oldest tap first, and the bias or zeros.
