@@ -136,14 +136,13 @@ def _backward(*arguments):
         )
         gates = plain_prologue.gates_backward(packed, dg, dbeta)
     else:
+        checked = packed.check()
         x = packed.x if walks(*packed.x.stride()) else packed.x.contiguous()
         dx, dweight, dbias, dinitial = launch_on(
             x.device, kernels("prologue_backward").launch, grads, dfinal, x, call.weight, call.bias, call.initial_states,
-            starts, packed, packed.check(), needs, kernels("launch").warp_size(),
+            starts, packed, checked, needs, kernels("launch").warp_size(),
         )  # fmt: skip
-        gates = launch_on(
-            x.device, kernels("prologue_backward").launch_gates, packed, packed.check(), dg, dbeta
-        )
+        gates = launch_on(x.device, kernels("prologue_backward").launch_gates, packed, checked, dg, dbeta)
     wanted = (True, needs[0], needs[0], needs[1], True, True, True, True)
     results = []
     for name, grad, want in zip(_DIFFERENTIABLE, (dx, dweight, dbias, dinitial, *gates), wanted, strict=True):
