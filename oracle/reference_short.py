@@ -5,13 +5,14 @@ A tap counts where what it meets lies in the token's document; entries of the ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from oracle.contract import ConvOutput
 from oracle.contract_short import ShortConvCall, check_lengths
-from oracle.numerics import rounded, silu, typed
+from oracle.numerics import TypedArray, rounded, silu, typed
 from oracle.reference import like
 from oracle.reference_grad import float64
 
@@ -46,9 +47,13 @@ def short_conv(
     else:
         time = float64(cache) if cache_layout == "time" else np.moveaxis(float64(cache), -1, -2)
         old = time.reshape(batch, sizes.columns, sizes.dim)
-    ends = np.full(batch, sizes.seqlen) if lengths is None else np.reshape(lengths, -1)
+    ends = np.full(batch, sizes.seqlen) if lengths is None else np.reshape(typed(lengths).data, -1)
     check_lengths(ends.tolist(), sizes.seqlen)
-    ids = np.zeros((batch, sizes.seqlen)) if segment_ids is None else np.reshape(segment_ids, (batch, -1))
+    ids = (
+        np.zeros((batch, sizes.seqlen))
+        if segment_ids is None
+        else np.reshape(typed(segment_ids).data, (batch, -1))
+    )
 
     out, new = np.zeros_like(tokens), np.zeros_like(old)
     for row, end in enumerate(ends.tolist()):
@@ -69,3 +74,32 @@ def short_conv(
     new = new.reshape(*float64(x).shape[:-2], sizes.columns, sizes.dim)
     new = new if cache_layout == "time" else np.moveaxis(new, -1, -2)
     return ConvOutput(found, like(given, rounded(new, typed(given).dtype)))
+
+
+def as_rows(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with x of three axes and a cache of width-1 columns in the usual layouts as one of `causal_conv1d_fn`.
+
+    Documents are rows, padding is rows of no slot. The pool holds the cache twice, since a row of several documents reads
+    its slot in the first and writes it in the last: the second half is the new cache.
+    """
+    x, cache, ids, lengths = (
+        None if given.get(name) is None else typed(given[name])
+        for name in ("x", "cache", "segment_ids", "lengths")
+    )
+    batch, seqlen, dim = x.shape
+    ends = np.full(batch, seqlen) if lengths is None else lengths.data
+    begins = np.arange(seqlen) == np.minimum(ends, seqlen)[:, None]
+    begins[:, :1] = True
+    if ids is not None:
+        begins[:, 1:] |= ids.data[:, 1:] != ids.data[:, :-1]
+    row, token = np.nonzero(begins)
+    real = token < ends[row]
+    last = real & np.append((row[1:] != row[:-1]) | ~real[1:], True)[: len(row)]
+    return {name: given.get(name) for name in ("weight", "bias", "activation")} | {
+        "x": TypedArray(x.dtype, x.data.reshape(-1, dim)),
+        "conv_states": TypedArray(cache.dtype, np.concatenate([cache.data, cache.data])),
+        "query_start_loc": TypedArray("int32", np.append(row * seqlen + token, batch * seqlen).astype(np.int32)),
+        "cache_indices": TypedArray("int32", np.where(real, row, -1).astype(np.int32)),
+        "write_indices": TypedArray("int32", np.where(last, batch + row, -1).astype(np.int32)),
+        "has_initial_state": TypedArray("bool", token == 0),
+    }  # fmt: skip

@@ -38,6 +38,9 @@ records' arguments:
 - "gated_delta_prologue": gated_delta_prologue_fn and gated_delta_prologue_update. The result is {"q", "k", "v", "g",
   "beta", "conv_states"} (and "window_out", "memory"), with None for what the case does not ask for.
 - "gated_short_conv": gated_short_conv_fn and gated_short_conv_update, with the results of the plain operations.
+
+"short_conv" (`oracle.contract_short`) is called by relations alone: x has three axes, layouts are the default ones, and a cache of
+width-1 columns is given. The result is {"out", "conv_states": the new cache}; no argument changes.
 """
 
 from __future__ import annotations
@@ -48,7 +51,14 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from oracle import contract_prologue, reference, reference_grad, reference_prologue, reference_prologue_grad
+from oracle import (
+    contract_prologue,
+    reference,
+    reference_grad,
+    reference_prologue,
+    reference_prologue_grad,
+    reference_short,
+)
 from oracle.conformance.arrays import Array
 from oracle.contract import CONTRACT_VERSION, RECORDS
 from oracle.numerics import rounded, typed
@@ -56,8 +66,9 @@ from oracle.numerics import rounded, typed
 OPS = (
     "causal_conv1d_fn", "causal_conv1d_update", "commit_windows", "tree_parents_from_links", "causal_conv1d_backward",
     "gated_delta_prologue_fn", "gated_delta_prologue_update", "gated_short_conv_fn", "gated_short_conv_update",
-    "gated_delta_prologue_backward", "gated_short_conv_backward",
+    "gated_delta_prologue_backward", "gated_short_conv_backward", "short_conv",
 )  # fmt: skip
+"""Operations: of cases, and the last, which relations alone call on cases of `causal_conv1d_fn` in another form."""
 FORWARD = tuple(op for op in OPS if op.endswith(("_fn", "_update")))
 """Operations that read and write slots."""
 
@@ -88,7 +99,7 @@ FORMS = {op: _RECORDS[op.removesuffix("_backward")] for op in UPSTREAM}
 
 ARRAYS = {op: record.ARRAYS for op, record in _RECORDS.items() if op in OPS} | {
     op: (*UPSTREAM[op], *FORMS[op].ARRAYS) for op in FORMS
-}
+} | {"short_conv": ("x", "weight", "bias", "cache", "segment_ids", "lengths")}  # fmt: skip
 """The array arguments of every operation, in the order of its signature."""
 
 SERVING_ARRAYS = {
@@ -118,6 +129,7 @@ SERVING_FEATURES = {
     "gated_short_conv": "the operations gated_short_conv_fn and gated_short_conv_update",
     "gated_delta_prologue_backward": "gradients of gated_delta_prologue",
     "gated_short_conv_backward": "gradients of gated_short_conv",
+    "short_conv": "the operation short_conv",
 }
 """What capabilities() may name under "supports"."""
 
@@ -186,7 +198,7 @@ class NumpyAdapter:
         causal_conv1d_backward=None,
         fronts: Mapping[str, Any] | None = None,
     ):
-        """Operations of the fronts, by name, come in `fronts`; the others each as an argument.
+        """Operations of the fronts, and short_conv, by name, come in `fronts`; the others each as an argument.
 
         A backward pass returns its gradients in the order of GRADIENTS.
         """
@@ -269,7 +281,8 @@ def reference_adapter(device: str | None = None) -> NumpyAdapter:
         tree_parents_from_links=reference.tree_parents_from_links,
         causal_conv1d_backward=functools.partial(_rounded_gradients, "causal_conv1d_backward"),
         fronts={op: getattr(reference_prologue, op) for op in reference_prologue.CONVOLUTIONS}
-        | {op: functools.partial(_rounded_gradients, op) for op in FORMS if op != "causal_conv1d_backward"},
+        | {op: functools.partial(_rounded_gradients, op) for op in FORMS if op != "causal_conv1d_backward"}
+        | {"short_conv": reference_short.short_conv},
     )
 
 

@@ -16,6 +16,8 @@ RELATIONS_NEED: dict[str | None, tuple[str, ...]] = {
     "prefixes": ("snapshot", "write_indices"),
     "verify_windows": ("window_out", "no_commit", "commit_windows"),
     "verify_trees": ("window_out", "no_commit", "commit_windows", "tree_parents", "tree_parents_from_links"),
+    "short_documents": ("short_conv",),
+    "short_padding": ("short_conv",),
 }
 """Of `adapter.SERVING_FEATURES`, what the calls inside a relation use."""
 _STEPS = ("op:causal_conv1d_update",)
@@ -115,7 +117,7 @@ class Case:
             )},
             **{name: self.op == name for name in (
                 "commit_windows", "tree_parents_from_links", "causal_conv1d_backward", "gated_delta_prologue_backward",
-                "gated_short_conv_backward",
+                "gated_short_conv_backward", "short_conv",
             )},
             **{name: self.op in (f"{name}_fn", f"{name}_update") for name in ("gated_delta_prologue", "gated_short_conv")},
         }  # fmt: skip

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from oracle import reference, reference_prologue, tolerance_grad, tolerance_prologue, tolerance_prologue_grad
+from oracle import (
+    reference,
+    reference_prologue,
+    reference_short,
+    tolerance_grad,
+    tolerance_prologue,
+    tolerance_prologue_grad,
+)
 from oracle.conformance import touched
 from oracle.conformance.adapter import EXACT_GRADIENTS, GRADIENTS, Adapter, gradients_of, offered
 from oracle.conformance.arrays import unchanged_outside
@@ -152,7 +159,7 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
     elif problem.op != "commit_windows":
         _take_out(verdict, problem, result["out"])
     for name in ("conv_states", "window_out") if problem.op.endswith("_update") else ("conv_states",):
-        value, like = result.get(name), problem.arrays.get(name)
+        value, like = result.get(name), problem.arrays.get("cache" if problem.op == "short_conv" else name)
         if like is None or value is None:
             if (value is None) != (like is None):
                 wanted = "None" if like is None else "an array"
@@ -174,7 +181,7 @@ def _take_result(verdict: Verdict, problem: Problem, result: Any, memory: dict[s
 RESULTS = {
     "causal_conv1d_fn": "out", "causal_conv1d_update": "out", "commit_windows": "conv_states",
     "tree_parents_from_links": "parents", "gated_delta_prologue_fn": "q", "gated_delta_prologue_update": "q",
-    "gated_short_conv_fn": "out", "gated_short_conv_update": "out", **{op: next(iter(of)) for op, of in GRADIENTS.items()},
+    "gated_short_conv_fn": "out", "gated_short_conv_update": "out", "short_conv": "out", **{op: next(iter(of)) for op, of in GRADIENTS.items()},
 }  # fmt: skip
 PROLOGUES = tuple(op for op, result in RESULTS.items() if result == "q")
 
@@ -280,11 +287,20 @@ def _judge(
         with np.errstate(all="ignore"):
             if problem.op == "commit_windows":
                 expected["conv_states"] = reference.commit_windows(**arguments)
+            elif problem.op == "short_conv":
+                rows = reference_short.as_rows(arguments)
+                flat = TypedArray(verdict.out.dtype, verdict.out.data.reshape(rows["x"].shape))
+                _judge_values(verdict, "causal_conv1d_fn", flat, rows, promises)
+                want, got = reference_short.short_conv(**arguments).conv_states, verdict.conv_states
+                same = (got.bits == typed(want).bits) | (
+                    is_nan(got.bits, got.dtype) & is_nan(typed(want).bits, got.dtype)
+                )
+                _report_positions(verdict, "wrong_state", "conv_states", ~same, got, typed(want))
             elif problem.op in reference_prologue.CONVOLUTIONS:
                 _judge_front(verdict, problem.op, arguments, promises)
                 expected = getattr(reference_prologue, problem.op)(**arguments)._asdict()
             else:
-                _judge_values(verdict, problem, arguments, promises)
+                _judge_values(verdict, problem.op, verdict.out, arguments, promises)
                 expected = getattr(reference, problem.op)(**arguments)._asdict()
     changed = {}
     for name in ("conv_states", "window_out"):
@@ -368,20 +384,22 @@ def _worst(fraction: np.ndarray, at: tuple[Any, ...], expected: np.ndarray, got:
     )  # fmt: skip
 
 
-def _judge_values(verdict: Verdict, problem: Problem, arguments: dict[str, Any], promises: Promises) -> None:
-    got, activation = verdict.out, arguments.get("activation")
+def _judge_values(
+    verdict: Verdict, op: str, got: TypedArray, arguments: dict[str, Any], promises: Promises
+) -> None:
+    activation = arguments.get("activation")
     width, residual = arguments["weight"].shape[1], arguments.get("residual")
     added = None if residual is None else residual.values()
-    pre, computed = reference.preactivation(problem.op, arguments)
-    magnitude, _ = reference.preactivation(problem.op, arguments, "magnitude")
-    ordered, _ = reference.preactivation(problem.op, arguments, "float32")
+    pre, computed = reference.preactivation(op, arguments)
+    magnitude, _ = reference.preactivation(op, arguments, "magnitude")
+    ordered, _ = reference.preactivation(op, arguments, "float32")
     expected = np.where(computed, reference.finished(pre, arguments), 0.0)
     bound = error_bound(pre, magnitude, width, got.dtype, activation, added)
     bound = np.where(computed, bound, 2.0**-1000)
     if not got.data.size:
         return
     _judge_bound(verdict, "out", got, tolerance_prologue.Expected(expected, bound, computed, got.dtype))
-    if (bits := exact_bits(problem.op, arguments)) is None:
+    if (bits := exact_bits(op, arguments)) is None:
         return
     defined = computed & np.isfinite(ordered) & (magnitude > EXACT_FROM)
     distance = ulp_distance(got.bits, bits)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from oracle import contract, contract_prologue
+from oracle import contract, contract_prologue, contract_short
 from oracle.conformance.adapter import FORMS, GRADIENTS
 from oracle.conformance.arrays import Array
 from oracle.numerics import TypedArray, round_bits, rounded, to_float64
 from oracle.reference_prologue import CONVOLUTIONS, OrderedFront, OrderedGated, checked
 from oracle.reference_prologue_grad import FrontBackward
+from oracle.reference_short import as_rows
 
 
 class Model(OrderedFront, OrderedGated, FrontBackward):
@@ -51,7 +52,21 @@ class Model(OrderedFront, OrderedGated, FrontBackward):
             if op in CONVOLUTIONS:
                 run = self.gated if "bcx" in given else self.front
                 return run(op, checked(op, {**given, **options, "validate": False}))
+            if op == "short_conv":
+                return self.of_documents(self.documents_of({**given, **options}), *given["x"].shape[:2])
             return self.compute(op, {**given, **options})
+
+    def documents_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The documents of a `short_conv` as rows of a prefill, of whose pool the second half is the new cache."""
+        return as_rows(given)
+
+    def of_documents(self, rows: Mapping[str, Any], batch: int, seqlen: int) -> dict[str, TypedArray]:
+        found = self.compute("causal_conv1d_fn", rows)
+        out, states = found["out"], found["conv_states"]
+        return {
+            "out": TypedArray(out.dtype, out.data.reshape(batch, seqlen, -1)),
+            "conv_states": TypedArray(states.dtype, states.data[batch:]),
+        }
 
     def backward(self, op: str, given: Mapping[str, Any]) -> Any:
         """The gradients of a checked call."""
@@ -67,7 +82,8 @@ class Model(OrderedFront, OrderedGated, FrontBackward):
         if op in FORMS:
             FORMS[op](**{name: arrays[name] for name in FORMS[op].ARRAYS}, **options).check()
             return
-        call = (contract.RECORDS | contract_prologue.RECORDS)[op](**arrays, **options)
+        records = contract.RECORDS | contract_prologue.RECORDS | {"short_conv": contract_short.ShortConvCall}
+        call = records[op](**arrays, **options)
         sizes = call.check()
         contract.check_backend(options.get("backend", "auto"), ("model",))
         if options.get("validate"):

@@ -25,7 +25,7 @@ from oracle.conformance.cases import Case
 from oracle.conformance.catalogue import catalogue
 from oracle.conformance.report import Report
 
-SUITE_VERSION = "1.3"
+SUITE_VERSION = "1.4"
 START_LIMIT = 300.0  # seconds for loading an implementation: frameworks import slowly
 
 

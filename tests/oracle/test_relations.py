@@ -66,8 +66,8 @@ def test_a_single_bit_is_seen(key, field):
                 ]  # zeros may belong to padding, which no relation compares
                 array.bits[tuple(live)] ^= 1
             else:
-                slots = problem.arrays.get("write_indices") or problem.arrays["cache_indices"]
-                slot = next(s for s in slots.data.tolist() if s >= 0)
+                slots = problem.arrays.get("write_indices") or problem.arrays.get("cache_indices")
+                slot = next(s for s in slots.data.tolist() if s >= 0) if slots else 0
                 array.bits[slot] ^= 1
             setattr(verdict, field, array)
         return verdict

@@ -33,7 +33,7 @@ SECTIONS = (
     prefixes.empty_rows, verify.windows, verify.commits, trees.trees, arithmetic.fused, paths.serving, errors.serving,
     errors.hostile_serving, scale.serving, gradients.values, gradients.layouts, gradients.relations,
     gradients.bad_calls, slots.unsigned, fronts.prologues, fronts.steps, fronts.gated_convolutions, fronts.bad_calls,
-    fronts.prologue_gradients, fronts.gated_gradients,
+    fronts.prologue_gradients, fronts.gated_gradients, paths.models,
 )  # fmt: skip
 
 

@@ -86,3 +86,21 @@ def serving() -> list[Case]:
                             activation="silu", relation=name, tier="core" if width == 4 else "full",
                             num_slots=12, group="path invariance"))  # fmt: skip
     return cases
+
+
+def models() -> list[Case]:
+    """Prefills that are also called as models do, by `short_conv`."""
+    cases = []
+    names = {
+        "short_documents": ("sequence-leak", (1, 1, 12, 3)),
+        "short_padding": ("right-padded-batch-state", (1, 0, 12, 3)),
+    }
+    for name, (flags, lengths) in names.items():
+        for width, dtype, rows, pool in (
+            (4, "bfloat16", (5, 2, 9), None), (3, "float16", lengths, None), (8, "float32", (3, 9, 2, 17), None),
+            (1, "bfloat16", (2, 3), None), (2, "bfloat16", (4, 11, 1), "float32"),
+        ):  # fmt: skip
+            cases.append(fn(f"path-{name}-width-{width}", flags, lengths=rows, has=(True,) * len(rows), width=width, dim=8,
+                            dtype=dtype, dtypes={"conv_states": pool} if pool else {}, activation=None if width == 3 else "silu",
+                            relation=name, tier="core" if width == 4 else "full", group="path invariance"))  # fmt: skip
+    return cases

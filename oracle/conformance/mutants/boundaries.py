@@ -194,6 +194,61 @@ class WindowOfLongestRow(Mutant):
         return np.concatenate([window.bits, arrived])[-call.history :]
 
 
+@mutant("sequence-leak")
+class SegmentIdsIgnored(Mutant):
+    """Of dense rows with documents every row is one."""
+
+    def documents_of(self, given):
+        return super().documents_of({**given, "segment_ids": None})
+
+
+@mutant("sequence-leak")
+class EqualIdsAreOneDocument(Mutant):
+    """A document whose id came before, a few tokens back, sees that one's tokens."""
+
+    def documents_of(self, given):
+        rows, ids = super().documents_of(given), given.get("segment_ids")
+        if ids is None:
+            return rows
+        pool, history = rows["conv_states"], given["weight"].shape[1] - 1
+        windows = [pool.data]
+        for i, start in enumerate(rows["query_start_loc"].data[:-1].tolist()):
+            row, token = divmod(start, ids.shape[1])
+            tokens = np.arange(token - history, token)
+            seen = (tokens >= 0) & (ids.data[row, tokens] == ids.data[row, token])
+            there = TypedArray(rows["x"].dtype, rows["x"].data[start - token + tokens])
+            there = cast_bits(there.bits, there.dtype, pool.dtype)
+            windows.append(
+                from_bits(np.where(seen[:, None], there, 0).astype(there.dtype), pool.dtype).data[None]
+            )
+            if token:
+                rows["has_initial_state"].data[i], rows["cache_indices"].data[i] = True, len(pool.data) + i
+        return rows | {"conv_states": TypedArray(pool.dtype, np.concatenate(windows))}
+
+    def of_documents(self, rows, batch, seqlen):
+        found = super().of_documents(rows, batch, seqlen)
+        return found | {
+            "conv_states": TypedArray(found["conv_states"].dtype, found["conv_states"].data[:batch])
+        }
+
+
+@mutant("right-padded-batch-state")
+class PaddingEntersTheCache(Mutant):
+    """The new cache of padded dense rows is the end of the padding."""
+
+    def documents_of(self, given):
+        rows = super().documents_of(given)
+        if given.get("lengths") is None:
+            return rows
+        return rows | {"padded": super().documents_of({**given, "lengths": None})}
+
+    def of_documents(self, rows, batch, seqlen):
+        found = super().of_documents(rows, batch, seqlen)
+        if "padded" in rows:
+            found["conv_states"] = super().of_documents(rows["padded"], batch, seqlen)["conv_states"]
+        return found
+
+
 @mutant("varlen-detected-by-boundary-count")
 class OneRowIsWholeInput(Mutant):
     """Two boundaries are taken to mean that x is one sequence."""

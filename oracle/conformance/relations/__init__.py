@@ -4,7 +4,7 @@ A relation is a generator: it takes a problem and a `call`, which runs and judge
 text for every difference it finds. It works on rows, so that the same code serves both operations.
 """
 
-from oracle.conformance.relations import backward, fronts, paths, slots
+from oracle.conformance.relations import backward, fronts, models, paths, slots
 
 RELATIONS = {
     f.__name__: f
@@ -13,6 +13,7 @@ RELATIONS = {
         paths.reorder_rows, paths.add_padding, paths.packed_steps, paths.serving, paths.repeat, slots.layouts,
         slots.prefixes, slots.verify_windows, slots.verify_trees, backward.backward_schedules, backward.backward_repeat,
         fronts.separate_norm, fronts.front_schedules, fronts.front_split, fronts.front_steps,
+        models.short_documents, models.short_padding,
     )
 }  # fmt: skip
 
