@@ -148,6 +148,9 @@ def quick_interpreters():
     if "jax" in sys.modules:
         plain_callbacks()
         no_program_a_shape()
+        from tests.tools import quick_pallas
+
+        quick_pallas.install()
 
 
 def patch_once(interpreter):
