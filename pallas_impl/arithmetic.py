@@ -8,6 +8,7 @@ form as well; there SiLU uses exact exp2 and division.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -74,10 +75,7 @@ def load_taps(weight_ref, bias_ref, channel, block_d, *, repeats=1, interpret):
 def convolve(window, taps, start, *, silu, interpret):
     """act(start + sum of taps[j] * window[j]), oldest first, one fused multiply-add a tap; float32 vectors."""
     if interpret:
-        total = start
-        for tap, value in zip(taps, window, strict=True):
-            total = multiply_add(split(tap), split(value), total)
-        return activate(total) if silu else total
+        return _convolve(tuple(window), tuple(taps), start, silu)
 
     block_d = start.shape[0]
     width = len(taps)
@@ -92,6 +90,15 @@ def convolve(window, taps, start, *, silu, interpret):
         return map_registers(silu_of_register, total) if silu else total
 
     return run(start, *taps, *window)
+
+
+@functools.partial(jax.jit, static_argnums=3)  # traced once for all tokens of a kernel
+def _convolve(window, taps, start, silu):
+    """`convolve` in plain jax.numpy."""
+    total = start
+    for tap, value in zip(taps, window, strict=True):
+        total = multiply_add(split(tap), split(value), total)
+    return activate(total) if silu else total
 
 
 def add_residual(total, value, *, interpret):

@@ -467,12 +467,9 @@ def gradient_step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias
     """One token: its g, zero unless it is `here` in the row, and the sums with it added where it is `counted`; True: always."""
     width, tested = len(taps), here is not True
     if interpret:
-        g = dout
-        if silu:
-            g = g * silu_slope(convolve(past, taps, bias, silu=False, interpret=True))
-        g = jnp.where(here, g, 0.0)
-        terms = [value * g for value in past] + [g] * has_bias
-        return g, *(jnp.where(counted, s + term, s) for s, term in zip(sums, terms, strict=False))
+        return _gradient_step(
+            tuple(past), tuple(taps), bias, dout, tuple(sums), here, counted, silu, has_bias
+        )
 
     kind, scalar = layout(BACKWARD_D), plgpu.Layout.WG_SPLAT
     row = plgpu.ShapeDtypeStruct((BACKWARD_D,), jnp.float32, kind)
@@ -506,6 +503,17 @@ def gradient_step(past, taps, bias, dout, sums, here, counted, *, silu, has_bias
 
     flags = (jnp.asarray(flag, jnp.int32) for flag in (here, counted))
     return run(*flags, bias, dout, *past, *taps, *sums)
+
+
+@functools.partial(jax.jit, static_argnums=(7, 8))  # traced once for all tokens of a kernel
+def _gradient_step(past, taps, bias, dout, sums, here, counted, silu, has_bias):
+    """`gradient_step` in plain jax.numpy."""
+    g = dout
+    if silu:
+        g = g * silu_slope(convolve(past, taps, bias, silu=False, interpret=True))
+    g = jnp.where(here, g, 0.0)
+    terms = [value * g for value in past] + [g] * has_bias
+    return g, *(jnp.where(counted, s + term, s) for s, term in zip(sums, terms, strict=False))
 
 
 def add_places(sums, interpret):

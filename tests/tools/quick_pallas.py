@@ -6,7 +6,7 @@ every check, but over NumPy, Python's loops and calls in place of jax.numpy, XLA
 XLA does without optimisation: every operation once.
 
 The interpreter itself still runs what this does not know: several threads a program, devices of a mesh, races, other versions of
-JAX. Tests that judge it by name, and the conformance suite's exact cases, never come here.
+JAX; and the conformance suite's exact cases. `tests/pallas/test_interpreter.py` compares the two.
 """
 
 import functools
@@ -124,9 +124,8 @@ ARITHMETIC = {
         lambda x, by: (x.view(f"u{x.dtype.itemsize}") >> by.view(f"u{by.dtype.itemsize}")).view(x.dtype)
     ),
     lax.shift_right_arithmetic_p: lambda x, by: np.right_shift(x, np.minimum(by, 8 * x.dtype.itemsize - 1)),
-    lax.stop_gradient_p if hasattr(lax, "stop_gradient_p") else None: lambda x: x,
 }  # fmt: skip
-SAME = {"optimization_barrier"}
+SAME = {"optimization_barrier", "stop_gradient"}
 INNER = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
          "custom_vjp_call": "call_jaxpr"}  # fmt: skip
 
@@ -161,7 +160,9 @@ def steps_of(jaxpr):
     return tuple(steps)
 
 
-PARAMETERLESS = {call for call in ARITHMETIC.values() if isinstance(call, np.ufunc) or call in (selected, quotient)}
+PARAMETERLESS = {
+    call for call in ARITHMETIC.values() if isinstance(call, np.ufunc) or call in (selected, quotient)
+}
 
 
 # Control and memory
@@ -189,7 +190,8 @@ def interpret(self, jaxpr, token, *arguments):
                 found = (found,)
         values.update(zip(results, found, strict=True))
     return token, [
-        np.asarray(v.val, v.aval.dtype)[()] if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars
+        np.asarray(v.val, v.aval.dtype)[()] if isinstance(v, core.Literal) else values[v]
+        for v in jaxpr.outvars
     ]
 
 
@@ -223,7 +225,17 @@ def called(function, _, *operands, ordered=False, **named):
 
 def handlers_of(interpreter):
     """The interpreter's own methods by primitive; those with another signature are adapted."""
-    names = ("get", "swap", "run_scoped", "cond", "scan", "while", "barrier_wait", "barrier_arrive", "copy_gmem_to_smem")
+    names = (
+        "get",
+        "swap",
+        "run_scoped",
+        "cond",
+        "scan",
+        "while",
+        "barrier_wait",
+        "barrier_arrive",
+        "copy_gmem_to_smem",
+    )
     found = {name: getattr(interpreter, f"_interpret_{name}_p") for name in names}
     found["axis_index"] = lambda self, eqn, token, _: (token, self._interpret_axis_index_p(eqn))
     found["copy_smem_to_gmem"] = lambda self, eqn, token, given: self._interpret_copy_smem_to_gmem_p(
@@ -259,7 +271,9 @@ def quick():
         get_uninitialized_array=lambda shape, dtype, kind: np.full(
             shape, utils.get_uninitialized_value(dtype, kind), dtype
         ),
-        get_indices=lambda sizes, place: tuple(map(np.int32, np.unravel_index(int(place), sizes))) if sizes else (),
+        get_indices=lambda sizes, place: (
+            tuple(map(np.int32, np.unravel_index(int(place), sizes))) if sizes else ()
+        ),
     )
     calls.thread_map = SimpleNamespace(
         thread_map=lambda body, count, token, *arguments, **_: body(np.int32(0), token, *arguments)
@@ -290,5 +304,5 @@ def install():
         shapes = tuple(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results)
         return callbacks.io_callback(run, shapes, *operands, ordered=True)
 
-    call.quick = True
+    call.quick = interpreter
     original.interpret_pallas_call = call
