@@ -635,8 +635,9 @@ def back_of_program(
         if o.sums:
             place = partial + (number + block) * (o.width + o.bias) * wide_dim + ch
             for j in tl.static_range(o.width + o.bias):
-                # (a row of zero tokens has met its initial state, which may be NaN)
-                tl.store(place + j * wide_dim, tl.where(first < length, sums[j], 0.0), mask=channels.exist)
+                # (a row of zero tokens has met its initial state, which may be NaN; the walk of 3.8 spills `first`)
+                met = first < length if o.levels or o.dense else length > 0
+                tl.store(place + j * wide_dim, tl.where(met, sums[j], 0.0), mask=channels.exist)
         block = next_block if o.flat else block + next_block
 
 

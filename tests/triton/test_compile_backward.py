@@ -142,8 +142,12 @@ def test_runs_of_channel_first_rows_are_sixteen_byte_accesses(layout):
     assert len(tiles) == 2 * (5 + 1)
     if triton.__version__.startswith("3.6."):  # later ones order the lanes otherwise, see docs/versions.md
         assert all("threadsPerWarp = [16, 2, 1], warpsPerCTA = [1, 4, 1]" in layouts[name] for name in tiles)
-    loops = ir[ir.index("tt.load", ir.index("16x8x8x!tt.ptr")) :]
-    assert "convert_layout" not in loops[: loops.rindex("16x8x8x!tt.ptr")]
+    # 3.8's IR converts a mask to what is the same layout, which is no instruction; sums change lanes behind the loops
+    ptx = binary.asm["ptx"]
+    wide = [found.start() for found in re.finditer(r"\b(ld|st)\.global\S*\.v4\.b32", ptx)]
+    between = re.compile(r"\b(shfl|bar|stmatrix|ldmatrix|(ld|st)\.shared)\b")
+    assert between.search(ptx, wide[-1])
+    assert not between.search(ptx, wide[0], wide[-1])
 
 
 def test_the_silu_instructions():
