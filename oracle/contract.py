@@ -141,6 +141,7 @@ __all__ = [
     "check_memory",
     "dtype_name",
     "given_arrays",
+    "host_int",
     "normalised",
     "record",
 ]
@@ -726,8 +727,8 @@ def normalised(call: Record) -> Record:
 
     Numbers are plain floats.
 
-    A `pad_slot_id` that does not fit into an int64, and so is no slot's number, becomes -1; a larger `max_seqlen` the
-    largest int64.
+    A `pad_slot_id` that does not fit into an int64, and so is no slot's number, becomes -1; a larger `max_seqlen` or
+    `snapshot_block_size` the largest int64.
     """
     plain: dict[str, Any] = {}
     for name in call.INTEGERS:
@@ -743,8 +744,9 @@ def normalised(call: Record) -> Record:
             plain[name] = host_float(name, getattr(call, name))
     if "pad_slot_id" in plain and not -(2**63) <= plain["pad_slot_id"] < 2**63:
         plain["pad_slot_id"] = -1
-    if type(plain.get("max_seqlen")) is int:
-        plain["max_seqlen"] = min(plain["max_seqlen"], 2**63 - 1)
+    for name in ("max_seqlen", "snapshot_block_size"):
+        if type(plain.get(name)) is int:
+            plain[name] = min(plain[name], 2**63 - 1)
     return call._replace(**plain)
 
 

@@ -9,6 +9,7 @@ are looked up by a key of the same facts. Only where both miss is a record made,
 import contextlib
 import functools
 import importlib
+import math
 from operator import itemgetter
 
 import torch
@@ -198,7 +199,7 @@ def front_of(call, found):
     flat, g, beta = found
     leading = call.x.shape[:-1]
     keys = (*leading, call.num_k_heads, call.head_k_dim)
-    wide = leading.numel() * call.num_k_heads * call.head_k_dim
+    wide = math.prod(keys)  # torch.Size.numel makes an int of a symbol
     return (
         flat[:wide].view(keys),
         flat[wide : 2 * wide].view(keys),
@@ -242,6 +243,7 @@ def _unrecognised(record, args, out):
                 f"{name}: expected a tensor that holds its values, since it is written, got a lazy "
                 f"{'negative' if written.is_neg() else 'zero'} (clone() makes one)"
             )
+    args = tuple(arg.resolve_neg() if isinstance(arg, torch.Tensor) else arg for arg in args)
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     asks, seen = tracing.asks_for_gradient(*tensors), tracing.is_seen(tensors)
     if (asks or seen) and not torch.jit.is_tracing():  # whose sizes are tensors
@@ -393,9 +395,11 @@ def prepare(call):
       (a function of the arguments and `out` that runs it, whether it may be remembered).
     """
     sizes = check(call)
-    if call.validate:
-        call.check_values(sizes, lambda name, array: array.tolist())
     backend = resolve(call.backend, given_arrays(call)[call.ARRAYS[0]].device)
+    if call.validate:
+        if backend == "meta":
+            raise Unsupported("validate: expected False on meta, where there is no data, got True")
+        call.check_values(sizes, lambda name, array: array.tolist())
     if backend != "meta":
         check_memory(call, _memory_of)
     if backend == "triton":

@@ -271,11 +271,6 @@ def _differentiate(ctx, dout, dfinal_states, backward=torch.ops.twinconv.causal_
     )
 
 
-def _backward_flops(dout_shape, dfinal_shape, x_shape, weight_shape, *args, out_shape=None, **options):
-    """dx and the sums over tokens: a multiplication and an addition each for every tap of every element."""
-    return 2 * x_shape.numel() * weight_shape[1] * (2 if args[-2] else 1)
-
-
 for _name, _impl, _fake in (
     ("causal_conv1d_forward", _forward, _forward_fake),
     ("causal_conv1d_backward", _backward, _backward_fake),
@@ -289,7 +284,7 @@ torch.library.register_autograd(
     "twinconv::causal_conv1d_backward", tracing.refuse_second_gradient, lib=tracing.library
 )
 tracing.count_flops("causal_conv1d_forward")
-tracing.count_flops("causal_conv1d_backward", _backward_flops)
+tracing.count_flops("causal_conv1d_backward", tracing.backward_flops)
 
 
 class _Convolution(torch.autograd.Function):

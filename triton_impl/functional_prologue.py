@@ -170,6 +170,12 @@ def _backward_fake(*arguments):
     return tuple(results)
 
 
+def _backward_flops(*shapes, out_shape=None, **options):
+    """Of the convolution alone, as everywhere."""
+    call = PrologueCall(*shapes[len(_UPSTREAM) : -2])
+    return tracing.backward_flops(None, None, call.x, call.weight, *shapes[-2:])
+
+
 _SAVED = tuple(name for name in _FIELDS if PrologueCall.KINDS[name].endswith("array"))
 
 
@@ -219,6 +225,7 @@ torch.library.register_autograd(
     "twinconv::gated_delta_prologue_backward", tracing.refuse_second_gradient, lib=tracing.library
 )
 tracing.count_flops("gated_delta_prologue_forward")
+tracing.count_flops("gated_delta_prologue_backward", _backward_flops)
 
 
 class _Prologue(torch.autograd.Function):
@@ -288,7 +295,8 @@ def gated_short_conv(
     check(call)
     call = normalised(call)
     function = _RefusingGatedConv.apply
-    if torch.compiler.is_dynamo_compiling():  # it takes a function without a gradient for one that gets ctx
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
+        # the one takes a function without a gradient for one that gets ctx, the other sees none of its operators
         function = _GatedConv.apply if tracing.asks_for_gradient(*call[:4]) else _GatedConv.forward
     out, states, _ = function(gated_conv.offsets(call), *call[:5], *call[6:])
     return ConvOutput(out, states)

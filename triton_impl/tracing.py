@@ -16,7 +16,15 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
-from oracle.contract import CommitCall, ConvOutput, ConvWindowOutput, FnCall, Unsupported, UpdateCall
+from oracle.contract import (
+    CommitCall,
+    ConvOutput,
+    ConvWindowOutput,
+    FnCall,
+    Unsupported,
+    UpdateCall,
+    normalised,
+)
 from oracle.contract_prologue import (
     GatedConvFnCall,
     GatedConvUpdateCall,
@@ -164,9 +172,8 @@ def through_operator(record, args):
     """
     if "validate" in record._fields and args[record._fields.index("validate")]:
         raise Unsupported("validate: expected False where the call is traced, since it reads data, got True")
-    pad = record._fields.index("pad_slot_id")
-    if isinstance(args[pad], int) and not -(1 << 63) <= args[pad] < 1 << 63:  # it names no slot
-        args = (*args[:pad], -1, *args[pad + 1 :])
+    if not torch.jit.is_tracing():  # whose sizes are tensors
+        args = tuple(normalised(record(*args)))  # no operator takes more than 64 bits
     for operator in OPERATORS[record]:
         if _takes(operator, args):
             return operator.function(*[args[i] for i in operator.places])
@@ -353,6 +360,11 @@ def _convolution_flops(x_shape, weight_shape, *args, out_shape=None, **options):
     for size in x_shape[:-1]:
         tokens *= size
     return 2 * tokens * weight_shape[0] * weight_shape[1]
+
+
+def backward_flops(dout_shape, dfinal_shape, x_shape, weight_shape, *args, out_shape=None, **options):
+    """dx and the sums over tokens: a multiplication and an addition each for every tap of every element."""
+    return 2 * x_shape.numel() * weight_shape[1] * (2 if args[-2] else 1)
 
 
 def count_flops(name, formula=_convolution_flops):

@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import triton_impl
 from oracle.contract import ConvOutput, Unsupported
 from triton_impl.compat import causal_conv1d as dao
-from triton_impl.compat import fla
+from triton_impl.compat import fla, sglang, vllm
 from triton_impl.modules import CausalConv1d, ConvStatePool, dense_rows
 from triton_impl.short_conv import short_conv
 
@@ -120,7 +122,7 @@ def test_inductor_takes_the_layer(device):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_host_bounds_and_lengths_do_not_compile_again(dynamic):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def call(t, bound):
         packed = fn(t, max_seqlen=bound).out
@@ -131,6 +133,22 @@ def test_host_bounds_and_lengths_do_not_compile_again(dynamic):
         t = tensors(tokens=tokens)
         got = compiled(dict(t, conv_states=t["conv_states"].clone()), tokens - 3)
         assert all(map(torch.equal, got, call(t, tokens - 3)))
+    assert counter.frame_count <= 2
+
+
+def test_host_lengths_of_an_engine_do_not_compile_again():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(t, lengths):
+        return sglang.causal_conv1d_fn_triton(
+            t["x"].mT, t["weight"], None, t["conv_states"].mT, t["query_start_loc"], lengths, t["cache_indices"],
+            t["has_initial_state"],
+        )  # fmt: skip
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for tokens in (7, 8, 11, 13):
+        lengths = [3, tokens - 3]
+        assert torch.equal(compiled(tensors(tokens=tokens), lengths), call(tensors(tokens=tokens), lengths))
     assert counter.frame_count <= 2
 
 
@@ -339,6 +357,18 @@ def test_differentiable_forms_are_compiled_without_a_gradient(form):
     assert torch.equal(compiled(SHORT), call(SHORT))
 
 
+@pytest.mark.parametrize("form", DIFFERENTIABLE)
+def test_a_dynamic_length_of_every_form_is_exported(form):
+    class Form(torch.nn.Module):
+        def forward(self, x):
+            return DIFFERENTIABLE[form](x)
+
+    length = torch.export.Dim("length", min=WIDTH, max=4096)
+    program = torch.export.export(Form(), (SHORT,), dynamic_shapes={"x": {1: length}}, strict=False)
+    for x in (SHORT, SHORT[:, :3], SHORT.repeat(1, 9, 1)):
+        assert torch.equal(program.module()(x), DIFFERENTIABLE[form](x))
+
+
 def test_documents_are_mapped_by_name():
     ids = torch.zeros(3, 2, 7, dtype=torch.int64)
     with pytest.raises(Unsupported, match="vmap"):
@@ -401,8 +431,6 @@ def test_a_captured_call_is_counted():
 
 @DEVICES
 def test_x_that_is_replaced_is_counted(device):
-    from triton_impl.compat import sglang
-
     t = tensors(device)
     x = t["x"][:2].clone()
     with torch.no_grad():
@@ -508,6 +536,7 @@ def test_nested_tensors_are_refused_by_name(layout):
         lambda: short_conv(nested, t["weight"]),
         lambda: triton_impl.gated_short_conv(nested, t["weight"]),
         lambda: fla.causal_conv1d(nested, t["weight"]),
+        lambda: fla.causal_conv1d_update_states(nested, WIDTH),
         lambda: dao.causal_conv1d_fn(nested, t["weight"]),
         lambda: triton_impl.tree_parents_from_links(nested, nested),
     ):
@@ -539,6 +568,16 @@ def test_validation_takes_parameters():
         fn(t | {"cache_indices": torch.tensor([3, 9])}, validate=True)
 
 
+def test_validation_takes_lazy_tensors_and_refuses_those_without_data():
+    fn(tensors() | {"cache_indices": torch._neg_view(torch.tensor([-3, -1]))}, validate=True)
+    with pytest.raises(ValueError, match="cache_indices"):
+        fn(tensors() | {"cache_indices": torch._neg_view(torch.tensor([-3, -9]))}, validate=True)
+    for operation in ALL:
+        meta = {name: tensor.to("meta") for name, tensor in tensors().items()}
+        with pytest.raises(Unsupported, match="validate: expected False on meta"):
+            ALL[operation](meta, validate=True)
+
+
 # Tracers and modes.
 
 
@@ -552,6 +591,21 @@ def test_host_integers_follow_one_rule_within_a_mode(operation):
             ALL[operation](tensors(), pad_slot_id=value)
     with FlopCounterMode(display=False):
         ALL[operation](tensors(), pad_slot_id=2**70)
+
+
+@pytest.mark.parametrize("seen_by", ["mode", "compiler"])
+def test_host_integers_beyond_64_bits_reach_an_operator(seen_by):
+    huge = dict(max_seqlen=2**70, snapshot_block_size=2**70, snapshot_indices=torch.tensor([[4], [2]]))
+
+    def call(t):
+        return fn(t, **huge).out
+
+    want = call(tensors())
+    if seen_by == "compiler":
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(tensors()), want)
+    else:
+        with FlopCounterMode(display=False):
+            assert torch.equal(call(tensors()), want)
 
 
 def test_a_lazy_zero_is_not_written():
@@ -578,6 +632,14 @@ def test_the_differentiable_form_is_counted():
     with FlopCounterMode(display=False) as counter:
         triton_impl.causal_conv1d(x, weight).out.sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 7 * DIM * WIDTH
+
+
+@pytest.mark.parametrize("form", DIFFERENTIABLE)
+def test_every_gradient_is_counted(form):
+    x = SHORT.clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        DIFFERENTIABLE[form](x).sum().backward()  # no sums: the weight asks for no gradient
+    assert counter.get_total_flops() == 2 * 2 * SHORT.numel() * WIDTH
 
 
 def test_make_fx_records_the_operator():
@@ -611,7 +673,7 @@ class Model(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("form", ["short", "documents"])
+@pytest.mark.parametrize("form", DIFFERENTIABLE)
 def test_jit_trace_takes_a_dense_call(form):
     traced = torch.jit.trace(DIFFERENTIABLE[form], (SHORT,))
     assert torch.equal(traced(SHORT * -1), DIFFERENTIABLE[form](SHORT * -1))
@@ -630,6 +692,10 @@ def test_symbolic_trace_refuses_by_name():
         lambda x: short_conv(x, weight),
         lambda x: triton_impl.gated_short_conv(x, weight),
         lambda x: triton_impl.tree_parents_from_links(x, x),
+        lambda x: fla.causal_conv1d_update_states(x, WIDTH),
+        lambda x: dao.causal_conv1d_fn(x, weight),
+        lambda x: vllm.causal_conv1d_update(x, None, weight),
+        lambda x: sglang.causal_conv1d_update(x, None, weight),
     ):
         with pytest.raises(Unsupported, match="symbolic_trace"):
             torch.fx.symbolic_trace(call)
@@ -664,6 +730,22 @@ def test_from_conv1d_keeps_what_it_can_and_refuses_the_rest():
             CausalConv1d.from_conv1d(
                 torch.nn.Conv1d(DIM, DIM, WIDTH, groups=DIM, padding=2, padding_mode=mode)
             )
+    for other in (
+        torch.nn.ConvTranspose1d(DIM, DIM, WIDTH, groups=DIM),
+        torch.nn.Linear(DIM, DIM),
+        layer,
+        None,
+    ):
+        with pytest.raises(TypeError, match=f"conv: expected an nn.Conv1d, got {type(other).__name__}"):
+            CausalConv1d.from_conv1d(other)
+    reparametrised = (
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(DIM, DIM, WIDTH, groups=DIM)),
+        prune.identity(torch.nn.Conv1d(DIM, DIM, WIDTH, groups=DIM), "weight"),
+        torch.nn.LazyConv1d(DIM, WIDTH, groups=DIM),
+    )
+    for other in reparametrised:
+        with pytest.raises(ValueError, match="conv: expected a weight that is a parameter and has values"):
+            CausalConv1d.from_conv1d(other)
 
 
 def test_sizes_of_layers_and_pools_are_checked():

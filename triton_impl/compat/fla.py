@@ -199,7 +199,11 @@ def causal_conv1d_update_states(x, state_len, initial_state=None, cu_seqlens=Non
 
     Returns:
       [rows, dim, state_len] in x's dtype.
+
+    Raises:
+      Unsupported: x is nested, sparse or a proxy.
     """
+    refuse_odd(("x",), (x,))
     tokens = x.reshape(-1, x.shape[-1])
     if cu_seqlens is None:
         ends = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]

@@ -1,12 +1,19 @@
 """What the adapters share: checks in the peer's own axes, and the peers' layouts as views of ours."""
 
 import contextlib
-import operator
 from collections.abc import Iterator
 
 import torch
 
-from oracle.contract import INDEX_DTYPES, MASK_DTYPES, OFFSET_DTYPES, WIDTH_MAX, WIDTH_MIN, dtype_name
+from oracle.contract import (
+    INDEX_DTYPES,
+    MASK_DTYPES,
+    OFFSET_DTYPES,
+    WIDTH_MAX,
+    WIDTH_MIN,
+    dtype_name,
+    host_int,
+)
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
 from triton_impl.call import update_in_place
 from triton_impl.tracing import refuse_odd
@@ -35,10 +42,9 @@ def validates():
 
 def expect(name, value, axes, **sizes):
     """Returns the shape of tensor `value`; raises in terms of the peer's `axes` unless it has them."""
+    refuse_odd((name,), (value,))
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout is not torch.strided:
-        refuse_odd((name,), (value,))
     shape = value.shape
     fits = len(shape) == len(axes)
     if fits:
@@ -140,7 +146,7 @@ def longest(name, lengths):
             raise ValueError(f"{name}: expected lengths on the host, got a tensor on {lengths.device}")
         lengths = lengths.tolist()
     try:
-        lengths = [operator.index(length) for length in lengths]
+        lengths = [host_int(name, length) for length in lengths]
     except TypeError:
         raise TypeError(f"{name}: expected a list of integers or a CPU tensor, got {lengths!r}") from None
     if any(length < 0 for length in lengths):

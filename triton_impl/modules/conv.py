@@ -6,6 +6,7 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from oracle.contract import ACTIVATIONS, WIDTH_MAX, WIDTH_MIN, Unsupported
 from triton_impl.api import causal_conv1d_fn, causal_conv1d_update
@@ -64,8 +65,20 @@ class CausalConv1d(nn.Module):
         Its padding is taken to be what makes it causal: callers of such a layer cut the outputs that see later tokens.
 
         Raises:
-          ValueError: `conv` is not depthwise with stride 1 and dilation 1, or pads with something else than zeros.
+          TypeError: `conv` is no nn.Conv1d.
+          ValueError: it is not depthwise with stride 1 and dilation 1, pads with something else than zeros, or its weight
+            is computed from other parameters or has no values yet.
         """
+        if not isinstance(conv, nn.Conv1d):
+            raise TypeError(f"conv: expected an nn.Conv1d, got {type(conv).__name__}")
+        for name in ("weight", "bias"):
+            values = conv._parameters.get(name)
+            if (values is None and getattr(conv, name) is not None) or isinstance(
+                values, UninitializedParameter
+            ):
+                raise ValueError(
+                    f"conv: expected a {name} that is a parameter and has values, got one that is parametrised, pruned or lazy"
+                )
         wanted = {
             "groups": conv.in_channels,
             "out_channels": conv.in_channels,
