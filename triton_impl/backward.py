@@ -52,7 +52,7 @@ from triton_impl.records import (
     strides_record,
     tokens_of,
 )
-from triton_impl.rows import find_row, offset
+from triton_impl.rows import begun, find_row, load_mark, offset, same_document
 
 
 class BackwardConfig(NamedTuple):
@@ -161,7 +161,7 @@ class Options(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """A row's arrays, `Tokens`; of the states, columns in tokens' place. Absent ones are None."""
+    """A row's arrays, `Tokens`; of the states, columns in tokens' place; its marks of documents. Absent ones are None."""
 
     dout: Any
     dfinal: Any
@@ -169,6 +169,7 @@ class Arrays(NamedTuple):
     initial: Any
     dx: Any
     dinitial: Any
+    marks: Any
 
 
 class Given(NamedTuple):
@@ -180,6 +181,7 @@ class Given(NamedTuple):
     bias: Any
     initial_states: Any
     query_start_loc: Any
+    document_marks: Any
 
 
 class Results(NamedTuple):
@@ -287,8 +289,13 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
     window = ()
     gs = ()
     in_row = first > 0
+    mark = None
+    if arrays.marks is not None:
+        mark = load_mark(arrays.marks, first)
     source = at(arrays.x, first - (o.width - 1), channels)
     for j in tl.static_range(o.width - 1):
+        if mark is not None:
+            window = begun(window, j, mark, 8 + j - (o.width - 1))
         past = widen(
             tl.load(source, mask=exist & holds(in_row) & holds(first + (j - o.width + 1) < length), other=0.0)
         )
@@ -309,13 +316,18 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
         source += arrays.x.t
         upstream = tl.load(incoming, mask=exist & holds(here), other=0.0)
         incoming += arrays.dout.t
+        if mark is not None:
+            window = begun(window, o.width - 1, mark, 8 + i)
         window = window + (widen(entry),)
         g = _gradient(window, weights, widen(upstream), here, arrays.x.ptr.dtype.element_ty, o)
         gs = gs + (g,)
         if arrays.dinitial is not None:
             begin = _load_final(late, first + i - length, exist, weights.start, o)
+            own = gs
+            if mark is not None:
+                own = same_document(gs, o.width, mark, 8 + i - (o.width - 1))
             kept = round_to(
-                convolve(gs, weights.flipped, begin, o.width), arrays.dinitial.ptr.dtype.element_ty
+                convolve(own, weights.flipped, begin, o.width), arrays.dinitial.ptr.dtype.element_ty
             )
             tl.store(at(arrays.dinitial, i, channels), kept, mask=exist & holds(first == 0))
         if late is not None:
@@ -339,6 +351,9 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
     if arrays.dfinal is not None:
         late = at(arrays.dfinal, first - length + (o.width - 1), channels)
     for t in tl.range(first, last, o.group):
+        mark = None
+        if arrays.marks is not None:
+            mark = load_mark(arrays.marks, t)
         loaded = ()
         for i in tl.static_range(o.group):
             wanted = channels.exist & holds(t + (o.width - 1 + i) < length)
@@ -349,6 +364,8 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
             loaded = loaded + (entry, upstream)
         for i in tl.static_range(o.group):
             new = t + (o.width - 1 + i)
+            if mark is not None:
+                window = begun(window, o.width - 1, mark, 8 + o.width - 1 + i)
             window = window + (widen(loaded[2 * i]),)
             upstream = widen(loaded[2 * i + 1])
             g = _gradient(window, weights, upstream, new < length, arrays.x.ptr.dtype.element_ty, o)
@@ -357,7 +374,10 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
             begin = _load_final(late, tl.cast(new, tl.int64) - length, channels.exist, weights.start, o)
             if late is not None:
                 late += arrays.dfinal.t
-            value = round_to(convolve(gs, weights.flipped, begin, o.width), target.dtype.element_ty)
+            own = gs
+            if mark is not None:
+                own = same_document(gs, o.width, mark, 8 + i)
+            value = round_to(convolve(own, weights.flipped, begin, o.width), target.dtype.element_ty)
             tl.store(target, value, mask=channels.exist & holds(t + i < last))
             target += arrays.dx.t
             if o.sums:
@@ -507,6 +527,7 @@ def _tile_back(arrays, offsets, weights, span, channels, o: tl.constexpr):
                 arrays.initial,
                 _moved(arrays.dx, offsets[2]),
                 arrays.dinitial,
+                None,
             )
             _walk_first(here, weights, span, channels, (), False, o)
     # axes: runs, channels, and in loads and stores tokens; lanes lie along the first
@@ -522,6 +543,7 @@ def _tile_back(arrays, offsets, weights, span, channels, o: tl.constexpr):
         _runs(Tokens(arrays.x.ptr, 1, arrays.x.d), offsets[1], run, channels, shift, True, o),
         arrays.initial,
         _runs(arrays.dx, offsets[2], run, channels, shift, o.phase_o, o),
+        None,
         None,
     )
     taps = ()
@@ -606,7 +628,10 @@ def back_of_program(
     result = None
     if dinitial is not None:
         result = Tokens(dinitial + wide_row * (o.width - 1) * wide_dim, wide_dim, 1)
-    arrays = Arrays(dout, late, x, initial, dx, result)
+    marks = None
+    if given.document_marks is not None:
+        marks = given.document_marks + wide_row * ((row_end - row_start + 7) >> 3)
+    arrays = Arrays(dout, late, x, initial, dx, result, marks)
     length = row_end - row_start
     zero = tl.zeros([o.block_d], tl.float32)
     while block < blocks:
@@ -627,6 +652,7 @@ def back_of_program(
                     initial,
                     _moved(dx, offsets[2]),
                     result,
+                    marks,
                 )
                 sums = _walk_back(here, taps, span, channels, sums, o)
         else:
@@ -643,8 +669,8 @@ def back_of_program(
 
 @triton.jit(do_not_specialize=["tokens", "batch"])
 def _backward_kernel(
-    dout, dfinal, x, weight, bias, initial_states, query_start_loc, dx, dinitial, partial, strides,
-    tokens, dim, batch, o: tl.constexpr,
+    dout, dfinal, x, weight, bias, initial_states, query_start_loc, dx, dinitial, partial, document_marks,
+    strides, tokens, dim, batch, o: tl.constexpr,
 ):  # fmt: skip
     # mapping of programs
     channel_blocks = tl.cdiv(dim, o.block_d)
@@ -652,7 +678,8 @@ def _backward_kernel(
     program = tl.program_id(0) // channel_blocks
     ch = block_d * o.block_d + tl.arange(0, o.block_d)
     back_of_program(
-        tokens_of(dout, strides.dout[1:]), strides.dout[0], Given(dfinal, x, weight, bias, initial_states, query_start_loc),
+        tokens_of(dout, strides.dout[1:]), strides.dout[0],
+        Given(dfinal, x, weight, bias, initial_states, query_start_loc, document_marks),
         Results(dx, dinitial, partial), strides, program, Channels(ch, ch < dim), tokens, dim, batch, o,
     )  # fmt: skip
 
@@ -723,6 +750,7 @@ def prepare(
     need_sums,
     need_initial,
     config,
+    documents=False,
 ):
     """Prepares both kernels for checked arguments of these shapes, strides and dtypes.
 
@@ -733,10 +761,11 @@ def prepare(
       need_sums: whether the gradients of weight and bias are wanted.
       need_initial: whether that of the initial states is.
       config: a BackwardConfig for x's layout.
+      documents: whether the rows of x, which is walked, hold several.
 
     Returns:
       (the number of places in the workspace, a Launch of (dout, dfinal, x, weight, bias, initial_states,
-      query_start_loc, dx, dinitial, workspace), a Launch of (workspace, dweight, dbias)). dx is laid out as
+      query_start_loc, dx, dinitial, workspace, with documents their `packed_rows.document_marks`), a Launch of (workspace, dweight, dbias)). dx is laid out as
       torch.empty_like(x); dinitial and dweight are contiguous; the workspace is float32 of
       [places, width + 1 with a bias, dim].
     """
@@ -780,7 +809,7 @@ def prepare(
         phase_o=phase_o,
         ptx=native_ptx(),
     )
-    values = (strides, tokens, dim, batch, constants(options))
+    values = (*(() if documents else (None,)), strides, tokens, dim, batch, constants(options))
     walk = Launch(_backward_kernel, grid, values, num_warps=config.num_warps)
     return places, walk, prepare_sums(width, bias is not None, dim, places)
 

@@ -21,14 +21,16 @@ from triton_impl.call import (
     resolve,
     run_real,
 )
-from triton_impl.config import crosses
-from triton_impl.packed_rows import folds, fresh_states, owned, row_starts
+from triton_impl.config import crosses, prefill_config, walks
+from triton_impl.packed_rows import folds, fresh_states, owned, row_starts, rows_of_documents
 
 _ARGUMENTS = ", ".join(tracing.arguments(RowsCall, RowsCall._fields))
-tracing.library.define(f"causal_conv1d_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
 tracing.library.define(
-    f"causal_conv1d_backward(Tensor? dout, Tensor? dfinal_states, {_ARGUMENTS}, bool need_sums, bool need_initial)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"causal_conv1d_forward({_ARGUMENTS}, Tensor? document_marks=None) -> (Tensor, Tensor)"
+)
+tracing.library.define(
+    f"causal_conv1d_backward(Tensor? dout, Tensor? dfinal_states, {_ARGUMENTS}, bool need_sums, bool need_initial,"
+    " Tensor? document_marks=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -84,6 +86,19 @@ def causal_conv1d(
     return ConvOutput(*_Convolution.apply(*normalised(call)))
 
 
+def convolve_documents(x, weight, bias, window, document_marks, activation, backend):
+    """`out` of dense rows in which documents begin, without final states: one launch of equal rows, and so the gradient.
+
+    Args:
+      document_marks: of `packed_rows.document_marks`; window: of each row's first document, or None. Width is at least 2.
+    """
+    call = RowsCall(x, weight, bias, window, None, activation, None, "auto", backend)
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.twinconv.causal_conv1d_forward.default(*call, document_marks)[0]
+    check(call)
+    return _Convolution.apply(*normalised(call), document_marks)[0]
+
+
 def _sizes(x, weight, query_start_loc):
     """The sizes of a checked call."""
     batch = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
@@ -103,7 +118,12 @@ def _unfold(x, batch):
     return x.t().view(batch, channels // batch, n).transpose(1, 2)
 
 
-def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend):
+def _forward(
+    x, weight, bias, initial_states, query_start_loc, activation, max_seqlen, schedule, backend, document_marks=None
+):  # fmt: skip
+    if document_marks is not None:
+        given = x, weight, bias, initial_states, document_marks, activation, backend
+        return _documents(*given), x.new_empty(0)
     sizes = _sizes(x, weight, query_start_loc)
     states = fresh_states(x, initial_states, sizes)
     starts, longest = row_starts(x, sizes, query_start_loc, max_seqlen)
@@ -124,6 +144,35 @@ def _forward(x, weight, bias, initial_states, query_start_loc, activation, max_s
     return owned(out), owned(states)
 
 
+def _documents(x, weight, bias, window, marks, activation, backend):
+    """The outputs of rows of documents."""
+    batch, seqlen, dim = x.shape
+    if not x.numel():
+        return x.new_empty(x.shape)
+    if resolve(backend, x.device) == "eager":
+        tokens, starts = rows_of_documents(x, window, marks)
+        packed = tokens.reshape(-1, dim), weight, bias, None, starts
+        call = FnCall(*packed, activation=activation, backend=backend)
+        out = run_real(FnCall, tuple(call)).view(tokens.shape)[:, tokens.shape[1] - seqlen :]
+        return out.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+    packed = x.reshape(batch * seqlen, dim)
+    packed = packed if walks(*packed.stride()) else packed.contiguous()
+    starts, _ = row_starts(x, _sizes(x, weight, None), None, None)
+    has_state = None if window is None else torch.ones(batch, dtype=torch.bool, device=x.device)
+    call = FnCall(packed, weight, bias, window, starts, None, has_state, activation, max_seqlen=seqlen)
+    kernel = kernels("prefill")
+    if (launch := recall("documents", call)) is None:
+        sizes = call.check()
+        config = prefill_config(
+            sizes.tokens, dim, batch, sizes.width, True, seqlen, warp_size=kernels("launch").warp_size()
+        )
+        launch = kernel.prepare(call, sizes, config, stores=False, documents=True)
+        remember("documents", call, launch)
+    out = torch.empty_like(packed)
+    launch_on(x.device, launch, *(getattr(call, name) for name in kernel.ARRAYS), out, marks)
+    return out.view(x.shape)
+
+
 def _backward(
     dout,
     dfinal_states,
@@ -138,24 +187,35 @@ def _backward(
     backend,
     need_sums,
     need_initial,
+    document_marks=None,
 ):
     sizes = _sizes(x, weight, query_start_loc)
     if dout is None:
         dout = x.new_zeros(()).expand(x.shape)
     starts, longest = row_starts(x, sizes, query_start_loc, max_seqlen)
     if resolve(backend, x.device) == "eager":
-        packed = sizes.tokens, sizes.dim
+        tokens, states, upstream = x, initial_states, dout
+        if document_marks is not None:
+            tokens, starts = rows_of_documents(x, initial_states, document_marks)
+            states, upstream = None, torch.zeros_like(tokens, dtype=dout.dtype)
+            upstream[:, tokens.shape[1] - x.shape[1] :] = dout
+        packed = -1, sizes.dim
         dx, dweight, dbias, dinitial = plain.backward(
-            dout.reshape(packed),
+            upstream.reshape(packed),
             dfinal_states,
-            x.reshape(packed),
+            tokens.reshape(packed),
             weight,
             bias,
-            initial_states,
+            states,
             starts,
             silu=activation is not None,
         )
-        dx = torch.empty_like(x).copy_(dx.view(x.shape))
+        dx = dx.view(tokens.shape)
+        if document_marks is not None:
+            history = tokens.shape[1] - x.shape[1]
+            dx, dinitial = dx[:, history:], dx[:, :history]
+            dinitial = dinitial.to(initial_states.dtype).contiguous() if need_initial else None
+        dx = torch.empty_like(x).copy_(dx)
     else:
         dx, dweight, dbias, dinitial = _launch(
             dout,
@@ -170,6 +230,7 @@ def _backward(
             schedule,
             need_sums,
             need_initial,
+            document_marks,
         )
     return (
         dx,
@@ -180,23 +241,26 @@ def _backward(
 
 
 def _launch(
-    dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial
-):
-    """Runs the kernels on x as it lies in memory, and on dout unless that lies across it."""
+    dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial, marks
+):  # fmt: skip
+    """Runs the kernels on x as it lies in memory, and on dout unless that lies across it; with documents x is walked."""
+    like = x
+    if marks is not None and not walks(*x.stride()[-2:]):
+        x = x.contiguous()
     if crosses(dout.shape, dout.stride(), x.stride()):
         dout = torch.empty_like(x, dtype=dout.dtype).copy_(dout)
     sizes = _sizes(x, weight, starts if x.dim() == 2 else None)
     tokens, dim, batch, width = sizes.tokens, sizes.dim, sizes.batch, sizes.width
     tensors = dout, dfinal, x, weight, bias, initial_states, starts
     weight_second = x, weight, dout, dfinal, bias, initial_states, starts
-    options = silu, max_seqlen, schedule, need_sums, need_initial
+    options = silu, max_seqlen, schedule, need_sums, need_initial, marks is not None
     kept = (*weight_second, *options)
     if (call := recall("backward", kept)) is None:
         backward = kernels("backward")
         config = backward.backward_config(
             tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, kernels("launch").warp_size()
         )
-        call = backward.prepare(*tensors, silu, need_sums, need_initial, config)
+        call = backward.prepare(*tensors, silu, need_sums, need_initial, config, marks is not None)
         remember("backward", kept, call)
     places, walk, reduce = call
     dx = torch.empty_like(x)
@@ -206,14 +270,17 @@ def _launch(
         workspace = x.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
         dweight = weight.new_empty(dim, width)
         dbias = None if bias is None else bias.new_empty(dim)
-    launch_on(x.device, walk, *tensors, dx, dinitial, workspace)
+    given = () if marks is None else (marks,)
+    launch_on(x.device, walk, *tensors, dx, dinitial, workspace, *given)
     if need_sums:
         launch_on(x.device, reduce, workspace, dweight, dbias)
-    return dx, dweight, dbias, dinitial
+    return dx if like is x else torch.empty_like(like).copy_(dx), dweight, dbias, dinitial
 
 
 def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
-    check(RowsCall(x, weight, bias, initial_states, query_start_loc, *options))
+    check(RowsCall(x, weight, bias, initial_states, query_start_loc, *options[:4]))
+    if options[4:] and options[4] is not None:
+        return x.new_empty(x.shape), x.new_empty(0)
     sizes = _sizes(x, weight, query_start_loc)
     if folds(x):
         out = _unfold(torch.empty_like(_fold(x)), sizes.batch)
@@ -239,6 +306,7 @@ def _backward_fake(
     backend,
     need_sums,
     need_initial,
+    document_marks=None,
 ):
     return (
         torch.empty_like(x),
@@ -250,17 +318,18 @@ def _backward_fake(
 
 def _keep_inputs(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *inputs[9:])
+    ctx.options = inputs[5:9]
 
 
 def _differentiate(ctx, dout, dfinal_states, backward=torch.ops.twinconv.causal_conv1d_backward.default):
-    nothing = (None,) * 9
+    saved = ctx.saved_tensors
+    nothing = (None,) * (len(saved) + 4)
     if dout is None and dfinal_states is None:
         return nothing
     needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
     dx, dweight, dbias, dinitial = backward(
-        dout, dfinal_states, *ctx.saved_tensors, *ctx.options, needs_weight or needs_bias, needs_initial
+        dout, dfinal_states, *saved[:5], *ctx.options, needs_weight or needs_bias, needs_initial, *saved[5:]
     )
     return (
         dx if needs_x else None,

@@ -1,6 +1,7 @@
-"""Dense or packed rows of a differentiable call: where they start, states of their own, results of their own."""
+"""Dense or packed rows of a differentiable call: where they and documents start, states of their own, results of their own."""
 
 import torch
+from torch.nn.functional import pad
 
 from triton_impl.call import unit_stride
 
@@ -11,6 +12,42 @@ def row_starts(x, sizes, query_start_loc, max_seqlen):
         return unit_stride(query_start_loc), max_seqlen
     seqlen = x.shape[1]
     return torch.arange(sizes.batch + 1, dtype=torch.int32, device=x.device) * seqlen, seqlen
+
+
+MARKED = 8  # tokens that a mark of documents stands for; blocks are multiples of it
+
+
+def document_marks(segment_ids):
+    """[batch, ceil(seqlen / 8)] int32, where documents begin: bit j of mark i, from the highest, is token 8 * (i - 1) + j.
+
+    So the mark of any 8 tokens knows the 8 tokens before and behind them, which width-1 of a window never exceed. A row's
+    first token continues what is before the row, and is no beginning.
+    """
+    seqlen = segment_ids.shape[1]
+    marks = -(-seqlen // MARKED)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begins = pad(changes, (MARKED + 1, MARKED * (marks + 1) - seqlen))
+    bits = 1 << (31 - torch.arange(3 * MARKED, dtype=torch.int32, device=segment_ids.device))
+    return (begins.unfold(1, 3 * MARKED, MARKED) * bits).sum(2, dtype=torch.int32)
+
+
+def rows_of_documents(x, window, marks):
+    """Dense rows as packed rows of no state, one for each document: (tokens, [batch, entries, dim], where they start).
+
+    A window is the first entries of its row. So many starts as there are entries, since nothing waits for their number: those
+    behind the last are rows of no tokens.
+    """
+    batch, seqlen, _ = x.shape
+    history = 0 if window is None else window.shape[1]
+    tokens = x if window is None else torch.cat([window, x], dim=1)
+    own = MARKED + torch.arange(MARKED, device=x.device)
+    begins = (marks[..., None] >> (31 - own) & 1).reshape(batch, -1)[:, :seqlen] != 0
+    begins = pad(begins, (history, 0))
+    begins[:, :1] = True
+    entries = begins.numel()
+    place = torch.arange(entries + 1, dtype=torch.int32, device=x.device)
+    starts = torch.where(begins.reshape(-1), place[:-1], entries).sort().values
+    return tokens, torch.cat([starts, place[-1:]])
 
 
 def folds(x):

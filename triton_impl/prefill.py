@@ -57,7 +57,7 @@ from triton_impl.records import (
     strides_record,
     tokens_of,
 )
-from triton_impl.rows import channel_block_and_place, find_row, row_facts, zero_tail
+from triton_impl.rows import begun, channel_block_and_place, find_row, load_mark, row_facts, zero_tail
 from triton_impl.slots import (
     column,
     column_start,
@@ -134,10 +134,10 @@ def _entry(x, row, position, channels, dtype: tl.constexpr, o: tl.constexpr):
 
 
 @triton.jit
-def _group(source, added, target, steps, window, weights, exist, left, o: tl.constexpr):
+def _group(source, added, target, steps, window, weights, exist, left, mark, o: tl.constexpr):
     """Outputs of the first min(group, left) tokens behind `window`; returns the window behind `group` tokens.
 
-    `steps` are the token strides of the three pointers.
+    `steps` are the token strides of the three pointers, `mark` the `rows.load_mark` of the first token or None.
     """
     rows = ()
     for i in tl.static_range(o.group):  # all are asked for before the first is used
@@ -150,6 +150,8 @@ def _group(source, added, target, steps, window, weights, exist, left, o: tl.con
             added += steps[1]
     taps, start = load_taps(weights, o)
     for i in tl.static_range(o.group):
+        if mark is not None:
+            window = begun(window, o.width - 1, mark, 8 + i)
         e = window + (recast(rows[i], window[0].dtype if o.width > 1 else rows[i].dtype),)
         value = activate(convolve(e, taps, start, o.width), o)
         if added is not None:
@@ -169,8 +171,13 @@ def _walk_block(x, residual, out, row, first, last, channels, weights, o: tl.con
     carried: tl.constexpr = x.ptr.dtype.element_ty if raw else tl.float32
 
     # window: the width-1 inputs before `first`
+    mark = None
+    if row.marks is not None:
+        mark = load_mark(row.marks, first - row.start)
     window = ()
     for j in tl.static_range(o.width - 1):
+        if mark is not None:
+            window = begun(window, j, mark, 8 + j - (o.width - 1))
         window = window + (_entry(x, row, first + (j - o.width + 1), channels, carried, o),)
 
     # taps, store
@@ -181,10 +188,12 @@ def _walk_block(x, residual, out, row, first, last, channels, weights, o: tl.con
         added = at(residual, first, channels)
         steps = (x.t, residual.t, out.t)
     if o.group == o.block_t:
-        _group(source, added, target, steps, window, weights, channels.exist, last - first, o)
+        _group(source, added, target, steps, window, weights, channels.exist, last - first, mark, o)
     else:
         for t in tl.range(first, last, o.group, num_stages=o.stages):
-            window = _group(source, added, target, steps, window, weights, channels.exist, last - t, o)
+            if row.marks is not None:
+                mark = load_mark(row.marks, t - row.start)
+            window = _group(source, added, target, steps, window, weights, channels.exist, last - t, mark, o)
             source += o.group * x.t
             if added is not None:
                 added += o.group * residual.t
@@ -367,7 +376,7 @@ def slot_in_layout(conv_states, slot, strides, cache_seqlens, row, in_rows, stat
 @triton.jit(do_not_specialize=["tokens", "batch", "num_slots", "state_len", "pad_slot_id", "channel_blocks"])
 def _prefill_kernel(
     x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, cache_seqlens, residual, out,
-    strides, tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks, o: tl.constexpr,
+    document_marks, strides, tokens, dim, batch, num_slots, state_len, pad_slot_id, channel_blocks, o: tl.constexpr,
 ):  # fmt: skip
     x, out = tokens_of(x, strides.x), tokens_of(out, strides.out)
     if residual is not None:
@@ -396,7 +405,10 @@ def _prefill_kernel(
     past = None
     if has_initial_state is not None:
         past = held
-    this = Row(start, end, live, flag != 0, held, past)
+    marks = None
+    if document_marks is not None:
+        marks = document_marks + row.to(tl.int64) * ((end - start + 7) >> 3)
+    this = Row(start, end, live, flag != 0, held, past, marks)
 
     if o.flat:
         block_of_row(x, residual, out, this, base + block * o.block_t, channels, weights, o)
@@ -405,7 +417,7 @@ def _prefill_kernel(
             block_of_row(x, residual, out, this, base + k * o.block_t, channels, weights, o)
 
 
-def prepare(call, sizes, config, stores, gate=None):
+def prepare(call, sizes, config, stores, gate=None, documents=False):
     """Prepares the kernel for a checked `FnCall` of such shapes, strides and dtypes.
 
     Args:
@@ -413,9 +425,10 @@ def prepare(call, sizes, config, stores, gate=None):
       config: a PrefillConfig.
       stores: whether the kernel leaves the new windows, in front of the slots that it reads.
       gate: how many elements from x a gate lies that x is multiplied by, or None; the residual is then a factor.
+      documents: whether rows, of equal lengths that are walked, hold several; then no state of a document is left.
 
     Returns:
-      A Launch of ARRAYS and out; with `split_sizes` the parts follow each other in a flat `out`.
+      A Launch of ARRAYS, out and, with documents, their `packed_rows.document_marks`; with `split_sizes` the parts follow each other in a flat `out`.
     """
     x, pooled = call.x, call.conv_states is not None
     layout = call.state_layout if pooled else "front"
@@ -445,6 +458,7 @@ def prepare(call, sizes, config, stores, gate=None):
         gate=gate,
     )
     values = (
+        *(() if documents else (None,)),
         Strides(*strides_of(call, ARRAYS), out=(0, 1) if parts else like_result(call).stride()),
         sizes.tokens,
         sizes.dim,

@@ -246,7 +246,7 @@ def _prologue_kernel(
     past = None
     if has_initial_state is not None:
         past = held
-    this = Row(start, end, live, flag != 0, held, past)
+    this = Row(start, end, live, flag != 0, held, past, None)
 
     if v.flat:
         first = start + block * v.block_t

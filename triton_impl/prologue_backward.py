@@ -64,7 +64,7 @@ def _prologue_backward_kernel(
     program = tl.program_id(0) // channel_blocks
     wide: tl.constexpr = h.keys * h.key_dim
     channels, _ = head_channels(block_d, dx, tokens, h, v.block_d)
-    given = Given(dfinal, x, weight, bias, initial_states, query_start_loc)
+    given = Given(dfinal, x, weight, bias, initial_states, query_start_loc, None)
     results = Results(dx, dinitial, partial)
     if block_d < h.blocks:
         dout = Tokens(dq, tl.cast(strides.dq[0], tl.int64), tl.cast(strides.dq[1], tl.int64))

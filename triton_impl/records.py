@@ -74,7 +74,7 @@ class Windows(NamedTuple):
 class Row(NamedTuple):
     """One row of a prefill: its tokens [start, end), whether it is computed at all, its slot, and whether it has a state.
 
-    `past` is the slot that may be read, None where no row has a state.
+    `past` is the slot that may be read, None where no row has a state; `marks` says where documents begin, None: nowhere.
     """
 
     start: Any
@@ -83,6 +83,7 @@ class Row(NamedTuple):
     has_state: Any
     slot: Any
     past: Any
+    marks: Any
 
 
 class Channels(NamedTuple):

@@ -87,6 +87,40 @@ def find_row(rows, block, block_t: tl.constexpr, search: tl.constexpr):
 
 
 @triton.jit
+def load_mark(marks, position):
+    """Bit 8 + i, from the highest: whether a document begins i tokens behind a row's token `position`, see `document_marks`.
+
+    i is -8 to 15, less what `position` lies behind a multiple of 8.
+    """
+    return tl.load(marks + (position >> 3)).to(tl.uint32, bitcast=True) << tl.cast(position & 7, tl.uint32)
+
+
+@triton.jit
+def begins_in(mark, place: tl.constexpr, count: tl.constexpr):
+    """Whether a document begins at one of `count` tokens of a mark, the first of them bit `place`."""
+    return ((mark << place) >> (32 - count)) != 0
+
+
+@triton.jit
+def begun(window, count: tl.constexpr, mark, place: tl.constexpr):
+    """The `count` entries before the token at bit `place`: zeros if a document begins with it."""
+    anew = begins_in(mark, place, 1)
+    entries = ()
+    for j in tl.static_range(count):
+        entries = entries + (tl.where(anew, 0.0, window[j]).to(window[j].dtype),)
+    return entries
+
+
+@triton.jit
+def same_document(gs, count: tl.constexpr, mark, place: tl.constexpr):
+    """Values of the token at bit `place` and of those behind it, `count`; zeros for those of later documents."""
+    entries = gs[:1]
+    for k in tl.static_range(1, count):
+        entries = entries + (tl.where(begins_in(mark, place + 1, k), 0.0, gs[k]),)
+    return entries
+
+
+@triton.jit
 def zero_tail(out, first, last, step, channels):
     """Zeros for tokens first, first + step, ... before `last`: of padding rows, and behind the last row."""
     zero = tl.zeros(channels.index.shape, out.ptr.dtype.element_ty)

@@ -1,7 +1,7 @@
 """The convolution as models call it: dense rows with a cache, documents or padding, in any usual layout.
 
-Everything here is plain torch around one of two operations: `causal_conv1d`, which reads a cache, and `_Stateless`, in
-which rows and documents begin with zeros and no state is made.
+Everything here is plain torch around one of three operations: `causal_conv1d`, which reads a cache; `convolve_documents`, in
+which documents begin anew within rows; and `_Stateless`, in which rows begin with zeros. The last two make no state.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from oracle.contract import ConvOutput, ShortConvCall, check_lengths
 from triton_impl import tracing
 from triton_impl.api import causal_conv1d_fn
-from triton_impl.functional import causal_conv1d
+from triton_impl.functional import causal_conv1d, convolve_documents
+from triton_impl.packed_rows import document_marks
 
 
 def short_conv(
@@ -47,8 +48,8 @@ def short_conv(
       cache_layout: "time" [batch, columns, dim] or "channels" [batch, dim, columns].
       want_cache: False: no new cache is made, which costs nothing.
       activation: None, "silu" or "swish".
-      backend: as in `causal_conv1d`. A document costs what a row costs; since their number is not known on the host, the
-        kernels' grid has room for a row for each token.
+      backend: as in `causal_conv1d`. Documents cost nothing beside their rows, but for x whose tokens alone have unit stride,
+        of which the kernels then take a copy.
 
     Returns:
       ConvOutput(out, conv_states): `out` in x's shape and dtype; `conv_states` the new cache, as the given one, or
@@ -77,7 +78,6 @@ def short_conv(
     history = weight.shape[1] - 1
     if cache is not None and cache_layout == "channels":
         cache = cache.transpose(1, 2)
-    documents = None if segment_ids is None else _documents(segment_ids)
     whole = x
     if lengths is not None:
         lengths = lengths.clamp(0, sizes.seqlen).long()
@@ -85,13 +85,19 @@ def short_conv(
         whole = x.masked_fill(padding, 0)  # so that no gradient multiplies what lies there
 
     window = None if cache is None else cache[:, cache.shape[1] - history :]
-    out = _outputs(whole, weight, bias, window, documents, dict(activation=activation, backend=backend))
+    options = dict(activation=activation, backend=backend)
+    if segment_ids is not None and history:
+        out = convolve_documents(x, weight, bias, window, document_marks(segment_ids), **options)
+    elif window is not None:
+        out = causal_conv1d(whole, weight, bias, window, **options).out
+    else:
+        out = _stateless(whole, weight, bias, options)
     if lengths is not None:
         out = out.masked_fill(padding, 0)
     new = None
     if want_cache:
         columns = history if cache is None else cache.shape[1]
-        new = _last_entries(whole, cache, documents, lengths, columns)
+        new = _last_entries(whole, cache, segment_ids, lengths, columns)
         new = new.transpose(1, 2).contiguous() if cache_layout == "channels" else new
     if sizes.batch is None:
         out, new = out.squeeze(0), None if new is None else new.squeeze(0)
@@ -110,45 +116,16 @@ def _dim_width(weight, layout):
     return weight if layout == "dim_width" else weight.t()
 
 
-def _documents(segment_ids):
-    """The number of each token's document, from 0: one more at each token whose id is not its predecessor's."""
-    return _begins(segment_ids, 0).cumsum(1)
-
-
-def _begins(documents, first):
-    """Whether each token begins a document, as an integer; `first`: of a row's first token."""
-    begins = (documents[:, 1:] != documents[:, :-1]).long()
-    return torch.nn.functional.pad(begins, (1, 0), value=first)[:, : documents.shape[1]]
-
-
-def _outputs(x, weight, bias, window, documents, options):
-    """Documents are rows without a state, a window changes a row's first tokens alone."""
-    if documents is None and window is not None:
-        return causal_conv1d(x, weight, bias, window, **options).out
-    out = _stateless(x, weight, bias, documents, options)
-    head = min(x.shape[1], weight.shape[1] - 1)
-    if window is None or not head:
-        return out
-    first = causal_conv1d(x[:, :head], weight, bias, window, **options).out
-    first = torch.where((documents[:, :head] == 0)[..., None], first, out[:, :head])
-    return torch.cat([first, out[:, head:]], dim=1)
-
-
-def _stateless(x, weight, bias, documents, options):
+def _stateless(x, weight, bias, options):
     batch, seqlen, dim = x.shape
-    place = torch.arange(batch * seqlen + 1, dtype=torch.int32, device=x.device)
-    if documents is None:
-        starts, schedule = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen, "auto"
-    else:
-        begins = _begins(documents, 1).reshape(-1) > 0
-        starts = torch.where(begins, place[:-1], batch * seqlen).sort().values
-        starts, schedule = torch.cat([starts, place[-1:]]), "flat"
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen
     packed = x.reshape(batch * seqlen, dim)
     if torch.compiler.is_dynamo_compiling():  # which takes the operator alone; its states are of no use here
-        options = options | dict(max_seqlen=seqlen, schedule=schedule)
-        return causal_conv1d(packed, weight, bias, None, starts, **options).out.view(x.shape)
+        return causal_conv1d(packed, weight, bias, None, starts, **options, max_seqlen=seqlen).out.view(
+            x.shape
+        )
     longest = None if torch.jit.is_tracing() else seqlen  # whose sizes are tensors
-    more = options["activation"], longest, schedule, options["backend"]
+    more = options["activation"], longest, "auto", options["backend"]
     return _Stateless.apply(packed, weight, bias, starts, *more).view(x.shape)
 
 
@@ -181,18 +158,23 @@ class _Stateless(torch.autograd.Function):
     jvp = staticmethod(tracing.refuse_tangents)
 
 
-def _last_entries(x, cache, documents, lengths, columns):
+def _last_entries(x, cache, segment_ids, lengths, columns):
     """[batch, columns, dim]: the last entries of cache ++ x, before padding, and zeros before the last document."""
     batch, seqlen, dim = x.shape
     if cache is None:
         cache = x.new_zeros(batch, columns, dim)
     if lengths is None:
-        entries = torch.cat([cache, x[:, max(seqlen - columns, 0) :].to(cache.dtype)], dim=1)
+        tail = slice(max(seqlen - columns, 0), None)
+        entries = torch.cat([cache, x[:, tail].to(cache.dtype)], dim=1)
         entries = entries[:, entries.shape[1] - columns :].contiguous()
-        if documents is None or not seqlen:
+        if segment_ids is None or not seqlen or not columns:
             return entries
-        of_entry = torch.nn.functional.pad(documents, (columns, 0))[:, seqlen:]
-        return entries.masked_fill((of_entry != documents[:, -1:])[..., None], 0)
+        ids = segment_ids[:, tail]
+        begins = torch.nn.functional.pad(
+            ids[:, 1:] != ids[:, :-1], (columns + 1, 0)
+        )  # the cache is of the first document
+        document = begins.cumsum(1)[:, ids.shape[1] :]
+        return entries.masked_fill((document != document[:, -1:])[..., None], 0)
     if not columns or not seqlen:
         return cache.clone()
     index = lengths[:, None] + torch.arange(columns, device=x.device)
