@@ -254,6 +254,16 @@ CALLS = {
     "tree width 8": verify(steps=8, width=8, tree_parents=indices(64, 8)),
     "commit": commit(),
     "commit pool float32": commit(pool="float32"),
+    "documents": Call(
+        "short_conv",
+        dict(
+            x=Array((8, 2048, 2048)),
+            weight=Array((2048, 4)),
+            bias=Array((2048,)),
+            segment_ids=indices(8, 2048),
+        ),
+        dict(activation="silu", want_cache=False),
+    ),
     "links": Call(
         "tree_parents_from_links", dict(next_token=indices(64, 8), next_sibling=indices(64, 8)), {}
     ),

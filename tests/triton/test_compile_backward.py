@@ -5,11 +5,13 @@ import itertools
 import re
 
 import pytest
+import torch
 import triton
 
 from tests.tools.code_calls import Array, backward
 from tests.tools.covering import cover
-from tests.tools.triton_code import TARGETS, accesses, launches_of, resources
+from tests.tools.triton_code import TARGETS, accesses, launches_of, recorded, resources
+from triton_impl import short_conv
 
 CUDA = [name for name in TARGETS if name.startswith("sm")]  # the others: test_compile_amd.py
 FIRST = "channel_first"
@@ -158,3 +160,39 @@ def test_the_silu_instructions():
 
 def test_the_reduction_has_no_atomics():
     assert not re.search(r"\b(atom|red)\.", launches()[1].compile().asm["ptx"])
+
+
+@functools.cache
+def document_launches(target, width, dtype, sums=True):
+    """Of rows in which documents begin: outputs, gradients by places, and their reduction, the last two by `sums`."""
+
+    def make():
+        x, weight, bias = (
+            torch.empty(*shape, dtype=dtype, requires_grad=True) for shape in ((8, 2048, 2048), (2048, width), (2048,))
+        )  # fmt: skip
+        ids = torch.zeros(8, 2048, dtype=torch.int32)
+        out = short_conv(
+            x, weight, bias, segment_ids=ids, activation="silu", want_cache=False, backend="triton"
+        ).out
+        torch.autograd.grad(out, (x, weight, bias), torch.empty_like(out))
+
+    with recorded(TARGETS[target]) as launches:
+        make()
+    return [launch.compile() for launch in launches]
+
+
+@pytest.mark.parametrize(
+    ("target", "width", "dtype"),
+    [
+        ("sm_90", 4, torch.bfloat16),
+        ("sm_80", 4, torch.bfloat16),
+        ("sm_90", 2, torch.float32),
+        ("sm_90", 8, torch.float16),
+    ],
+)
+def test_documents_are_three_launches_without_spills(target, width, dtype):
+    """One for all documents forward, as many backward, and the sums over places; a program loads marks and no offsets of them."""
+    found = [resources(binary) for binary in document_launches(target, width, dtype)]
+    assert len(found) == 3
+    assert all(spilled == 0 for _, spilled in found)
+    assert width == 8 or max(registers for registers, _ in found) <= 128

@@ -238,3 +238,73 @@ def test_a_tensor_on_the_second_device_is_computed_there():
         pytest.skip("needs two GPUs")
     arguments = {name: value.to("cuda:1") for name, value in batch([5, 7]).items()}
     assert torch.equal(run_fn(arguments).out.cpu(), run_fn(batch([5, 7])).out.cpu())
+
+
+def documents(seqlen, dim, width, dtype, seed=0):
+    """x, weight and bias of four rows, ids of which each comes back, and where the documents begin in packed tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(4, seqlen, generator=generator) < 0.02
+    begins[:, 0] = False
+    begins[0, 1:6] = True  # one token each
+    ids = begins.cumsum(1).remainder(2)
+    begins[:, 0] = True
+    starts = torch.cat([begins.flatten().nonzero()[:, 0], torch.tensor([4 * seqlen])])
+    arrays = (torch.randn(*shape, generator=generator) for shape in ((4, seqlen, dim), (dim, width), (dim,)))
+    arrays = [array.to(DEVICE, dtype).requires_grad_() for array in arrays]
+    return arrays, ids.to(DEVICE, torch.int32), starts.to(DEVICE, torch.int32)
+
+
+@pytest.mark.parametrize("layout", ["rows", "apart", "channel-first"])
+@pytest.mark.parametrize(
+    ("seqlen", "dim", "width", "dtype"),
+    [(2048, 2048, 4, torch.bfloat16), (133, 640, 3, torch.float16), (77, 96, 8, torch.float32), (40, 64, 2, torch.bfloat16)],
+)  # fmt: skip
+def test_documents_have_the_bits_of_rows_alone(seqlen, dim, width, dtype, layout):
+    """Outputs, and gradients of x; sums over tokens up to their order. Nothing synchronises."""
+    (x, weight, bias), ids, starts = documents(seqlen, dim, width, dtype)
+    with torch.no_grad():
+        if layout == "apart":
+            x = torch.cat([x, x], 2)[..., dim:]
+        elif layout == "channel-first":
+            x = x.mT.contiguous().mT
+    given = x.detach().requires_grad_(), weight, bias
+    dout = torch.randn(4, seqlen, dim, device=DEVICE).to(dtype)
+
+    def rows(x, weight, bias):
+        return triton_impl.short_conv(
+            x, weight, bias, segment_ids=ids, activation="silu", want_cache=False
+        ).out
+
+    def alone(x, weight, bias):
+        packed = x.reshape(-1, dim), weight, bias, None, starts
+        return triton_impl.causal_conv1d(*packed, activation="silu").out.view(x.shape)
+
+    torch.autograd.grad(rows(*given), given, dout)  # compiles
+    with no_synchronisation():
+        out = rows(*given)
+        found = torch.autograd.grad(out, given, dout)
+    want = alone(*given)
+    wanted = torch.autograd.grad(want, given, dout)
+    assert torch.equal(out, want)
+    assert torch.equal(found[0], wanted[0])
+    for got, sums in zip(found[1:], wanted[1:], strict=True):
+        near = (torch.finfo(dtype).eps + 1e-5) * sums.abs().max().item()
+        torch.testing.assert_close(got, sums, rtol=0, atol=near)
+
+
+def test_documents_compiled_by_inductor():
+    (x, weight, bias), ids, _ = documents(133, 640, 4, torch.bfloat16)
+    cache = torch.randn(4, 3, 640, device=DEVICE).to(x.dtype).requires_grad_()
+
+    def step(x, weight, bias, cache, ids):
+        return triton_impl.short_conv(x, weight, bias, cache=cache, segment_ids=ids, activation="silu")
+
+    given = x, weight, bias, cache
+    compiled = torch.compile(step, fullgraph=True)
+    found, wanted = compiled(*given, ids), step(*given, ids)
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got, want)
+    dout = torch.randn_like(wanted.out)
+    gradients = (torch.autograd.grad(result.out, given, dout) for result in (found, wanted))
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)

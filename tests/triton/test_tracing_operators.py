@@ -6,6 +6,7 @@ import torch
 import triton_impl  # noqa: F401  (it defines the operators)
 from oracle.contract import FnCall, UpdateCall
 from oracle.contract_prologue import GatedConvFnCall, GatedConvUpdateCall, PrologueFnCall, PrologueUpdateCall
+from triton_impl.packed_rows import document_marks
 
 torch.set_num_threads(1)  # the tensors are tiny
 OPERATORS = sorted(
@@ -32,7 +33,7 @@ def values(name):
         cache_indices=torch.tensor([2, -1, 5]), accepted_steps=torch.tensor([1, -1, 0]),
         dq=normal(1, 8), dk=normal(1, 8), dv=normal(2, 8), dg=normal(2), dbeta=normal(2),
         a=normal(2), b=normal(2), A_log=torch.randn(2), dt_bias=torch.randn(2),
-        need_sums=True, need_initial=True, need_dx=True, **HEADS,
+        need_sums=True, need_initial=True, need_dx=True, document_marks=None, **HEADS,
     )  # fmt: skip
     if "_update" not in name:
         found |= dict(query_start_loc=torch.tensor([0, 3, 3, 9], dtype=torch.int32))
@@ -46,6 +47,19 @@ def test_opcheck(name):
     arguments = [
         given[a.name] if a.name in given else DEFAULTS[a.name] for a in operator._schema.arguments
     ]  # an argument that is new here is a KeyError
+    assert set(torch.library.opcheck(operator, tuple(arguments)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d_forward", "causal_conv1d_backward"])
+def test_opcheck_with_documents(name):
+    """Which dense rows have, and no final states."""
+    operator, given = getattr(torch.ops.twinconv, name).default, values(name)
+    ids = torch.tensor([[0] * 5 + [1] * 6]).repeat(BATCH, 1)
+    given |= dict(
+        x=torch.randn(BATCH, 11, DIM), dout=torch.randn(BATCH, 11, DIM), dfinal_states=None,
+        query_start_loc=None, document_marks=document_marks(ids),
+    )  # fmt: skip
+    arguments = [given[a.name] if a.name in given else DEFAULTS[a.name] for a in operator._schema.arguments]
     assert set(torch.library.opcheck(operator, tuple(arguments)).values()) == {"SUCCESS"}
 
 
