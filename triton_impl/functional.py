@@ -86,19 +86,6 @@ def causal_conv1d(
     return ConvOutput(*_Convolution.apply(*normalised(call)))
 
 
-def convolve_documents(x, weight, bias, window, document_marks, activation, backend):
-    """`out` of dense rows in which documents begin, without final states: one launch of equal rows, and so the gradient.
-
-    Args:
-      document_marks: of `packed_rows.document_marks`; window: of each row's first document, or None. Width is at least 2.
-    """
-    call = RowsCall(x, weight, bias, window, None, activation, None, "auto", backend)
-    if torch.compiler.is_dynamo_compiling():
-        return torch.ops.twinconv.causal_conv1d_forward.default(*call, document_marks)[0]
-    check(call)
-    return _Convolution.apply(*normalised(call), document_marks)[0]
-
-
 def _sizes(x, weight, query_start_loc):
     """The sizes of a checked call."""
     batch = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
@@ -371,3 +358,8 @@ class _Convolution(torch.autograd.Function):
 
     vmap = staticmethod(tracing.refuse_mapping)
     jvp = staticmethod(tracing.refuse_tangents)
+
+
+apply = (
+    _Convolution.apply
+)  # for `short_conv`, which hands over marks of documents behind the record's arguments

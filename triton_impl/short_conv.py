@@ -1,16 +1,17 @@
 """The convolution as models call it: dense rows with a cache, documents or padding, in any usual layout.
 
-Everything here is plain torch around one of three operations: `causal_conv1d`, which reads a cache; `convolve_documents`, in
-which documents begin anew within rows; and `_Stateless`, in which rows begin with zeros. The last two make no state.
+Everything here is plain torch around one of three operations: `causal_conv1d`, which reads a cache; `_convolve`, in which
+documents begin anew within rows; and `_Stateless`, in which rows begin with zeros. The last two make no state.
 """
 
 import torch
 from torch import Tensor
 
-from oracle.contract import ConvOutput, ShortConvCall, check_lengths
-from triton_impl import tracing
+from oracle.contract import ConvOutput, RowsCall, ShortConvCall, check_lengths, normalised
+from triton_impl import functional, tracing
 from triton_impl.api import causal_conv1d_fn
-from triton_impl.functional import causal_conv1d, convolve_documents
+from triton_impl.call import check
+from triton_impl.functional import causal_conv1d
 from triton_impl.packed_rows import document_marks
 
 
@@ -87,7 +88,7 @@ def short_conv(
     window = None if cache is None else cache[:, cache.shape[1] - history :]
     options = dict(activation=activation, backend=backend)
     if segment_ids is not None and history:
-        out = convolve_documents(x, weight, bias, window, document_marks(segment_ids), **options)
+        out = _convolve(x, weight, bias, window, document_marks(segment_ids), **options)
     elif window is not None:
         out = causal_conv1d(whole, weight, bias, window, **options).out
     else:
@@ -114,6 +115,15 @@ def _dim_width(weight, layout):
     if layout == "flax":
         weight = weight.squeeze(1)
     return weight if layout == "dim_width" else weight.t()
+
+
+def _convolve(x, weight, bias, window, marks, activation, backend):
+    """`out` of rows in which documents begin, without final states: one launch of equal rows, and so the gradient."""
+    call = RowsCall(x, weight, bias, window, None, activation, None, "auto", backend)
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.twinconv.causal_conv1d_forward.default(*call, marks)[0]
+    check(call)
+    return functional.convolve(*normalised(call), marks)[0]
 
 
 def _stateless(x, weight, bias, options):

@@ -3,7 +3,8 @@
     python tests/tools/same_tokens.py [FOLDER]
 
 Each runs in a process of its own. The torch model is drawn and its weights go through mamba2-jax's own loader; both say 64
-tokens greedily from one prompt, and give the gradients of one loss at the convolutions' parameters. Files lie in FOLDER.
+tokens greedily from one prompt, and give the gradients of one loss at the convolutions' parameters. Files lie in FOLDER. Both run
+on a GPU where they find one, kernels included, and print the device; products of matrices are float32 throughout.
 """
 
 import functools
@@ -44,6 +45,8 @@ def with_torch(folder):
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device == 'cuda' else device}")
     config = Mamba2Config(
         num_hidden_layers=LAYERS, num_heads=4, n_groups=1, tie_word_embeddings=False, **SIZES,
         pad_token_id=0, bos_token_id=0, eos_token_id=0,
@@ -58,9 +61,9 @@ def with_torch(folder):
     }
     np.savez(folder / "weights.npz", **weights)
 
-    ids = torch.tensor(IDS)
+    model, ids = model.to(device), torch.tensor(IDS, device=device)
     model(ids, labels=ids, use_cache=False).loss.backward()
-    found = {name: p.grad.numpy() for name, p in model.named_parameters() if "conv1d" in name}
+    found = {name: p.grad.cpu().numpy() for name, p in model.named_parameters() if "conv1d" in name}
     with torch.no_grad():
         out = model(ids, use_cache=True)
         logits, tokens = [out.logits], []
@@ -69,7 +72,7 @@ def with_torch(folder):
             out = model(tokens[-1], cache_params=out.cache_params, use_cache=True)
             logits.append(out.logits)
     np.savez(
-        folder / "torch.npz", tokens=torch.cat(tokens, 1).numpy(), logits=torch.cat(logits, 1).numpy(),
+        folder / "torch.npz", tokens=torch.cat(tokens, 1).cpu().numpy(), logits=torch.cat(logits, 1).cpu().numpy(),
         ours=list(calls.values()) == [2 * LAYERS, STEPS * LAYERS], **found,
     )  # fmt: skip
 
@@ -82,6 +85,8 @@ def with_jax(folder):
 
     from pallas_impl.modules.nnx import swap
 
+    jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's own is TensorFloat-32
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
     config = Mamba2Config(num_hidden_layers=LAYERS, tie_word_embeddings=False, **SIZES)
     model = Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
     weights = dict(np.load(folder / "weights.npz"))
