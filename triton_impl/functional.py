@@ -360,6 +360,4 @@ class _Convolution(torch.autograd.Function):
     jvp = staticmethod(tracing.refuse_tangents)
 
 
-apply = (
-    _Convolution.apply
-)  # for `short_conv`, which hands over marks of documents behind the record's arguments
+convolve = _Convolution.apply  # `short_conv` hands it marks of documents, too
