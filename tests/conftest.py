@@ -21,6 +21,8 @@ import sys
 import numpy as np
 import pytest
 
+from oracle.conformance.demo import QUICK_COMPILE
+
 # On a CPU most of the time of JAX, and of a kernel in Pallas' interpreter above all, is XLA compiling what runs once.
 # What rests on how XLA compiles has files of its own, besides the conformance suite, which says by itself.
 AS_USERS_COMPILE = ("test_bits.py", "test_conformance.py")
@@ -29,10 +31,6 @@ ONE_CASE = (
     "test_operations.py", "test_serving_jit.py", "test_exchange.py", "test_short_conv.py", "test_settings.py",
     "test_compat_calls.py", "test_sharding_types.py", "test_prologue_sharding.py",
 )  # fmt: skip
-QUICK_COMPILE = (  # a program split over threads is linked and copied once for each
-    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-    " --xla_cpu_parallel_codegen_split_count=1"
-)
 
 
 def pytest_addoption(parser):

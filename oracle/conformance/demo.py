@@ -42,6 +42,11 @@ NEEDS = {  # modules, and the extra that brings them
     "pallas_impl.adapter:xla": (("jax",), "pallas"),
 }
 LINE_SECONDS = 5  # where stderr is no terminal, between two lines of progress
+# On a CPU XLA takes longer to optimise an interpreted kernel, which runs once, than all else together.
+QUICK_COMPILE = (  # a program split over threads is linked and copied once for each
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 QUIET = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
@@ -70,9 +75,12 @@ def demo(device: str | None = None) -> int:
                 if lacks[impl]:
                     found.append(f"{impl}: {lacks[impl]}")
                     continue
+                settings = dict(environment)
+                if device == "cpu" and impl == "pallas_impl.adapter:adapter":
+                    settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
                 outputs = str(Path(folder) / f"{number}.npz") if position == 0 else None
                 try:
-                    report = runner.run(impl, cases, device=device, environment=environment, outputs=outputs,
+                    report = runner.run(impl, cases, device=device, environment=settings, outputs=outputs,
                                         progress=progress.lane())  # fmt: skip
                     found.append(report)
                 except runner.ImplementationError as error:

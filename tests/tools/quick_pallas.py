@@ -5,13 +5,14 @@ program holds one callback, which is that interpreter all the same: its modules 
 every check, but over NumPy, Python's loops and calls in place of jax.numpy, XLA's loops and callbacks. Arithmetic rounds as
 XLA does without optimisation: every operation once.
 
-The interpreter itself still runs what this does not know: several threads a program, devices of a mesh, races, other versions of
+The interpreter itself still runs what this does not know: several threads a program, races, other versions of
 JAX; and the conformance suite's exact cases. `tests/pallas/test_interpreter.py` compares the two.
 """
 
 import functools
 import importlib.util
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +22,7 @@ from jax._src import callback as callbacks
 from jax._src import core
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as original
 
+DEVICE = threading.local()
 PACKAGE = "jax._src.pallas.mosaic_gpu.interpret"
 
 
@@ -278,6 +280,7 @@ def quick():
     calls.thread_map = SimpleNamespace(
         thread_map=lambda body, count, token, *arguments, **_: body(np.int32(0), token, *arguments)
     )
+    kernels.DeviceInfo = lambda: DEVICE.info
     kernels.JaxprInterpreter.handlers = handlers_of(kernels.JaxprInterpreter)
     kernels.JaxprInterpreter.interpret = interpret
     return calls.interpret_pallas_call
@@ -292,17 +295,31 @@ def install():
     def call(*operands, grid_mapping, mesh, interpret_params, **given):
         given |= dict(grid_mapping=grid_mapping, mesh=mesh, interpret_params=interpret_params)
         _, cluster, threads = original._get_grid_and_cluster_dims_and_num_threads(grid_mapping, mesh)
-        several = cluster or threads > 1 or core.get_axis_env().axis_sizes
-        if several or interpret_params.detect_races or interpret_params.skip_floating_point_ops:
+        if (
+            cluster
+            or threads > 1
+            or interpret_params.detect_races
+            or interpret_params.skip_floating_point_ops
+        ):
             return interpreter(*operands, **given)
 
-        def run(*arrays):
+        device = (
+            original.jaxpr_interpret.DeviceInfo()
+        )  # of a mesh, whose devices come here each in a thread of its own
+
+        def run(number, places, *arrays):
+            places = dict(zip(device.axis_indices, places, strict=True))
+            DEVICE.info = SimpleNamespace(
+                device_id=int(number), num_devices=device.num_devices, axis_indices=places
+            )
             with np.errstate(all="ignore"):
                 return tuple(quick()(*arrays, **given))
 
         results = [bm.array_aval for bm in grid_mapping.block_mappings_output]
         shapes = tuple(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results)
-        return callbacks.io_callback(run, shapes, *operands, ordered=True)
+        return callbacks.io_callback(
+            run, shapes, device.device_id, tuple(device.axis_indices.values()), *operands, ordered=True
+        )
 
     call.quick = interpreter
     original.interpret_pallas_call = call
