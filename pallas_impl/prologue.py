@@ -212,7 +212,7 @@ def _finished(registers, scale, heads, lanes, partial=None):
         total = _sum_of_squares(registers, lanes)
         if lanes > WARP:
             total = _sum_of_warps(partial, total, lanes // WARP)
-        factors.append(_reciprocal_root(total, heads.eps))
+        factors.append(_inverse_root(total, heads.eps))
     if heads.q_scale != 1.0:
         factors.append(scale.registers.item())
     for factor in factors:
@@ -241,11 +241,26 @@ def _shuffled(value, distance):
     )
 
 
-def _reciprocal_root(total, eps):
+# 1 / sqrt of a float32, both steps correctly rounded. The instructions that round correctly branch on numbers of a size that
+# no total with an eps of this has; without them what remains of both is a Newton step each. Where the approximation is 0,
+# infinite or no number, it is the result.
+INVERSE_ROOT_OF_ALL = "{ .reg .f32 t; sqrt.rn.f32 t, $1; rcp.rn.f32 $0, t; }"
+INVERSE_ROOT = """{
+    .reg .f32 r, s, h, e; .reg .pred p;
+    rsqrt.approx.ftz.f32 r, $1;
+    mul.rn.f32 s, $1, r; mul.rn.f32 h, r, 0f3F000000; neg.f32 e, s; fma.rn.f32 e, e, s, $1; fma.rn.f32 s, e, h, s;
+    setp.nan.f32 p, s, s;
+    rcp.approx.ftz.f32 h, s;
+    neg.f32 e, s; fma.rn.f32 e, e, h, 0f3F800000; fma.rn.f32 h, h, e, h;
+    selp.f32 $0, r, h, p; }"""
+
+
+def _inverse_root(total, eps):
     """1 / sqrt(total + eps), each of the three steps correctly rounded."""
     float32 = ir.F32Type.get()
     total = _add(total, arith.constant(float32, ir.FloatAttr.get(float32, eps)))
-    return _instruction("rcp.rn.f32", _instruction("sqrt.rn.f32", total))
+    text = INVERSE_ROOT if eps >= 2.0**-60 else INVERSE_ROOT_OF_ALL
+    return llvm.inline_asm(float32, [total], text, "=f,f")
 
 
 # In registers.

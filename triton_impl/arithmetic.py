@@ -288,13 +288,27 @@ def _square(value, o: tl.constexpr):
     return product
 
 
+# 1 / sqrt of a float32, both steps correctly rounded. The instructions that round correctly branch on numbers of a size that
+# no total with an eps of this has; without them what remains of both is a Newton step each. Where the approximation is 0,
+# infinite or no number, it is the result.
+INVERSE_ROOT_OF_ALL = tl.constexpr("{ .reg .f32 t; sqrt.rn.f32 t, $1; rcp.rn.f32 $0, t; }")
+INVERSE_ROOT = tl.constexpr("""{
+    .reg .f32 r, s, h, e; .reg .pred p;
+    rsqrt.approx.ftz.f32 r, $1;
+    mul.rn.f32 s, $1, r; mul.rn.f32 h, r, 0f3F000000; neg.f32 e, s; fma.rn.f32 e, e, s, $1; fma.rn.f32 s, e, h, s;
+    setp.nan.f32 p, s, s;
+    rcp.approx.ftz.f32 h, s;
+    neg.f32 e, s; fma.rn.f32 e, e, h, 0f3F800000; fma.rn.f32 h, h, e, h;
+    selp.f32 $0, r, h, p; }""")
+
+
 @triton.jit
 def inverse_norms(y, lanes: tl.constexpr, eps: tl.constexpr, o: tl.constexpr):
     """1 / sqrt(sum(y * y) + eps) of each head of a vector of heads side by side, float32."""
     total = sum_of_heads(_square(y, o), lanes)
     if o.ptx:
         inverse = tl.inline_asm_elementwise(
-            "{ .reg .f32 t; sqrt.rn.f32 t, $1; rcp.rn.f32 $0, t; }", "=f,f", [total + eps], tl.float32,
+            INVERSE_ROOT if eps >= 2.0**-60 else INVERSE_ROOT_OF_ALL, "=f,f", [total + eps], tl.float32,
             is_pure=True, pack=1,
         )  # fmt: skip
     else:
