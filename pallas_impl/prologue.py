@@ -27,6 +27,7 @@ from pallas_impl.rows import load_rows, store_rows
 from pallas_impl.slots import part_of_out
 
 VECTOR = 8  # neighbouring channels that a thread norms at a time
+TURNS = 2  # of them whose sums are under way together
 WARP = 32
 GATES = 8 * WARPGROUP  # of g or of beta that a program computes
 NORM_T = 16  # tokens of a tile of `norm_heads`
@@ -124,7 +125,8 @@ def norm_tile(tile, wide, length, scale, heads, *, interpret):
         lax.fori_loop(0, length, row, None)
         return
 
-    count = WARPGROUP * VECTOR // block_d  # rows at a time
+    turns = min(TURNS, tile.shape[0] * block_d // (WARPGROUP * VECTOR))
+    count = turns * WARPGROUP * VECTOR // block_d  # rows at a time
 
     @plgpu.inline_mgpu()
     def meet(_):
@@ -138,12 +140,18 @@ def norm_tile(tile, wide, length, scale, heads, *, interpret):
     def rows(_, source, target, group, scale):
         int32 = ir.IntegerType.get_signless(32)
         place = arith.muli(
-            arith.addi(arith.muli(group.registers.item(), mgpu.c(WARPGROUP, int32)), mgpu.thread_idx()),
+            arith.addi(
+                arith.muli(group.registers.item(), mgpu.c(turns * WARPGROUP, int32)), mgpu.thread_idx()
+            ),
             mgpu.c(VECTOR, int32),
         )
-        values = _load(source, place)
-        (values,) = _finished([values], scale, heads, size // VECTOR)
-        _store(target, place, values)
+        step = mgpu.c(WARPGROUP * VECTOR, int32)
+        places = [place]
+        for _ in range(turns - 1):
+            places.append(arith.addi(places[-1], step))
+        found = [[_load(source, place)] for place in places]
+        for place, (values,) in zip(places, _finished(found, scale, heads, size // VECTOR), strict=True):
+            _store(target, place, values)
 
     meet()
     lax.fori_loop(
@@ -192,32 +200,36 @@ def _elements(register):
     return [vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(kind.shape[0])]
 
 
-def _sum_of_squares(registers, lanes):
-    """The sum of squares of neighbouring channels: this thread's, then those of a group of neighbouring threads."""
-    values = [arith.mulf(value, value) for register in registers for value in _elements(register)]
-    while len(values) > 1:
-        values = [_add(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-    (total,) = values
+def _sums_of_squares(rows, lanes):
+    """The sum of squares of neighbouring channels in each row: this thread's, then those of a group of neighbouring threads."""
+    totals = []
+    for registers in rows:
+        values = [arith.mulf(value, value) for register in registers for value in _elements(register)]
+        while len(values) > 1:
+            values = [_add(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+        totals += values
     distance = 1
     while distance < min(lanes, WARP):
-        total = _add(total, _shuffled(total, distance))
+        others = [_shuffled(total, distance) for total in totals]  # on their way together
+        totals = [_add(total, other) for total, other in zip(totals, others, strict=True)]
         distance *= 2
-    return total
+    return totals
 
 
-def _finished(registers, scale, heads, lanes, partial=None):
-    """Neighbouring channels of a head, normed and scaled; `partial`: shared memory for heads of several warps."""
-    factors = []
+def _finished(rows, scale, heads, lanes, partial=None):
+    """Rows of neighbouring channels of a head, normed and scaled; `partial`: shared memory for one row of heads of several warps."""
+    factors = [[] for _ in rows]
     if heads.norm:
-        total = _sum_of_squares(registers, lanes)
+        totals = _sums_of_squares(rows, lanes)
         if lanes > WARP:
-            total = _sum_of_warps(partial, total, lanes // WARP)
-        factors.append(_inverse_root(total, heads.eps))
+            totals = [_sum_of_warps(partial, *totals, lanes // WARP)]
+        factors = [[_inverse_root(total, heads.eps)] for total in totals]
     if heads.q_scale != 1.0:
-        factors.append(scale.registers.item())
-    for factor in factors:
-        registers = [arith.mulf(each, vector.broadcast(each.type, factor)) for each in registers]
-    return registers
+        factors = [[*each, scale.registers.item()] for each in factors]
+    for i, found in enumerate(factors):
+        for factor in found:
+            rows[i] = [arith.mulf(each, vector.broadcast(each.type, factor)) for each in rows[i]]
+    return rows
 
 
 def _instruction(text, *operands):
@@ -280,7 +292,7 @@ def norm_row(row, partial, scale, heads, *, interpret):
         return_type=plgpu.ShapeDtypeStruct(row.shape, jnp.float32, kind),
     )
     def run(_, row, scale, *partial):
-        registers = _finished(list(row.registers.flat), scale, heads, lanes, *partial)
+        (registers,) = _finished([list(row.registers.flat)], scale, heads, lanes, *partial)
         return mgpu.FragmentedArray(
             _registers=np.array(registers, dtype=object).reshape(row.registers.shape),
             _layout=row.layout,

@@ -255,9 +255,8 @@ def _gradient(window, weights, upstream, here, dtype: tl.constexpr, o: tl.conste
 
 
 @triton.jit
-def _add_products(sums, window, g, counted, o: tl.constexpr):
+def _add_products(sums, window, g, o: tl.constexpr):
     """Adds one token to the sums of every tap and of the bias."""
-    g = tl.where(counted, g, 0.0)
     new = ()
     for j in tl.static_range(o.width):
         new = new + (tl.fma(window[j], g, sums[j]),)
@@ -281,7 +280,7 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
     block's.
 
     Returns:
-      The last width-1 inputs and values of g; `sums` with tokens before `last` added, if it `adds`; where x and dout go on.
+      The last width-1 inputs and values of g; `sums` with a row's first tokens added, if it `adds`; where x and dout go on.
     """
     length, first, _ = span
     exist = channels.exist
@@ -333,15 +332,35 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
         if late is not None:
             late += arrays.dfinal.t
         if adds:
-            sums = _add_products(sums, window, g, first + i < span.last, o)
+            if first == 0:
+                sums = _add_products(sums, window, g, o)
         window = window[1:]
         gs = gs[1:]
     return window, gs, sums, source, incoming
 
 
 @triton.jit
+def _load_group(arrays, source, incoming, t, end, exist, o: tl.constexpr):
+    """x and dout of the tokens before `end` of the group that begins width-1 behind t, and where both go on."""
+    loaded = ()
+    for i in tl.static_range(o.group):
+        wanted = exist & holds(t + (o.width - 1 + i) < end)
+        entry = tl.load(source, mask=wanted, other=0.0)
+        source += arrays.x.t
+        upstream = tl.load(incoming, mask=wanted, other=0.0)
+        incoming += arrays.dout.t
+        loaded = loaded + (entry, upstream)
+    return loaded, source, incoming
+
+
+@triton.jit
 def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
-    """The tokens of a span, one vector of channels a token; returns `sums` with theirs added."""
+    """The tokens of a span, one vector of channels a token.
+
+    Returns:
+      `sums` with the tokens added that it completes others with: from width-1 behind the span's first to width-1 behind its
+      last, and a row's first ones.
+    """
     length, first, last = span
     window, gs, sums, source, incoming = _walk_first(arrays, weights, span, channels, sums, o.sums, o)
 
@@ -350,18 +369,20 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
     late = None
     if arrays.dfinal is not None:
         late = at(arrays.dfinal, first - length + (o.width - 1), channels)
+    if o.stages > 1:
+        ahead, source, incoming = _load_group(arrays, source, incoming, first, length, channels.exist, o)
     for t in tl.range(first, last, o.group):
         mark = None
         if arrays.marks is not None:
             mark = load_mark(arrays.marks, t)
-        loaded = ()
-        for i in tl.static_range(o.group):
-            wanted = channels.exist & holds(t + (o.width - 1 + i) < length)
-            entry = tl.load(source, mask=wanted, other=0.0)
-            source += arrays.x.t
-            upstream = tl.load(incoming, mask=wanted, other=0.0)
-            incoming += arrays.dout.t
-            loaded = loaded + (entry, upstream)
+        if o.stages > 1:
+            loaded = ahead
+            end = tl.minimum(length, last + (o.width - 1))
+            ahead, source, incoming = _load_group(
+                arrays, source, incoming, t + o.group, end, channels.exist, o
+            )
+        else:
+            loaded, source, incoming = _load_group(arrays, source, incoming, t, length, channels.exist, o)
         for i in tl.static_range(o.group):
             new = t + (o.width - 1 + i)
             if mark is not None:
@@ -381,7 +402,7 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
             tl.store(target, value, mask=channels.exist & holds(t + i < last))
             target += arrays.dx.t
             if o.sums:
-                sums = _add_products(sums, window, g, new < last, o)
+                sums = _add_products(sums, window, g, o)
             window = window[1:]
             gs = gs[1:]
     return sums
@@ -496,7 +517,7 @@ def _tile_step(runs, weights, length, t, token, channels, sums, edge: tl.constex
         value = convolve(window, weights.flipped, begin, o.width)
         columns = columns + (round_to(value, runs.dx.ptr.dtype.element_ty),)
         if o.sums:
-            sums = _add_products(sums, inputs[k : k + o.width], gs[k], True, o)
+            sums = _add_products(sums, inputs[k : k + o.width], gs[k], o)
 
     i = tl.arange(0, RUN)[None, None, :]
     wanted = _in_row(before, left, 0, i, exist, edge, o.aligned)

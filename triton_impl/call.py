@@ -664,7 +664,7 @@ def _plan_prologue_update(call, sizes):
         return _plan_behind(call, sizes)
     kernel, warp_size = kernels("prologue"), kernels("launch").warp_size()
     lanes = kernel.lanes_of(sizes.head_k_dim)
-    config = prologue_update_config(sizes.conv.batch, sizes.conv.dim, call.x.element_size(), lanes, warp_size)
+    config = prologue_update_config(sizes.conv.batch, sizes.conv.dim, lanes, warp_size)
     return PreparedFront(call, (kernel.prepare_update(call, sizes, config), kernel.UPDATE_ARRAYS))
 
 

@@ -188,11 +188,13 @@ def prologue_config(
     """Like `prefill_config`, for a prefill that normalises heads of `lanes` channels, each within a warp."""
     plain = prefill_config(tokens, dim, batch, width, True, max_seqlen, schedule, warp_size)
     channels = max(lanes // warp_size, 4)  # a thread
+    halo = next_power_of_2(width - 1)
     if tokens * dim < 1 << 20:
-        block_t = group = max(4, next_power_of_2(width - 1))
-        num_warps = 2
-    else:  # the sums of a token's heads are a chain of shuffles: many warps with few tokens hide it best
-        block_t, group, num_warps = 16, max(4, next_power_of_2(width - 1)), 4
+        block_t, group, num_warps = max(4, halo), max(4, halo), 2
+    elif channels > 4:
+        block_t, group, num_warps = 16, max(4, halo), 4
+    else:  # the sums of a token's heads are a chain of shuffles: all tokens of a block side by side hide it best
+        block_t, group, num_warps = max(8, halo), max(8, halo), 4
     num_warps = min(num_warps, max(next_power_of_2(dim) // (warp_size * channels), 1))
     return plain._replace(
         block_t=block_t,
@@ -204,12 +206,10 @@ def prologue_config(
     )
 
 
-def prologue_update_config(
-    batch: int, dim: int, itemsize: int, lanes: int, warp_size: int = 32
-) -> UpdateConfig:
+def prologue_update_config(batch: int, dim: int, lanes: int, warp_size: int = 32) -> UpdateConfig:
     """Like `update_config`, for heads of `lanes` channels, each within a warp."""
-    plain = update_config(batch, dim, itemsize, warp_size)
-    channels = max(lanes // warp_size, plain.block_d // (warp_size * plain.num_warps))
-    block_d = max(plain.block_d, warp_size * channels)
-    rows = min(plain.rows, 2)  # a row has more in registers
-    return plain._replace(rows=rows, block_d=block_d, num_warps=block_d // (warp_size * channels))
+    channels = max(lanes // warp_size, 4)
+    hurry = batch * dim <= AT_ONCE
+    rows = 1 if batch * dim <= AT_ONCE // 2 else 2
+    num_warps = 1 if hurry else 2
+    return UpdateConfig(rows, warp_size * channels * num_warps, num_warps, hurry)

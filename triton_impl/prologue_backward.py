@@ -50,6 +50,7 @@ def prologue_backward_config(
         block_d=block_d,
         block_t=block_t,
         group=2,
+        stages=2,
         num_warps=block_d // (warp_size * channels),
         row_blocks=-(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t),
     )
