@@ -35,6 +35,7 @@ from triton_impl.prologue import (
 from triton_impl.records import Tokens, constants, strides_record
 from triton_impl.rows import offset
 
+PROGRAMS = 6336  # three for every warp of 128 registers that an H100 holds at once
 Strides = strides_record("dq", "dk", "dv", "dfinal", "x", "weight", "bias", "initial_states", "dx")
 
 
@@ -45,7 +46,9 @@ def prologue_backward_config(
     plain = backward_config(tokens, dim, batch, width, 0, max_seqlen, schedule, warp_size)
     channels = max(lanes // warp_size, 2)  # a thread
     block_d = max(plain.block_d, warp_size * channels)
-    block_t = min(plain.block_t, 64)
+    # long blocks recompute less, but where there are few of them some multiprocessors get one more than others
+    many = tokens * -(-dim // block_d) >= 128 * PROGRAMS
+    block_t = min(plain.block_t, 128 if many else 64)
     return plain._replace(
         block_d=block_d,
         block_t=block_t,
@@ -134,8 +137,8 @@ def prepare(upstream, dfinal, x, weight, bias, initial_states, query_start_loc, 
     )
     variants = [constants(options._replace(norm=norm)) for norm in norms(call, sizes)]
     values = (strides, tokens, dim, batch, programs, constants(h), *variants)
-    # heads of 128: more programs at a time are worth more than what the compiler does with more registers
-    most = 96 if native_ptx() and config.block_d // config.num_warps == 128 and width <= 4 else None
+    # heads of 128: as many programs at a time as they hold without spills
+    most = 128 if native_ptx() and config.block_d // config.num_warps == 128 and width <= 4 else None
     walk = Launch(_prologue_backward_kernel, grid, values, num_warps=config.num_warps, maxnreg=most)
     return places, walk, prepare_sums(width, bias is not None, dim, places)
 
