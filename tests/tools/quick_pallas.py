@@ -312,8 +312,13 @@ def install():
             DEVICE.info = SimpleNamespace(
                 device_id=int(number), num_devices=device.num_devices, axis_indices=places
             )
-            with np.errstate(all="ignore"):
-                return tuple(quick()(*arrays, **given))
+            kernel = quick()
+            try:
+                with np.errstate(all="ignore"):
+                    return tuple(kernel(*arrays, **given))
+            except Exception:  # what the kernel has not freed is no fault of the next one
+                sys.modules["quick_pallas_gpu_callbacks"].reset_gpu_interpret_mode_state()
+                raise
 
         results = [bm.array_aval for bm in grid_mapping.block_mappings_output]
         shapes = tuple(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results)

@@ -14,7 +14,10 @@ from tests.tools.synchronisation import no_synchronisation
 from triton_impl import call as calls
 from triton_impl import config, prefill
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 DEVICE = "cuda"
 
 
