@@ -651,7 +651,7 @@ def back_of_program(
         result = Tokens(dinitial + wide_row * (o.width - 1) * wide_dim, wide_dim, 1)
     marks = None
     if given.document_marks is not None:
-        marks = given.document_marks + wide_row * ((row_end - row_start + 7) >> 3)
+        marks = given.document_marks + wide_row * (((row_end - row_start) >> 3) + 2)
     arrays = Arrays(dout, late, x, initial, dx, result, marks)
     length = row_end - row_start
     zero = tl.zeros([o.block_d], tl.float32)

@@ -18,13 +18,14 @@ MARKED = 8  # tokens that a mark of documents stands for; blocks are multiples o
 
 
 def document_marks(segment_ids):
-    """[batch, ceil(seqlen / 8)] int32, where documents begin: bit j of mark i, from the highest, is token 8 * (i - 1) + j.
+    """[batch, seqlen // 8 + 2] int32, where documents begin: bit j of mark i, from the highest, is token 8 * (i - 1) + j.
 
     So the mark of any 8 tokens knows the 8 tokens before and behind them, which width-1 of a window never exceed. A row's
-    first token continues what is before the row, and is no beginning.
+    first token continues what is before the row, and is no beginning. The last mark stands for no token: two and more are
+    what tracers take for a length of any size.
     """
     seqlen = segment_ids.shape[1]
-    marks = -(-seqlen // MARKED)
+    marks = seqlen // MARKED + 2
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     begins = pad(changes, (MARKED + 1, MARKED * (marks + 1) - seqlen))
     bits = 1 << (31 - torch.arange(3 * MARKED, dtype=torch.int32, device=segment_ids.device))

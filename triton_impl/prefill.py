@@ -407,7 +407,7 @@ def _prefill_kernel(
         past = held
     marks = None
     if document_marks is not None:
-        marks = document_marks + row.to(tl.int64) * ((end - start + 7) >> 3)
+        marks = document_marks + row.to(tl.int64) * (((end - start) >> 3) + 2)
     this = Row(start, end, live, flag != 0, held, past, marks)
 
     if o.flat:
