@@ -82,9 +82,9 @@ def as_rows(given: Mapping[str, Any]) -> dict[str, Any]:
     Documents are rows, padding is rows of no slot. The pool holds the cache twice, since a row of several documents reads
     its slot in the first and writes it in the last: the second half is the new cache.
     """
-    x, cache, ids, lengths = (
-        None if given.get(name) is None else typed(given[name])
-        for name in ("x", "cache", "segment_ids", "lengths")
+    x, cache = typed(given["x"]), typed(given["cache"])
+    ids, lengths = (
+        None if given.get(name) is None else typed(given[name]) for name in ("segment_ids", "lengths")
     )
     batch, seqlen, dim = x.shape
     ends = np.full(batch, seqlen) if lengths is None else lengths.data

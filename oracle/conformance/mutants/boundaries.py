@@ -217,9 +217,9 @@ class EqualIdsAreOneDocument(Mutant):
             tokens = np.arange(token - history, token)
             seen = (tokens >= 0) & (ids.data[row, tokens] == ids.data[row, token])
             there = TypedArray(rows["x"].dtype, rows["x"].data[start - token + tokens])
-            there = cast_bits(there.bits, there.dtype, pool.dtype)
+            bits = cast_bits(there.bits, there.dtype, pool.dtype)
             windows.append(
-                from_bits(np.where(seen[:, None], there, 0).astype(there.dtype), pool.dtype).data[None]
+                from_bits(np.where(seen[:, None], bits, 0).astype(bits.dtype), pool.dtype).data[None]
             )
             if token:
                 rows["has_initial_state"].data[i], rows["cache_indices"].data[i] = True, len(pool.data) + i
