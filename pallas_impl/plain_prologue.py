@@ -45,9 +45,7 @@ def output(call, parts, pool, windows):
         found["beta"] = gates.pop(0).reshape(call.b.shape)
     of_k = (*leading, call.num_k_heads, call.head_k_dim)
     of_v = (*leading, call.num_v_heads, call.head_v_dim)
-    results = (
-        q.reshape(of_k), k.reshape(of_k), v.reshape(of_v), found.get("g"), found.get("beta"), pool
-    )  # fmt: skip
+    results = (q.reshape(of_k), k.reshape(of_k), v.reshape(of_v), found.get("g"), found.get("beta"), pool)
     if getattr(call, "window_out", None) is None:
         return PrologueOutput(*results)
     return PrologueWindowOutput(*results, windows)

@@ -215,8 +215,7 @@ def _backward(
             activation is not None,
             longest,
             schedule,
-            need_sums,
-            need_initial,
+            (need_sums, need_initial),
             document_marks,
         )
     return (
@@ -227,11 +226,12 @@ def _backward(
     )
 
 
-def _launch(
-    dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, need_sums, need_initial, marks
-):  # fmt: skip
-    """Runs the kernels on x as it lies in memory, and on dout unless that lies across it; with documents x is walked."""
-    like = x
+def _launch(dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seqlen, schedule, needs, marks):
+    """Runs the kernels on x as it lies in memory, and on dout unless that lies across it; with documents x is walked.
+
+    needs: whether the gradients of weight and bias, and of the initial states, are wanted.
+    """
+    like, (need_sums, need_initial) = x, needs
     if marks is not None and not walks(*x.stride()[-2:]):
         x = x.contiguous()
     if crosses(dout.shape, dout.stride(), x.stride()):

@@ -49,6 +49,14 @@ CUTS = [0, 1, 2, 8, 15, 16, 17, 30, LONG], [0, 9, LONG - 1, LONG]
 LONG_IDS = np.stack([np.repeat(np.arange(len(cuts) - 1, dtype=np.int32) % 2, np.diff(cuts)) for cuts in CUTS])
 
 
+def reached_from(damage):
+    """The tokens [rows, tokens] of LONG_IDS whose document holds a token (row, place), or has the "cache" before it."""
+    documents = np.cumsum(np.diff(LONG_IDS, prepend=LONG_IDS[:, :1]) != 0, axis=1)
+    if damage == "cache":
+        return documents == 0
+    return (documents == documents[damage]) & (np.arange(len(documents)) == damage[0])[:, None]
+
+
 def starts_alone(cuts=CUTS, seqlen=LONG):
     """Offsets of the documents as packed rows of their own, and of each whether it is a row's first, hence its row."""
     starts = [row * seqlen + cut for row, edges in enumerate(cuts) for cut in edges[:-1]]

@@ -234,10 +234,7 @@ def test_a_nan_stays_in_its_document(damage):
     """Of its token, or of the cache; dweight, which is a sum over all, is one."""
     _, clean = documents_on_kernels(4, torch.float32, True)
     _, found = documents_on_kernels(4, torch.float32, True, damage)
-    documents = np.cumsum(np.diff(cases.LONG_IDS, prepend=cases.LONG_IDS[:, :1]) != 0, axis=1)
-    reached = documents == 0
-    if damage != "cache":
-        reached = (documents == documents[damage]) & (np.arange(2) == damage[0])[:, None]
+    reached = cases.reached_from(damage)
     for got, want in zip(found[:2], clean[:2], strict=True):
         np.testing.assert_array_equal(got[~reached], want[~reached])
         assert got[reached].isnan().any()
