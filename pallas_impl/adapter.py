@@ -104,8 +104,9 @@ def xla(device=None):
 
 
 def _to_jax(array):
-    data = np.ascontiguousarray(array.data)
-    return jnp.asarray(data.view(jnp.bfloat16) if array.dtype == "bfloat16" else data)
+    data = np.array(array.data, order="C")
+    # (jnp.asarray compiles a program for every shape)
+    return jax.device_put(data.view(jnp.bfloat16) if array.dtype == "bfloat16" else data)
 
 
 def _typed(array):

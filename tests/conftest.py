@@ -146,9 +146,10 @@ def quick_interpreters():
     if "jax" in sys.modules:
         plain_callbacks()
         no_program_a_shape()
-        from tests.tools import quick_pallas
+        from tests.tools import quick_lowering, quick_pallas
 
         quick_pallas.install()
+        quick_lowering.install()
 
 
 def patch_once(interpreter):
@@ -225,7 +226,9 @@ def plain_callbacks():
         return
     callbacks.io_callback_impl = called
     if to_int := getattr(shared_memory, "_to_int", None):  # JAX 0.12 asks whether a coordinate is a jax.Array
-        shared_memory._to_int = lambda value: value.item() if isinstance(value, np.ndarray) else to_int(value)
+        shared_memory._to_int = lambda value: (
+            value.item() if isinstance(value, (np.ndarray, np.generic)) else to_int(value)
+        )
 
 
 def no_program_a_shape():

@@ -39,7 +39,7 @@ SLOWEST = (  # files that take 40 seconds or more: they begin early, so that no 
 )  # fmt: skip
 ONE_JAX = (  # files of tests/pallas that are judged under the JAX of .venv alone: about plain jax.numpy, modules and tools, and
     # about operations of which every feature is in a case of the conformance suite under both
-    "test_benchmark_calls", "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition", "test_interpreter", "test_models", "test_swap",
+    "test_benchmark_calls", "test_bits", "test_compat", "test_context_parallel_gradients", "test_engine", "test_examples", "test_grad_definition", "test_models", "test_swap",
     "test_modules", "test_sharding_serving", "test_sharding", "test_sharding_training", "test_tracing", "test_multi_gpu",
     "test_derivatives_xla", "test_export_xla",
     "test_backward", "test_gated_conv", "test_prologue", "test_prologue_backward", "test_rolling", "test_serving",

@@ -1,4 +1,8 @@
-"""The interpreter of the tests, which runs kernels on NumPy arrays (tests/tools/quick_pallas.py), against JAX's own."""
+"""What the tests put in JAX's place, against JAX's own.
+
+The interpreter that runs kernels on NumPy arrays (tests/tools/quick_pallas.py), and the layouts of lowered kernels
+(tests/tools/quick_lowering.py).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +10,17 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreters
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import constraints
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_impl
 from pallas_impl.call import interpreter
 from pallas_impl.launch import run
+from tests.tools import code_calls, pallas_code, quick_pallas
 
 pytestmark = pytest.mark.skipif(
-    not jax.__version__.startswith("0.10."), reason="other versions of JAX run in their own interpreter"
+    not jax.__version__.startswith(quick_pallas.VERSIONS),
+    reason="other versions of JAX run in their own interpreter",
 )
 
 
@@ -82,5 +89,20 @@ def test_a_barrier_that_completes_again_before_anyone_looked_is_an_error():
         for row in range(2):
             plgpu.copy_gmem_to_smem(refs.x.at[row], refs.tile, refs.ready)
 
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Barrier arrival was completed again"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"Barrier (arrival was completed again|completed phase 1, but no threads observed phase 0)",
+    ):
         launched(body, tile=plgpu.SMEM((4,), jnp.float32), ready=plgpu.Barrier())
+
+
+@pytest.mark.skipif(not jax.__version__.startswith("0.10."), reason="this JAX infers layouts as it is")
+@pytest.mark.parametrize(
+    "call", [code_calls.prefill(dim=256), code_calls.verify(dim=256)], ids=["prefill", "verify"]
+)
+def test_layouts_are_those_that_jax_infers(call, monkeypatch):
+    quick = pallas_code.lowered(call)
+    monkeypatch.setattr(constraints, "reduce_constraint", constraints.reduce_constraint.whole)
+    monkeypatch.setattr(constraints, "_reduce_system_once", constraints._reduce_system_once.whole)
+    jax.clear_caches()
+    assert pallas_code.lowered(call) == quick

@@ -5,8 +5,8 @@ program holds one callback, which is that interpreter all the same: its modules 
 every check, but over NumPy, Python's loops and calls in place of jax.numpy, XLA's loops and callbacks. Arithmetic rounds as
 XLA does without optimisation: every operation once.
 
-The interpreter itself still runs what this does not know: several threads a program, races, other versions of
-JAX; and the conformance suite's exact cases. `tests/pallas/test_interpreter.py` compares the two.
+The interpreter itself still runs what this does not know: several threads a program, races, versions of JAX other
+than VERSIONS; and the conformance suite's exact cases. `tests/pallas/test_interpreter.py` compares the two.
 """
 
 import functools
@@ -23,6 +23,7 @@ from jax._src import core
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as original
 
 DEVICE = threading.local()
+VERSIONS = ("0.10.", "0.12.")
 PACKAGE = "jax._src.pallas.mosaic_gpu.interpret"
 
 
@@ -244,7 +245,10 @@ def handlers_of(interpreter):
         eqn, token, *given(), **eqn.params
     )
     for nothing in ("commit_group", "wait_smem_to_gmem", "set_max_registers", "commit_smem"):
-        found[nothing] = lambda self, eqn, token, _: (token, [])
+        found[nothing] = getattr(
+            interpreter, f"_interpret_{nothing}_p", lambda self, eqn, token, _: (token, [])
+        )
+    found |= {"load": found["get"], "store": found["swap"]}  # of JAX 0.12
     return found
 
 
@@ -277,8 +281,9 @@ def quick():
             tuple(map(np.int32, np.unravel_index(int(place), sizes))) if sizes else ()
         ),
     )
-    calls.thread_map = SimpleNamespace(
-        thread_map=lambda body, count, token, *arguments, **_: body(np.int32(0), token, *arguments)
+    calls.thread_map = Over(
+        calls.thread_map,
+        thread_map=lambda body, count, token, *arguments, **_: body(np.int32(0), token, *arguments),
     )
     kernels.DeviceInfo = lambda: DEVICE.info
     kernels.JaxprInterpreter.handlers = handlers_of(kernels.JaxprInterpreter)
@@ -289,7 +294,7 @@ def quick():
 def install():
     """Puts this in the interpreter's place, once."""
     interpreter = original.interpret_pallas_call
-    if hasattr(interpreter, "quick") or not jax.__version__.startswith("0.10."):
+    if hasattr(interpreter, "quick") or not jax.__version__.startswith(VERSIONS):
         return
 
     def call(*operands, grid_mapping, mesh, interpret_params, **given):
