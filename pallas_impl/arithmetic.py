@@ -19,7 +19,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math, memref, vector
 from jaxlib.mlir.dialects import llvm  # not in jax.extend.mlir
 
-WARPGROUP = 128
+WARP, WARPGROUP = 32, 128
 LOG2E = 1.4426950408889634
 SCALE = 2.0**-14
 

@@ -28,6 +28,7 @@ from pallas_impl import (
     plain_prologue,
     prefill,
     prologue,
+    short_rows,
     states,
     trees,
     update,
@@ -407,6 +408,8 @@ def _commit(arrays, options):
 
 
 def _launch_prefill(arrays, options):
+    if short_rows.takes(arrays, options):
+        return *short_rows.launch(arrays, options), None
     out, pool = prefill.launch(arrays, options, prologue.finish_of(arrays, options))
     width, front = arrays.weight.shape[1], options.state_layout == "front"
     if (

@@ -6,6 +6,9 @@ from typing import NamedTuple
 # fill the memory's bandwidth.
 STREAMS = 4
 BLOCK_T = 8  # tokens of a row that an update has on their way at a time
+# Tokens of a row, on average, up to which programs take tokens whatever rows they are of: where some rows may be longer
+# than a block, and where none is.
+SHORT_ROW, SHORT_ROWS = 7, 12
 LONG_ROW = 4  # tokens up to which one program for a row is the faster
 BACKWARD_D = 128  # channels of a tile of the backward pass
 
@@ -19,6 +22,7 @@ class PrefillConfig(NamedTuple):
       block_d: channels a program, 128 or 256 (an axis of a TMA box has at most 256 elements).
       row_blocks: per_sequence: programs along a row; 0 with flat.
       tail_blocks: per_sequence: programs that write the zeros after the last row; 0 with flat.
+      short_t: tokens a program of `short_rows`, where that may run instead; 0 where it may not.
     """
 
     flat: bool
@@ -26,6 +30,7 @@ class PrefillConfig(NamedTuple):
     block_d: int
     row_blocks: int
     tail_blocks: int
+    short_t: int = 0
 
 
 class Grid(NamedTuple):
@@ -125,9 +130,19 @@ def prefill_config(tokens: int, dim: int, batch: int, max_seqlen: int | None, sc
         batch * row_blocks * cdiv(dim, block_d) <= 1056
     )  # no program waits for another: no row to look for is best
     wasteful = batch * row_blocks > flat_blocks + flat_blocks // 8 and not at_once
+    short_t = _short_t(tokens, cdiv(dim, block_d), batch, longest) if schedule == "auto" else 0
     if schedule == "flat" or (schedule == "auto" and wasteful):
-        return PrefillConfig(True, block_t, block_d, 0, 0)
-    return PrefillConfig(False, block_t, block_d, row_blocks, min(cdiv(tokens, block_t), 8))
+        return PrefillConfig(True, block_t, block_d, 0, 0, short_t)
+    return PrefillConfig(False, block_t, block_d, row_blocks, min(cdiv(tokens, block_t), 8), short_t)
+
+
+def _short_t(tokens: int, columns: int, batch: int, longest: int) -> int:
+    """Tokens a program of `short_rows`; 0 where rows are longer, or so few that one wait more a program shows."""
+    average = cdiv(tokens, max(batch, 1))
+    if average > (SHORT_ROWS if longest <= 16 else SHORT_ROW):
+        return 0
+    short_t, programs = (8, 1024) if tokens < 2 * batch else (16, 1408)
+    return short_t if tokens * columns >= short_t * programs else 0
 
 
 def prefill_grid(config: PrefillConfig, tokens: int, dim: int, batch: int) -> Grid:

@@ -4,6 +4,7 @@ import functools
 import operator
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -12,10 +13,12 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref
 from jaxlib.mlir.dialects import llvm  # not in jax.extend.mlir
 
-from pallas_impl.arithmetic import WARPGROUP, div, in_layout, keep
+from pallas_impl.arithmetic import WARP, WARPGROUP, div, in_layout, keep
 from pallas_impl.config import cdiv
 
 GROUP = 4  # rows of a tile convolved between two turns of the loop; more take more registers
+HIGHEST = np.int32(-(2**31))  # the bit of lane 0
+NEAR = 16  # rows that a search does not tell apart, half of a warp's lanes
 MARKED = 8  # tokens that a mark of documents stands for; blocks are multiples of it
 
 
@@ -54,7 +57,7 @@ def marks_with(marks, row, first, size, place, count, *, interpret):
         found = jnp.int32(0)
         for i in range(size):
             begins = begins_in(marks[row, jnp.minimum(first + i, last)], place, count)
-            found |= jnp.where(begins, lax.shift_right_logical(jnp.int32(-(2**31)), jnp.int32(i)), 0)
+            found |= jnp.where(begins, lax.shift_right_logical(HIGHEST, jnp.int32(i)), 0)
         return found
 
     scalar = plgpu.Layout.WG_SPLAT
@@ -65,19 +68,13 @@ def marks_with(marks, row, first, size, place, count, *, interpret):
     def ballot(_, marks, row, first):
         int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
         constant = lambda value: mgpu.c(value, int32)  # noqa: E731
-        lane = arith.remui(mgpu.thread_idx(), constant(32))
+        lane = _lane()
         mark = arith.minui(arith.addi(first.registers.item(), lane), constant(last))
         mark = memref.load(marks, [arith.index_cast(index, i) for i in (row.registers.item(), mark)])
         bits = arith.andi(mark, constant(((1 << count) - 1) << (32 - place - count)))
         begins = arith.cmpi(arith.CmpIPredicate.ne, bits, constant(0))
         begins = arith.andi(begins, arith.cmpi(arith.CmpIPredicate.ult, lane, constant(size)))
-        found = llvm.inline_asm(
-            int32,
-            [arith.extui(int32, begins)],
-            "{ .reg .pred p; .reg .b32 b; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 b, p, 0xffffffff; brev.b32 $0, b; }",
-            "=r,r",
-            has_side_effects=True,
-        )
+        found = _ballot(arith.extui(int32, begins))
         return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
     return ballot(marks, row, first)
@@ -152,6 +149,145 @@ def find_row(query_start_loc, block, block_t, batch, tokens, *, interpret):
         return mgpu.FragmentedArray.splat(row, (), is_signed=True)
 
     return count(query_start_loc, row, block)
+
+
+class Lanes:
+    """Values of 32 rows, one row a lane of each warp: `values(lane)` are int32."""
+
+    def __init__(self, values, interpret):
+        self.values, self.interpret = values, interpret
+        if not interpret:
+            self.lane = _of_warp(_lane)
+            self.held = values(self.lane)
+
+    def __getitem__(self, lane):
+        """The values of one lane, which may differ from program to program."""
+        if self.interpret:
+            return self.values(lane)
+        shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+        return tuple(
+            _of_warp(lambda value, lane: _asm(shuffle, value, lane), value, lane) for value in self.held
+        )
+
+    def where(self, condition):
+        """Bit i, from the highest, for lane i: whether `condition(i, *its values)`."""
+        if not self.interpret:
+            return _of_warp(_ballot, condition(self.lane, *self.held).astype(jnp.int32))
+        mask = jnp.int32(0)
+        for i in range(8):  # a narrow warp, since each lane takes its time here
+            lane = jnp.int32(i)
+            mask |= jnp.where(condition(lane, *self.values(lane)), lax.shift_right_logical(HIGHEST, lane), 0)
+        return mask
+
+
+def rows_near(query_start_loc, token, beyond, facts, batch, tokens, *, interpret):
+    """A row, the one that has a token or a few before it, and the `facts` of 32 rows from it on as `Lanes`.
+
+    Asked for at once are those among which the tokens up to `beyond` would be if all rows were of one length, and the first step of
+    a search, which goes on only where they are not.
+    """
+    find = functools.partial(
+        _last_row, query_start_loc, token, batch=batch, tokens=tokens, interpret=interpret
+    )
+    strides = [NEAR]
+    while strides[0] * WARPGROUP <= batch:
+        strides.insert(0, strides[0] * WARPGROUP)
+    if interpret:
+        row = find(jnp.int32(0), strides)
+        return row, Lanes(lambda lane: facts(row + lane), interpret)
+    guess = jnp.maximum(_scaled(token, batch, tokens) - WARP // 4, 0) if batch >= WARP else jnp.int32(0)
+    lanes = Lanes(lambda lane: facts(guess + lane), interpret)
+    if batch < WARP:
+        return guess, lanes
+    found = find(jnp.int32(0), strides[:1])
+    start, *_ = lanes[jnp.int32(0)]
+    _, end, *_ = lanes[jnp.int32(WARP - 1)]
+    held = lanes.held
+
+    def search():
+        row = find(found, strides[1:]) if strides[1:] else found
+        return row, *facts(row + lanes.lane)
+
+    right = (start <= token) & ((end >= beyond) | (guess + WARP > batch))
+    row, *lanes.held = lax.cond(right, lambda: (guess, *held), search)
+    return row, lanes
+
+
+def _last_row(query_start_loc, token, row, strides, *, batch, tokens, interpret):
+    """The last row, of those `strides[-1]` apart from `row` on, that begins at a token or before; each step compares 128 in each warp."""
+    if interpret:
+        for step in (1 << i for i in reversed(range(batch.bit_length()))):
+            probe = row + step
+            start = jnp.clip(query_start_loc[jnp.minimum(probe, batch)], 0, tokens)
+            row = jnp.where((probe <= batch) & (start <= token), probe, row)
+        return row
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), scalar, scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, scalar)
+    )
+    def search(_, starts, token, row):
+        int32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        constant = lambda value: mgpu.c(value, int32)  # noqa: E731
+        at_most = lambda a, b: arith.cmpi(arith.CmpIPredicate.sle, a, b)  # noqa: E731
+        row, token = row.registers.item(), token.registers.item()
+        for stride in strides:
+            votes = []
+            for first in range(0, min(batch // stride, WARPGROUP), WARP):
+                ahead = arith.muli(arith.addi(_lane(), constant(first + 1)), constant(stride))
+                probe = arith.addi(row, ahead)
+                start = memref.load(starts, [arith.index_cast(index, arith.minsi(probe, constant(batch)))])
+                start = arith.minsi(arith.maxsi(start, constant(0)), constant(tokens))
+                votes.append(arith.andi(at_most(probe, constant(batch)), at_most(start, token)))
+            for vote in votes:
+                found = _asm("popc.b32 $0, $1;", _ballot(arith.extui(int32, vote)))
+                row = arith.addi(row, arith.muli(found, constant(stride)))
+        return mgpu.FragmentedArray.splat(row, (), is_signed=True)
+
+    return search(query_start_loc, token, row)
+
+
+def _scaled(value, numerator, denominator):
+    """value * numerator // denominator of an int32 and Python ints, none negative, in 64 bits."""
+
+    def scale(value):
+        int64 = ir.IntegerType.get_signless(64)
+        product = arith.muli(arith.extui(int64, value), mgpu.c(numerator, int64))
+        return arith.trunci(value.type, arith.divui(product, mgpu.c(denominator, int64)))
+
+    return _of_warp(scale, value)
+
+
+def _of_warp(function, *values):
+    """`function` of int32 registers; what comes of it may differ from lane to lane."""
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(scalar,) * len(values), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, scalar)
+    )
+    def run(_, *values):
+        return mgpu.FragmentedArray.splat(
+            function(*(value.registers.item() for value in values)), (), is_signed=True
+        )
+
+    return run(*values)
+
+
+def _lane():
+    return arith.remui(mgpu.thread_idx(), mgpu.c(WARP, ir.IntegerType.get_signless(32)))
+
+
+def _ballot(condition):
+    """Bit i, from the highest, for lane i: whether its register is not zero."""
+    return _asm(
+        "{ .reg .pred p; .reg .b32 b; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 b, p, 0xffffffff; brev.b32 $0, b; }",
+        condition,
+    )
+
+
+def _asm(code, *registers):
+    constraints = ",".join(["=r"] + ["r"] * len(registers))
+    return llvm.inline_asm(registers[0].type, registers, code, constraints, has_side_effects=True)
 
 
 def load_rows(x, channels, tile, ready, begin, length, fewest=1):

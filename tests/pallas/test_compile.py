@@ -108,6 +108,13 @@ def test_prefill(compiled, tokens, batch, schedule):
     check(executable, printed, 56, (2 * batch + 3) * 3 * 8192 * 2)
 
 
+@pytest.mark.parametrize(("tokens", "batch"), [(4096, 4096), (7500, 1500), (1280, 257)])
+def test_rows_of_few_tokens(compiled, tokens, batch):
+    executable, printed = prefill(compiled, tokens, 8192, batch)
+    assert "causal_conv1d_short_rows" in printed
+    check(executable, printed, 72, (2 * batch + 3) * 3 * 8192 * 2)
+
+
 @pytest.mark.parametrize("batch", [1, 256, 1024])
 def test_update(compiled, batch):
     executable, printed = update(compiled, batch, 8192)

@@ -15,5 +15,5 @@ from tests.tools.conformance_of_twins import (  # noqa: F401  (pytest finds them
 IMPLEMENTATIONS = (
     "pallas",
     "pallas-exact",
-    *(() if os.environ.get("SECOND_JAX") == "1" else ("xla", "xla-quick")),
+    *(() if os.environ.get("SECOND_JAX") == "1" else ("pallas-short", "xla", "xla-quick")),
 )

@@ -88,6 +88,28 @@ def test_prefill_equals_xla_bit_for_bit(sizes, schedule):
     assert_same_bits(result.conv_states, expected.conv_states)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(lengths=(1,) * 5000, dim=512, padding=(7, 4000)),
+        dict(lengths=(5, 1, 0, 1, 2) * 1500, dim=256, tail=9, padding=(7,), width=3, dtype="float32"),
+        dict(lengths=(0, 5, 3, 9, 2) * 1500, dim=384, tail=2, padding=(8,), width=8),
+        dict(lengths=(4000, *(1, 2) * 2000), dim=768, dtype="float16"),  # rows are not where they would be, were all of one length
+        dict(lengths=(*(0,) * 5000, *(1,) * 8300, *(0,) * 300), dim=256, width=2),
+        dict(lengths=(900, *(1,) * 300), dim=8192, tail=30),
+    ],
+    ids=["one-token", "float32", "wide", "chunk-first", "empty-first", "chunk"],
+)  # fmt: skip
+def test_rows_of_few_tokens_have_the_bits_of_blocks_of_one_row(sizes):
+    arguments = problem(**sizes)
+    (tokens, dim), batch = arguments["x"].shape, arguments["cache_indices"].size
+    assert config.prefill_config(tokens, dim, batch, None, "auto").short_t
+    expected = causal_conv1d_fn(**arguments, backend="mosaic_gpu", schedule="flat")
+    result = causal_conv1d_fn(**arguments, backend="mosaic_gpu")
+    assert_same_bits(result.out, expected.out)
+    assert_same_bits(result.conv_states, expected.conv_states)
+
+
 def test_prefill_equals_the_reference():
     arguments = problem(SEED_LENGTHS, 512, tail=3)
     result = causal_conv1d_fn(**arguments)

@@ -16,6 +16,7 @@ from pallas_impl import (
     causal_conv1d_update,
     config,
     prefill,
+    short_rows,
     update,
 )
 from pallas_impl.call import interpreter
@@ -212,6 +213,60 @@ def test_rows_of_one_token_under_flat(shape):
     assert set(np.asarray(problem["has_initial_state"])[[0, 2, 4, 6]]) == {False, True}
     result = causal_conv1d_fn(**problem, activation="silu", schedule="flat", backend="mosaic_gpu_interpret")
     check(result, "causal_conv1d_fn", problem, activation="silu")
+
+
+BORDERS = (3, *(5,) * 7, 1, 9, 2, 8, 4, 17, 1, 1)  # rows that lie in any way over the borders of tiles of 8
+EMPTY = (*(0,) * 40, 2, *(0, 1, 0) * 6, *(0,) * 70, 3, 0)
+
+
+@pytest.mark.parametrize("short_t", [8, 16])
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        (BORDERS, dict(padding=(2, 9, 13))),
+        (BORDERS, dict(width=2, dim=256, tail=0, dtype="float32")),
+        (EMPTY, dict(padding=(40,), width=3)),
+        (EMPTY, dict(width=8, tail=9, dtype="float16")),
+        ((1,) * 37, dict(padding=(5, 30), dim=256)),  # more windows in a tile than there is room for
+    ],
+    ids=["borders", "borders-float32", "empty", "empty-wide", "one-token"],
+)
+def test_rows_of_few_tokens(lengths, shape, short_t):
+    problem = prefill_problem(lengths, **shape, seed=7)
+    problem["has_initial_state"] = (
+        problem["has_initial_state"].at[jnp.asarray(shape.get("padding", ()), int)].set(True)
+    )
+    options = Options(
+        config=config.PrefillConfig(True, 8, 128, 0, 0, short_t), silu=True, interpret=interpreter(True)
+    )
+    assert short_rows.takes(Arrays(**problem), options)
+    result = jax.jit(functools.partial(short_rows.launch, options=options))(Arrays(**problem))
+    check(ConvOutput(*result), "causal_conv1d_fn", problem, activation="silu")
+
+
+def test_rows_of_few_tokens_have_no_data_races():
+    problem = prefill_problem((1, 0, 1, 9, *(1,) * 12, 4), padding=(4,), seed=3)
+    options = Options(config=config.PrefillConfig(True, 8, 128, 0, 0, 16))
+    result, races = run_with_races(short_rows.launch, Arrays(**problem), options)
+    check(ConvOutput(*result), "causal_conv1d_fn", problem)
+    assert not races
+
+
+def test_rows_of_few_tokens_with_anything_else_are_the_other_kernels():
+    arrays = Arrays(**prefill_problem((1, 2)))
+    options = Options(config=config.PrefillConfig(True, 8, 128, 0, 0, 8))
+    assert short_rows.takes(arrays, options)
+    others = [
+        arrays._replace(residual=arrays.x), arrays._replace(conv_states=arrays.conv_states.astype("float32")),
+        arrays._replace(weight=arrays.weight[:, :1]), arrays._replace(weight=arrays.weight[:120]),
+        arrays._replace(document_marks=arrays.cache_indices),
+    ]  # fmt: skip
+    assert not any(short_rows.takes(other, options) for other in others)
+    for change in [
+        dict(state_layout="ring"), dict(own_state=False), dict(gates=(0, 128)), dict(heads=()),
+        dict(config=config.PrefillConfig(True, 8, 128, 0, 0)),
+    ]:  # fmt: skip
+        assert not short_rows.takes(arrays, options._replace(**change))
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -518,3 +573,16 @@ def test_auto_takes_per_sequence_only_where_its_grid_is_not_wasteful():
     assert not flat(16384, 8192, 8, 2048)  # equal rows, known on the host
     assert flat(16384, 8192, 8, None)  # lengths unknown
     assert flat(16639, 8192, 256, 16384)  # skew
+
+
+def test_auto_takes_tokens_whatever_rows_they_are_of_where_many_rows_are_short():
+    short = lambda *sizes, schedule="auto": config.prefill_config(*sizes, schedule).short_t  # noqa: E731
+    assert short(4096, 8192, 4096, 1) == short(1024, 2048, 1024, None) == 8
+    assert short(7500, 1280, 1500, 5) == short(1280, 8192, 257, 1024) == 16
+    assert short(12000, 2048, 1000, 12) == 16
+    assert not short(12000, 2048, 1000, None)
+    assert not short(576, 8192, 65, 512)  # a chunk and few others
+    assert not short(33, 8192, 5, 17)  # little work
+    assert not short(16384, 8192, 8, 2048)
+    assert not short(4096, 8192, 4096, 1, schedule="flat")
+    assert not short(4096, 8192, 4096, 1, schedule="per_sequence")
