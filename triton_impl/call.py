@@ -47,6 +47,7 @@ from triton_impl.config import (
     prologue_config,
     prologue_update_config,
     row_config,
+    short_rows_config,
     update_config,
     verify_config,
     walks,
@@ -601,10 +602,23 @@ def _plan_prefill(call, sizes, gate=None):
     outputs = states = (None, ())
     if call.x.numel():
         kernel = kernels("prefill")
-        config = prefill_config(
-            sizes.tokens, sizes.dim, sizes.batch, sizes.width, walks(*call.x.stride()), call.max_seqlen,
-            call.schedule, kernels("launch").warp_size(),
-        )  # fmt: skip
+        walk, warp_size = walks(*call.x.stride()), kernels("launch").warp_size()
+        config = None
+        if walk and call.schedule != "flat":
+            config = short_rows_config(sizes.tokens, sizes.dim, call.max_seqlen, warp_size)
+        if config is not None:
+            kernel = kernels("short_rows")
+        else:
+            config = prefill_config(
+                sizes.tokens,
+                sizes.dim,
+                sizes.batch,
+                sizes.width,
+                walk,
+                call.max_seqlen,
+                call.schedule,
+                warp_size,
+            )
         stores = own_state and call.conv_states is not None
         outputs = kernel.prepare(call, sizes, config, stores=stores, gate=gate), kernel.ARRAYS
     if call.conv_states is not None and not own_state and sizes.batch:
@@ -730,6 +744,7 @@ tracing.define_operators(run_real, _fake)
 
 KERNELS = (
     "prefill",
+    "short_rows",
     "states",
     "update",
     "verify",

@@ -52,6 +52,23 @@ class UpdateConfig(NamedTuple):
     hurry: bool = True
 
 
+class ShortRowsConfig(NamedTuple):
+    """How a prefill of rows of few tokens is launched.
+
+    Attributes:
+      rows, block_d: rows and channels a program.
+      block_t: tokens of a row that are asked for at once.
+      tails: programs that zero what lies behind the last row.
+      num_warps: warps a program.
+    """
+
+    rows: int
+    block_t: int
+    block_d: int
+    tails: int
+    num_warps: int
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -102,13 +119,11 @@ def prefill_config(
         elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
             channels = 2
             block_t = group = 16
-        elif max_seqlen is not None and max(max_seqlen, width - 1) <= 8:  # rows of one short block
-            channels, block_t, group = 4, 8, 8
         else:  # short rows mostly wait: fewer registers, so that more of them wait at a time
             channels, block_t, group, stages = 4, 16, 8, 2
         most = 4 * warp_size * channels
-        if not small and (block_t == 8 or (channels == 2 and -dim % most >= most // 2)):
-            most //= 2  # a short block, or half of the lanes of the last one idle
+        if not small and channels == 2 and -dim % most >= most // 2:
+            most //= 2  # half of the lanes of the last block idle
         block_d = min(max(next_power_of_2(dim), warp_size), most)
         num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
@@ -126,6 +141,28 @@ def prefill_config(
         search=32,
         num_warps=num_warps,
         stages=stages,
+    )
+
+
+def short_rows_config(
+    tokens: int, dim: int, max_seqlen: int | None, warp_size: int = 32
+) -> ShortRowsConfig | None:
+    """Chooses blocks for rows of few tokens; None where rows may be longer, or a batch is small: its programs all run at once.
+
+    Arguments as in `prefill_config`.
+    """
+    if max_seqlen is None or max_seqlen > 16 or tokens * dim < 1 << 21:
+        return None
+    block_t = next(n for n in (1, 4, 8, 16) if max_seqlen <= n)
+    channels = 2 if tokens * dim < 1 << 22 else 4  # a thread
+    num_warps = 2 if channels == 2 or block_t in (4, 8) else 4
+    block_d = min(max(next_power_of_2(dim), warp_size), warp_size * channels * num_warps)
+    return ShortRowsConfig(
+        rows=2 if block_t == 1 else 1,
+        block_t=block_t,
+        block_d=block_d,
+        tails=min(tokens // 64 + 1, 32),
+        num_warps=max(block_d // (warp_size * channels), 1),
     )
 
 

@@ -111,7 +111,7 @@ class Options(NamedTuple):
 
 
 @triton.jit
-def _entry(x, row, position, channels, dtype: tl.constexpr, o: tl.constexpr):
+def input_at(x, row, position, channels, dtype: tl.constexpr, o: tl.constexpr):
     """The input at a position of a row; before the row's start the entry of its slot, or zero without a state."""
     in_row = position >= row.start
     past = row.past
@@ -178,7 +178,7 @@ def _walk_block(x, residual, out, row, first, last, channels, weights, o: tl.con
     for j in tl.static_range(o.width - 1):
         if mark is not None:
             window = begun(window, j, mark, 8 + j - (o.width - 1))
-        window = window + (_entry(x, row, first + (j - o.width + 1), channels, carried, o),)
+        window = window + (input_at(x, row, first + (j - o.width + 1), channels, carried, o),)
 
     # taps, store
     source, target = at(x, first, channels), at(out, first, channels)
@@ -316,7 +316,7 @@ def _new_window(x, row, channels, o: tl.constexpr):
     entries = ()
     for c in tl.static_range(o.width - 1):
         position = row.end + (c - o.width + 1)
-        entries = entries + (_entry(x, row, position, channels, row.slot.ptr.dtype.element_ty, o),)
+        entries = entries + (input_at(x, row, position, channels, row.slot.ptr.dtype.element_ty, o),)
     return entries
 
 

@@ -181,7 +181,21 @@ CALLS = {
     ),
     "prefill one token a row": prefill(tokens=4096, batch=4096, dim=2048),
     "prefill many rows": prefill(
-        tokens=200000, batch=70000, dim=1024, schedule="per_sequence", max_seqlen=16
+        tokens=200000, batch=70000, dim=1024, schedule="per_sequence", max_seqlen=64
+    ),
+    "prefill rows of 1 token": prefill(tokens=4096, batch=4096, max_seqlen=1),
+    "prefill rows of 5 tokens": prefill(tokens=7500, batch=1500, max_seqlen=5),
+    "prefill rows of 16 tokens": prefill(
+        tokens=8000, batch=500, max_seqlen=16, residual=Array((8000, 8192)), split_sizes=QKV
+    ),
+    "prefill rows of 8 tokens in a ring": prefill(
+        tokens=160000,
+        batch=70000,
+        dim=1280,
+        max_seqlen=8,
+        columns=5,
+        state_layout="ring",
+        cache_seqlens=indices(70000),
     ),
     "prefill float32": prefill(dtype="float32"),
     "prefill float16 width 3": prefill(dtype="float16", width=3),

@@ -25,6 +25,12 @@ REPORTS = ROOT / "reports"
 KNOWN_FAILURES = {"pallas-exact": ROOT / "pallas_impl" / "known_failures_interpreter.toml"}
 SPECIFICATIONS = {
     "triton": ("tests.tools.conformance_of_twins:triton", "torch", ("core",), {"TRITON_INTERPRET": "1"}),
+    "triton-short": (
+        "tests.tools.conformance_of_twins:triton_short",
+        "torch",
+        ("core",),
+        {"TRITON_INTERPRET": "1"},
+    ),
     "eager": ("triton_impl.adapter:eager", "torch", ("core", "full"), {"TRITON_INTERPRET": "0"}),
     "pallas": ("tests.tools.conformance_of_twins:pallas", "jax", ("core",), {"XLA_FLAGS": QUICK_COMPILE}),
     "pallas-short": (
@@ -59,6 +65,20 @@ def triton(device=None):
     return quick("triton_impl", device)
 
 
+def triton_short(device=None):
+    """Every prefill through the kernel of rows of few tokens, as if `max_seqlen` promised 1, 4, 8 or 16 of them."""
+    found = triton(device)
+    calls, config = (importlib.import_module(f"triton_impl.{name}") for name in ("call", "config"))
+    real = config.short_rows_config
+
+    def chosen(tokens, dim, max_seqlen, warp_size):
+        promised = max_seqlen if max_seqlen is not None and max_seqlen <= 16 else (1, 4, 8, 16)[tokens % 4]
+        return real(max(tokens, 1 << 22), dim, promised, warp_size)
+
+    calls.short_rows_config = chosen
+    return found
+
+
 def pallas(device=None):
     return quick("pallas_impl", device)
 
@@ -78,8 +98,9 @@ def cases_of(name):
     if os.environ.get("SECOND_JAX") == "1":
         chosen = one_for_every_feature(cases)
         cases = [case for case in cases if case in chosen or case.data in SUBNORMAL]
-    if name == "pallas-short":
-        cases = [case for case in cases if case.op == "causal_conv1d_fn" and case.relation is None]
+    if name.endswith("-short"):  # the kernels of rows of few tokens
+        operations = ("causal_conv1d_fn", "gated_short_conv_fn") if name == "triton-short" else ("causal_conv1d_fn",)
+        cases = [case for case in cases if case.op in operations and case.relation is None]
     if name.startswith("xla"):
         as_usual = one_for_every_feature(cases)
         cases = [c for c in cases if (c in as_usual or c.data in SUBNORMAL) == (name == "xla")]

@@ -154,3 +154,15 @@ def test_a_compile_hook_is_told_of_every_kernel(name):
         given = {path: value for path, value in launch.constants.items() if isinstance(value, tuple)}
         assert given, launch.constants
         json.dumps(list(given.values()))
+
+
+@pytest.mark.parametrize("rows", ["1 token", "5 tokens", "16 tokens", "8 tokens in a ring"])
+@pytest.mark.parametrize("target", CUDA)
+def test_short_rows(target, rows):
+    launch, *_ = launches_of(code_calls.CALLS[f"prefill rows of {rows}"], TARGETS[target])
+    assert launch.name == "_short_rows_kernel"
+    binary = launch.compile()
+    registers, spills = resources(binary)
+    assert spills == 0
+    assert target != "sm_90" or registers <= 96, "20 warps on a multiprocessor"
+    assert store_sizes(binary) == {8}, "a thread's channels in one access"

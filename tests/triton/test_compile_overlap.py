@@ -7,6 +7,7 @@ from tests.tools.triton_code import TARGETS, instructions, launches_of
 
 NAMES = (
     "prefill flat", "prefill per_sequence", "prefill small", "prefill channel-first", "prefill ring", "prefill snapshots",
+    "prefill rows of 1 token", "prefill rows of 16 tokens",
     "update 1 row", "update 256 rows", "update rolling packed", "verify", "tree", "commit",
 )  # fmt: skip
 ACCESSES = ("LD", "ST", "ATOM", "RED", "UTMA", "UBLKCP")

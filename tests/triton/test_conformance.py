@@ -7,4 +7,4 @@ from tests.tools.conformance_of_twins import (  # noqa: F401  (pytest finds them
     test_little_is_unsupported,
 )
 
-IMPLEMENTATIONS = ("triton", "eager")
+IMPLEMENTATIONS = ("triton", "triton-short", "eager")
