@@ -151,7 +151,7 @@ def short_rows_config(
 
     Arguments as in `prefill_config`.
     """
-    if max_seqlen is None or max_seqlen > 16 or tokens * dim < 1 << 21:
+    if max_seqlen is None or max_seqlen > 16 or tokens * dim < 1 << 20:
         return None
     block_t = next(n for n in (1, 4, 8, 16) if max_seqlen <= n)
     channels = 2 if tokens * dim < 1 << 22 else 4  # a thread

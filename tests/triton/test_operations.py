@@ -379,13 +379,21 @@ def test_config_is_small_for_small_batches_and_flat_for_skew():
     )
     assert chosen(tokens=16639, batch=256, max_seqlen=16384).flat
     assert chosen(max_seqlen=None).flat
-    short = chosen(tokens=7500, batch=1500, max_seqlen=5)
-    assert (short.flat, short.row_blocks, short.block_t, short.num_warps) == (False, 1, 8, 2), "a block a row"
     assert not chosen(tokens=4096, batch=4096, max_seqlen=16).flat
     assert chosen(tokens=4096, batch=4096, max_seqlen=17).flat
     assert chosen(dim=640).block_d == 128, "no lane idle"
     assert not chosen(max_seqlen=2048, schedule="per_sequence").flat
     assert chosen(batch=1, max_seqlen=16384).flat, "no row to find, and no programs for the tail"
+    assert config.short_rows_config(7500, 8192, None) is None
+    assert config.short_rows_config(7500, 8192, 17) is None
+    assert config.short_rows_config(100, 8192, 5) is None, "small: all programs run at once as it is"
+    assert config.short_rows_config(7500, 8192, 0).block_t == 1
+    for longest in range(1, 17):
+        for dim in (1, 5, 640, 8192):
+            c = config.short_rows_config(1 << 20, dim, longest)
+            assert longest <= c.block_t
+            assert c.block_d & (c.block_d - 1) == 0
+            assert 32 * c.num_warps <= c.block_d or c.num_warps == 1
     for dim in (1, 5, 640, 3712, 8192, 65536):
         for width in range(1, 9):
             for tokens in (1, 100, 10**6):
