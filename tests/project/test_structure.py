@@ -15,7 +15,6 @@ TWINS = ("triton_impl", "pallas_impl")
 FOLDERS = ("modules", "compat")  # what stands in them follows each framework's libraries and peers
 ONE_TWIN_ONLY = {
     "pallas_impl/parts.py": "arrays that know how they are split over a mesh are JAX's idea",
-    "pallas_impl/short_rows.py": "tiles of tokens of any rows were slower in Triton, see benchmarks/README.md",
     "pallas_impl/sharding.py": "arguments split over a mesh are JAX's idea; torch has process groups",
     "triton_impl/packed_rows.py": "memory and views, which JAX arrays have not",
     "triton_impl/module.py": "the former place of a public class, three lines",

@@ -99,7 +99,9 @@ def cases_of(name):
         chosen = one_for_every_feature(cases)
         cases = [case for case in cases if case in chosen or case.data in SUBNORMAL]
     if name.endswith("-short"):  # the kernels of rows of few tokens
-        operations = ("causal_conv1d_fn", "gated_short_conv_fn") if name == "triton-short" else ("causal_conv1d_fn",)
+        operations = (
+            ("causal_conv1d_fn", "gated_short_conv_fn") if name == "triton-short" else ("causal_conv1d_fn",)
+        )
         cases = [case for case in cases if case.op in operations and case.relation is None]
     if name.startswith("xla"):
         as_usual = one_for_every_feature(cases)
