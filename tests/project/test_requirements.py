@@ -7,6 +7,7 @@ import io
 import platform
 import re
 import socket
+import ssl
 import tomllib
 import urllib.request
 import zipfile
@@ -31,9 +32,15 @@ def pins(name):
 
 
 @functools.cache
+def opener():
+    """Reads the certificates once, where `urllib.request.urlopen` does for every request."""
+    return urllib.request.build_opener(urllib.request.HTTPSHandler(context=ssl.create_default_context()))
+
+
+@functools.cache
 def wheels(name):
     """The addresses of a project's wheels for this machine, by version."""
-    with urllib.request.urlopen(f"https://pypi.org/simple/{name}/", timeout=60) as page:
+    with opener().open(f"https://pypi.org/simple/{name}/", timeout=60) as page:
         links = re.findall(r'<a href="([^"#]+/([^"#/]+\.whl))[^>]*>', text := page.read().decode())
     pythons = re.findall(r'([^"#/]+\.whl)[#"][^>]*data-requires-python="([^"]*)"', text)
     pythons = {file: SpecifierSet(html.unescape(specifier)) for file, specifier in pythons}
@@ -52,7 +59,7 @@ class Remote(io.RawIOBase):
     def __init__(self, address):
         self.address, self.place = address, 0
         request = urllib.request.Request(address, method="HEAD")
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with opener().open(request, timeout=60) as answer:
             self.size = int(answer.headers["Content-Length"])
 
     def readable(self):
@@ -72,7 +79,7 @@ class Remote(io.RawIOBase):
         if last < self.place:
             return 0
         request = urllib.request.Request(self.address, headers={"Range": f"bytes={self.place}-{last}"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with opener().open(request, timeout=60) as answer:
             assert answer.status == 206, "the server sends whole files alone"
             data = answer.read()
         buffer[: len(data)] = data
