@@ -5,6 +5,7 @@ remat, with documents in a row. The package asks for a Python of 3.12 or later.
 """
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -32,12 +33,17 @@ KINDS = {  # what is changed, and convolutions of a group of layers
 }
 
 
+@functools.cache
+def built(name, dtype):
+    """(parameters, the rest) of a model; the parameters larger than the usual start, so that logits spread and tokens vary."""
+    config = dataclasses.replace(get_preset(name), **SMALL, **KINDS[name][0], compute_dtype=dtype)
+    parameters, static = equinox.partition(build_model(config, key=jax.random.key(0)), equinox.is_array)
+    return jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, parameters), static
+
+
 class Model:
     def __init__(self, name, swapped, dtype="float32", backend="auto"):
-        config = dataclasses.replace(get_preset(name), **SMALL, **KINDS[name][0], compute_dtype=dtype)
-        parameters, static = equinox.partition(build_model(config, key=jax.random.key(0)), equinox.is_array)
-        # larger than the usual start, so that logits spread and tokens vary
-        self.parameters = jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, parameters)
+        self.parameters, static = built(name, dtype)
         self.build = lambda parameters: equinox.combine(parameters, static)
         self.call = OWN
         if swapped:
