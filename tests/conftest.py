@@ -185,6 +185,7 @@ def patch_once(interpreter):
         kept_types(language.core)
         # Eight operations for every sum, whose result is dropped unless `debug` is set.
         language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
+        operands_alike(language.semantic.TritonSemantic, language.core)
 
 
 def kept_types(core):
@@ -212,6 +213,29 @@ def kept_types(core):
         self.__dict__.update(blocks[key])
 
     core.tensor.__init__, core.block_type.__init__ = tensor, block_type
+
+
+def operands_alike(semantic, core):
+    """Leaves operands of one dtype and one shape as they are, which Triton finds out by comparing constants and tuples of them."""
+    check, broadcast, tensor = (
+        semantic.binary_op_type_checking_impl,
+        semantic.broadcast_impl_value,
+        core.tensor,
+    )
+
+    def broadcast_unlike(self, lhs, rhs):
+        left, right = lhs.type, rhs.type
+        alike = left.is_block() and right.is_block() and left.shape.values == right.shape.values
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    def check_unlike(self, lhs, rhs, *places, **flags):
+        if type(lhs) is type(rhs) is tensor and lhs.dtype.name == rhs.dtype.name:
+            divides = flags.get("div_or_mod") or places[3:]  # which widens 16 bits
+            if not (divides or lhs.dtype.is_ptr()):
+                return broadcast_unlike(self, lhs, rhs)
+        return check(self, lhs, rhs, *places, **flags)
+
+    semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value = check_unlike, broadcast_unlike
 
 
 def plain_callbacks():
