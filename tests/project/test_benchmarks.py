@@ -25,6 +25,11 @@ from oracle.numerics import from_bits, round_bits, to_float64
 from tests.conftest import QUICK_COMPILE
 
 ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = os.environ | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": QUICK_COMPILE,
+}  # of dry runs
 
 
 # Workloads.
@@ -754,9 +759,8 @@ def test_frameworks_of_unlike_devices_are_not_merged():
 def test_a_dry_run_of_both_frameworks(tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", "--workloads", "tokens/4", "decode/b1-d2048", "--samples", "2",
                "--providers", "torch_conv1d", "jax_shifted", "causal_conv1d", "--out", str(tmp_path)]  # fmt: skip
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=ON_CPU, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DRY RUN" in done.stdout
@@ -800,7 +804,9 @@ def test_a_dry_run_over_two_devices_writes_its_file(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ON_CPU, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-jax.json")
     found = json.loads(path.read_text())
@@ -1037,12 +1043,11 @@ for run in chains.values():
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_the_chain_runs_each_contender_the_gate_accepts(framework):
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
     code = CHAIN.format(framework=framework)
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environ,
+        env=ON_CPU,
         capture_output=True,
         text=True,
         timeout=200,
@@ -1094,8 +1099,7 @@ def test_a_dry_run_of_the_fronts(framework, tmp_path):
         "--out",
         path,
     ]
-    quick = os.environ | {"XLA_FLAGS": QUICK_COMPILE}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=quick)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ON_CPU)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["rows"]
     assert set(rows) == set(fronts.shapes(small=True))
