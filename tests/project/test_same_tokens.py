@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from tests.conftest import QUICK_COMPILE
 from tests.tools import same_tokens
 
 NEEDED = ("torch", "transformers", "jax", "flax", "mamba2_jax")
@@ -12,7 +13,8 @@ NEEDED = ("torch", "transformers", "jax", "flax", "mamba2_jax")
 @pytest.mark.skipif(
     any(importlib.util.find_spec(n) is None for n in NEEDED), reason=f"needs {', '.join(NEEDED)}"
 )
-def test_the_same_weights_say_the_same_tokens(tmp_path):
+def test_the_same_weights_say_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILE)
     found = same_tokens.both(str(tmp_path))
     assert found["ours"]
     assert found["tokens"] == same_tokens.IDS.shape[0] * same_tokens.STEPS

@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401  (this file belongs to the torch group, whose GPU is asked for with --gpu)
 
+from tests.conftest import QUICK_COMPILE
+
+QUICK = "import triton_impl, pallas_impl\nfrom tests.conftest import quick_interpreters\nquick_interpreters()"
 SCRIPT = Path(__file__).parents[1] / "tools/interchange.py"
 
 
 def run(device, mutate=""):
-    code = f"import runpy, sys\nsys.path.insert(0, '.')\n{mutate}\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    quick = QUICK if device == "cpu" else ""
+    script = f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    code = f"import runpy, sys\nsys.path.insert(0, '.')\n{quick}\n{mutate}\n{script}"
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if device == "cpu":
+        environment["XLA_FLAGS"] = QUICK_COMPILE
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, device],
         cwd=SCRIPT.parents[2],
