@@ -639,8 +639,9 @@ def _plan_update(call, sizes, gate=None):
         config = update_config(sizes.batch, sizes.dim, itemsize, kernels("launch").warp_size())
         outputs = kernel.prepare(call, sizes, config)
     else:
+        light = kind == "rows" and call.query_start_loc is None and call.window_out is None
         config = verify_config(
-            call.x.numel() // sizes.dim, sizes.dim, itemsize, kernels("launch").warp_size()
+            call.x.numel() // sizes.dim, sizes.dim, itemsize, kernels("launch").warp_size(), light
         )
         outputs = kernel.prepare(call, sizes, config, gate)
     return Prepared(call, (outputs, kernel.ARRAYS), memory=_memory(call))

@@ -122,8 +122,8 @@ def prefill_config(
         else:  # short rows mostly wait: fewer registers, so that more of them wait at a time
             channels, block_t, group, stages = 4, 16, 8, 2
         most = 4 * warp_size * channels
-        if not small and channels == 2 and -dim % most >= most // 2:
-            most //= 2  # half of the lanes of the last block idle
+        if not small and -dim % most >= most // 2:  # half of the lanes of the last block idle
+            most, stages = most // 2, 1
         block_d = min(max(next_power_of_2(dim), warp_size), most)
         num_warps = max(block_d // (warp_size * channels), 1)
     row_blocks = -(-(tokens if max_seqlen is None else min(max_seqlen, tokens)) // block_t)
@@ -192,8 +192,16 @@ def row_config(tokens: int, dim: int, itemsize: int, warp_size: int = 32) -> Upd
     return UpdateConfig(1, block_d, 1, hurry=tokens * dim <= AT_ONCE)
 
 
-def verify_config(tokens: int, dim: int, itemsize: int, warp_size: int = 32) -> UpdateConfig:
-    """The same with 8-byte accesses, for rows of several tokens: twice the warps hide their arithmetic."""
+def verify_config(
+    tokens: int, dim: int, itemsize: int, warp_size: int = 32, light: bool = False
+) -> UpdateConfig:
+    """The same with 8-byte accesses, for rows of several tokens: twice the warps hide their arithmetic.
+
+    Light: of steps that have no offsets and leave no windows but the last; then two channels a thread, so more warps still.
+    """
+    if light:
+        block_d = min(max(next_power_of_2(dim), warp_size), 8 * warp_size)
+        return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1), hurry=tokens * dim <= AT_ONCE)
     return row_config(tokens, dim, 2 * itemsize, warp_size)
 
 

@@ -118,14 +118,13 @@ def _leave_row(x, residual, out, row, inputs, channels, weights, o: tl.constexpr
             if o.stores and o.width > 1:
                 if i + 1 == length:
                     store_window(row.slot, inputs[i + 1 : i + o.width], some, o.width - 1)
-    if (
-        length > o.block_t
-    ):  # `max_seqlen` said too little: one token after the other, and nothing kept in registers
-        dtype: tl.constexpr = inputs[0].dtype
-        for t in range(row.start + o.block_t, row.end):
-            again = _inputs_before(x, row, t + 1, o.width, some, dtype, o)
-            _output(again, residual, out, t, row, channels, weights, o)
-        if o.stores and o.width > 1:
+    dtype: tl.constexpr = inputs[0].dtype
+    # what `max_seqlen` did not count, one token after the other and nothing kept in registers
+    for t in range(row.start + o.block_t, row.end):
+        again = _inputs_before(x, row, t + 1, o.width, some, dtype, o)
+        _output(again, residual, out, t, row, channels, weights, o)
+    if o.stores and o.width > 1:
+        if length > o.block_t:
             window = _inputs_before(x, row, row.end, o.width - 1, some, row.slot.ptr.dtype.element_ty, o)
             tl.debug_barrier()  # all reads of the slot precede all writes
             store_window(row.slot, window, some, o.width - 1)
