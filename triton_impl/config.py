@@ -214,8 +214,7 @@ def update_config(batch: int, dim: int, itemsize: int, warp_size: int = 32) -> U
       warp_size: threads of a warp of the device.
     """
     if batch * dim <= AT_ONCE:  # only latency shows: two channels a thread, so fewer instructions in a row
-        block_d = min(max(next_power_of_2(dim), warp_size), 8 * warp_size)
-        return UpdateConfig(1, block_d, max(block_d // (2 * warp_size), 1), hurry=True)
+        return verify_config(batch, dim, itemsize, warp_size, light=True)
     # rows of a program share the taps
     return verify_config(batch, dim, itemsize, warp_size)._replace(rows=2 if batch * dim <= 1 << 22 else 4)
 

@@ -311,13 +311,18 @@ def _token(x, residual, out, row, channels, weights, o: tl.constexpr):
 
 
 @triton.jit
+def inputs_before(x, row, t, count: tl.constexpr, channels, dtype: tl.constexpr, o: tl.constexpr):
+    """The last `count` inputs before token t of a row; before its end they are its new window."""
+    entries = ()
+    for c in tl.static_range(count):
+        entries = entries + (input_at(x, row, t + (c - count), channels, dtype, o),)
+    return entries
+
+
+@triton.jit
 def _new_window(x, row, channels, o: tl.constexpr):
     """The window behind a row's last token."""
-    entries = ()
-    for c in tl.static_range(o.width - 1):
-        position = row.end + (c - o.width + 1)
-        entries = entries + (input_at(x, row, position, channels, row.slot.ptr.dtype.element_ty, o),)
-    return entries
+    return inputs_before(x, row, row.end, o.width - 1, channels, row.slot.ptr.dtype.element_ty, o)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from triton_impl.launch import (
     strides_of,
     wait_for_inputs,
 )
-from triton_impl.prefill import ARRAYS, Strides, input_at, slot_in_layout
+from triton_impl.prefill import ARRAYS, Strides, inputs_before, slot_in_layout
 from triton_impl.records import Channels, Items, Row, Rows, at, constants, holds, tokens_of
 from triton_impl.rows import channel_block_and_place, row_facts, zero_tail
 from triton_impl.slots import column, is_slot, part_of_out, split_blocks, store_window
@@ -99,15 +99,6 @@ def _output(inputs, residual, out, t, row, channels, weights, o: tl.constexpr):
 
 
 @triton.jit
-def _inputs_before(x, row, t, count: tl.constexpr, channels, dtype: tl.constexpr, o: tl.constexpr):
-    """The last `count` inputs before token t."""
-    inputs = ()
-    for j in tl.static_range(count):
-        inputs = inputs + (input_at(x, row, t - count + j, channels, dtype, o),)
-    return inputs
-
-
-@triton.jit
 def _leave_row(x, residual, out, row, inputs, channels, weights, o: tl.constexpr):
     """A row's outputs and then its new window, `inputs` its old window and first tokens."""
     length = row.end - row.start
@@ -121,11 +112,11 @@ def _leave_row(x, residual, out, row, inputs, channels, weights, o: tl.constexpr
     dtype: tl.constexpr = inputs[0].dtype
     # what `max_seqlen` did not count, one token after the other and nothing kept in registers
     for t in range(row.start + o.block_t, row.end):
-        again = _inputs_before(x, row, t + 1, o.width, some, dtype, o)
+        again = inputs_before(x, row, t + 1, o.width, some, dtype, o)
         _output(again, residual, out, t, row, channels, weights, o)
     if o.stores and o.width > 1:
         if length > o.block_t:
-            window = _inputs_before(x, row, row.end, o.width - 1, some, row.slot.ptr.dtype.element_ty, o)
+            window = inputs_before(x, row, row.end, o.width - 1, some, row.slot.ptr.dtype.element_ty, o)
             tl.debug_barrier()  # all reads of the slot precede all writes
             store_window(row.slot, window, some, o.width - 1)
 
