@@ -66,6 +66,10 @@ STEPS = {
     ),
     "tree wide taps": verify(width=8, tree_parents=indices(64, 4)),
 }  # fmt: skip
+# steps of equal rows without windows: two channels a thread in twice the warps
+TWO_CHANNELS = {
+    "decode back", "decode ring", "write and track", "rolling", "residual", "split", "part"
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -73,7 +77,9 @@ def test_no_spills_in_steps_and_trees(name):
     (launch,) = launches_of(STEPS[name], SM_90)
     binary = launch.compile()
     assert spilled(binary) == 0
-    assert sizes(binary, "store") <= {8, 16}
+    narrow = {4} if name in TWO_CHANNELS else {8}
+    assert sizes(binary, "store") <= narrow | {2 * size for size in narrow}
+    assert sizes(binary, "store") & narrow, "of bfloat16; what is float32 takes twice the bytes"
 
 
 @pytest.mark.parametrize("target", CUDA)
