@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env312 site demo test test-versions test-compile test-gpu test-multi-gpu lint hub bench clean
+.PHONY: help env site demo test test-versions test-compile test-gpu test-multi-gpu lint hub bench clean
 
 # test-gpu and bench run in an environment that is already there: the one with the CUDA builds of torch and jax.
 PYTHON ?= python3
@@ -22,7 +22,8 @@ install = $(1)/bin/python $(PIP_INSTALL) --constraint $(2) setuptools && \
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-env: .venv/.installed env312 ## make or update the environments
+env: ## make or update the environments
+	@$(MAKE) --silent --jobs=2 .venv/.installed .venv312/.installed
 
 .venv/.installed: pyproject.toml requirements/cpu-jax-0.10.txt requirements/jax-models.txt
 	@if ! .venv/bin/python -c '' 2>/dev/null; then \
@@ -34,26 +35,26 @@ env: .venv/.installed env312 ## make or update the environments
 	@.venv/bin/python $(PIP_INSTALL) --no-deps --requirement requirements/jax-models.txt
 	@touch $@
 
-# Never fails for want of an interpreter: the newest JAX is an addition.
-env312: .venv/.installed
-	@if .venv312/bin/python -c '' 2>/dev/null; then $(MAKE) --no-print-directory --silent .venv312/.installed; exit; fi; \
-	python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
-	if [ -z "$$python" ]; then echo "no Python 3.12 found: the Pallas tests run under one JAX only"; exit; fi; \
-	echo "making .venv312 with $$("$$python" --version)"; "$$python" -m venv .venv312; \
-	$(MAKE) --no-print-directory --silent .venv312/.installed
+# Never fails for want of an interpreter: the newest JAX is an addition. Its packages are unpacked while those of .venv
+# are, each at the version of the list; the checkout itself is installed by one pip at a time.
+.venv312/.packages: requirements/cpu-jax-0.12.txt requirements/jax-models-3.12.txt
+	@if ! .venv312/bin/python -c '' 2>/dev/null; then \
+	  python="$$($(call find_python,python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12,sys.version_info[:2] == (3$(comma) 12)))"; \
+	  if [ -z "$$python" ]; then echo "no Python 3.12 found: the Pallas tests run under one JAX only"; exit; fi; \
+	  echo "making .venv312 with $$("$$python" --version)"; "$$python" -m venv .venv312; fi; \
+	echo "installing into .venv312 (requirements/cpu-jax-0.12.txt)"; \
+	.venv312/bin/python $(PIP_INSTALL) --no-deps $(addprefix --requirement ,$^); touch $@
 
-.venv312/.installed: pyproject.toml requirements/cpu-jax-0.12.txt requirements/jax-models-3.12.txt
-	@echo "installing into .venv312 (requirements/cpu-jax-0.12.txt)"
-	@$(call install,.venv312,requirements/cpu-jax-0.12.txt,pallas$(comma)flax$(comma)equinox$(comma)test)
-	@.venv312/bin/python $(PIP_INSTALL) --no-deps --requirement requirements/jax-models-3.12.txt
-	@touch $@
+.venv312/.installed: pyproject.toml .venv312/.packages .venv/.installed
+	@if [ -e .venv312/.packages ]; then \
+	  $(call install,.venv312,requirements/cpu-jax-0.12.txt,pallas$(comma)flax$(comma)equinox$(comma)test) && touch $@; fi
 
 comma := ,
 
 demo: .venv/.installed ## the same serving batches through Triton, Pallas and the oracle
 	.venv/bin/python -m oracle demo
 
-test: .venv/.installed env312 ## the whole suite on a CPU; ONLY="core triton" for some of it
+test: env ## the whole suite on a CPU; ONLY="core triton" for some of it
 	.venv/bin/python tests/run_groups.py $(ONLY)
 
 test-gpu: ## the tests marked gpu, with PYTHON=the interpreter that holds the CUDA builds
