@@ -1,4 +1,4 @@
-"""Runs the test suite in groups, one process a file, as many at a time as there are cores: `make test`.
+"""Runs the test suite in groups, one process a file, one more at a time than there are cores: `make test`.
 
     python tests/run_groups.py [--gpu] [GROUP ...]
 
@@ -30,7 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWER_JAX = ".venv312/bin/python"
-SLOWEST = (  # files that take 40 seconds or more: they begin early, so that no core waits for one at the end
+SLOWEST = (  # files that take 40 seconds or more, or wait for the network: they begin early, so that no core waits for one at the end
+    "project/test_requirements",
     "pallas/test_conformance", "triton/test_backward", "triton/test_compile_backward", "pallas/test_serving",
     "triton/test_serving", "pallas/test_context_parallel_gradients", "triton/test_context_parallel_gradients",
     "triton/test_conformance", "triton/test_context_parallel", "triton/test_conformance_plain", "pallas/test_engine",
@@ -262,7 +263,10 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="default: every group there is")
     parser.add_argument("--gpu", action="store_true", help="the tests marked gpu, one process a framework")
     parser.add_argument(
-        "--jobs", type=int, default=None, help="processes at a time; default: the cores, on a GPU 1"
+        "--jobs",
+        type=int,
+        default=None,
+        help="processes at a time; default: one more than cores, since some wait, on a GPU 1",
     )
     options = parser.parse_args(arguments)
     groups = find_parts(root, sys.executable, options.gpu)
@@ -270,7 +274,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     if unknown:
         parser.error(f"GROUP: expected some of {sorted(groups)}, got {unknown}")
     chosen = {name: parts for name, parts in groups.items() if not options.groups or name in options.groups}
-    return run(chosen, root, options.jobs or (1 if options.gpu else os.cpu_count() or 1))
+    return run(chosen, root, options.jobs or (1 if options.gpu else (os.cpu_count() or 1) + 1))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 TIERS = ("core", "full", "large")
@@ -125,7 +126,7 @@ class Case:
             name for name, needed in found.items() if needed or name in RELATIONS_NEED.get(self.relation, ())
         ]
 
-    @property
+    @cached_property
     def features(self) -> frozenset[str]:
         """What an implementation must support to run this case; matched against its `unsupported` patterns."""
         axes = self.axes
