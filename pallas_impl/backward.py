@@ -3,7 +3,8 @@
 One warpgroup a program, one block of tokens of one row, one tile of 128 channels. It walks the tokens of the block once,
 and `width-1` tokens further: it recomputes the pre-activation and from it `g = dout * act'(pre)`; the last
 `width` values of g give the gradient of the input `width-1` tokens back, or, at the start of a row, of an
-entry of the initial state. The gradient of x takes the place of x in shared memory and leaves through TMA.
+entry of the initial state. The gradient of x takes the place of x in shared memory and leaves through TMA. Of a gated
+convolution those of the gates do likewise: C's of the token itself, B's and x's of the token `width-1` further back.
 
 Block k of row s has the number `query_start_loc[s] // block_t + s + k` in both schedules and leaves its sums for
 weight and bias in that place of a float32 workspace; numbers that no block has get zeros. Rows of equal length need no
@@ -28,6 +29,7 @@ from pallas_impl.arithmetic import (
     constant,
     convolve,
     div,
+    gated,
     in_layout,
     keep,
     layout,
@@ -102,6 +104,7 @@ class Options(NamedTuple):
       unrounded: as in `differentiate`.
       seqlen: of rows of equal length.
       front: what the results went through, `prologue_backward.Front`, or None.
+      gates: the first channels of B, C and x of a gated short convolution in x, or None.
     """
 
     silu: bool
@@ -110,6 +113,7 @@ class Options(NamedTuple):
     unrounded: bool = False
     seqlen: int | None = None
     front: Any = None
+    gates: tuple[int, int, int] | None = None
 
 
 def _padded(dout, dfinal, x, weight, bias, initial_states, query_start_loc, document_marks, before_sums, o):
@@ -153,7 +157,8 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
 
     Args:
       dout, x: [tokens, dim]; rows of every array are multiples of 16 bytes and at least 128 channels long. With a front,
-        dout is a tuple of arrays, each of whole tiles, which lie side by side.
+        dout is a tuple of arrays, each of whole tiles, which lie side by side. With gates, x is the projection, of nothing
+        but the three slices, each of whole tiles.
       dfinal: [batch, width-1, dim], or None.
       weight, bias, initial_states: as in `causal_conv1d`.
       query_start_loc: [batch+1] int32; None: rows of `o.seqlen` tokens.
@@ -164,7 +169,7 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
       (dx, dweight, dbias, dinitial), each in the dtype of its argument, dweight and dbias float32 if unrounded; dbias and
       dinitial None without one.
     """
-    (tokens, dim), width = x.shape, weight.shape[1]
+    tokens, (dim, width) = x.shape[0], weight.shape
     history = width - 1
     if history == 0:
         dfinal = None
@@ -177,7 +182,7 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
         blocks = places if o.config.flat else (batch + 1) * o.config.row_blocks
     kinds = width + (bias is not None)
 
-    douts = (dout,) if o.front is None else dout
+    douts = dout if isinstance(dout, tuple) else (dout,)
     operands = {"x": x, **{f"dout{i}": part for i, part in enumerate(douts)}}
     operands |= {"weight": weight, "query_start_loc": query_start_loc}
     operands |= {"bias": bias, "dfinal_states": dfinal, "initial_states": initial_states if history else None}
@@ -196,9 +201,11 @@ def launch(dout, dfinal, x, weight, bias, initial_states, query_start_loc, docum
         "upstream": rows(o.config.block_t + history, douts[0].dtype),
         "edge": rows(max(history, 1), x.dtype),
         "total": rows(kinds, jnp.float32),
-        "tile_ready": plgpu.Barrier(num_arrivals=2),
-        "edge_ready": plgpu.Barrier(num_arrivals=1),
+        "tile_ready": plgpu.Barrier(num_arrivals=2 if o.gates is None else 4),
+        "edge_ready": plgpu.Barrier(num_arrivals=1 if o.gates is None else 2),
     }
+    if o.gates is not None:
+        scratch |= dict(gate_in=scratch["tile"], gate_out=scratch["tile"], gate_edge=scratch["edge"])
     if operands["initial_states"] is not None:
         scratch |= {
             "window": rows(history, initial_states.dtype),
@@ -235,14 +242,20 @@ def _kernel(refs, *, columns, o):
     douts = [part for part in (refs.dout0, refs.dout1, refs.dout2) if part is not None]
     tile, upstream, edge, total = refs.tile, refs.upstream, refs.edge, refs.total
     window, dwindow, late = refs.window, refs.dwindow, refs.late
-    (tokens, dim), width = x.shape, weight.shape[1]
+    tokens, (dim, width) = x.shape[0], weight.shape
     history, block_t = width - 1, config.block_t
     batch = tokens // o.seqlen if query_start_loc is None else query_start_loc.shape[0] - 1
-    result, shift = (tile, 0) if front is None else (upstream, history)  # where dx is left, from which row on
 
     program = lax.axis_index("program")
     block, column = div(program, columns), rem(program, columns)
     channels = pl.ds(column * BACKWARD_D, BACKWARD_D)
+    tiles, edges = [(tile, channels)], [(edge, channels)]  # and the channels of x that they hold
+    if o.gates is not None:
+        of_in, of_out, of_x = (pl.ds(channels.start + first, BACKWARD_D) for first in o.gates)
+        tiles = [(tile, of_x), (refs.gate_in, of_in), (refs.gate_out, of_out)]
+        edges = [(edge, of_x), (refs.gate_edge, of_in)]
+    # where the gradient of x is left, from which row on
+    results, shift = (tiles, 0) if front is None else ([(upstream, channels)], history)
     if config.flat:
         row = find_row(query_start_loc, block, block_t, batch, tokens, interpret=interpret)
     else:
@@ -268,12 +281,14 @@ def _kernel(refs, *, columns, o):
 
         @pl.when(jnp.logical_not(live))
         def _():
-            lax.fori_loop(0, length, lambda t, _: store_zeros(result, t + shift, interpret), None)
+            for result, _ in results:
+                lax.fori_loop(0, length, lambda t, _: store_zeros(result, t + shift, interpret), None)  # noqa: B023
             for j in range(total.shape[0]):
                 store_zeros(total, j, interpret)
 
         plgpu.commit_smem()
-        store_rows(result.at[pl.ds(shift, block_t)], refs.dx, channels, begin, length)
+        for result, part in results:
+            store_rows(result.at[pl.ds(shift, block_t)], refs.dx, part, begin, length)
         plgpu.copy_smem_to_gmem(total, refs.sums.at[number + index, :, channels])
         if dwindow is not None:
 
@@ -297,7 +312,8 @@ def _kernel(refs, *, columns, o):
                         source.at[pl.ds(begin, size), part], target.at[pl.ds(0, size)], refs.tile_ready
                     )
 
-                copy(tile, x, channels)
+                for target, part in tiles:
+                    copy(target, x, part)
                 part_of_out(douts, channels, functools.partial(copy, upstream))
 
             smaller = size
@@ -307,9 +323,9 @@ def _kernel(refs, *, columns, o):
 
             @pl.when(jnp.logical_not(first))
             def _():
-                plgpu.copy_gmem_to_smem(
-                    x.at[pl.ds(begin - history, history), channels], edge, refs.edge_ready
-                )
+                for target, part in edges:
+                    before = x.at[pl.ds(begin - history, history), part]
+                    plgpu.copy_gmem_to_smem(before, target, refs.edge_ready)
 
         if window is not None:
 
@@ -362,18 +378,29 @@ def _kernel(refs, *, columns, o):
             mark, left = mark_of(index, 0), groups_cut(index)  # while the tile is on its way
         taps, bias = load_taps(weight, refs.bias, channels.start, BACKWARD_D, interpret=interpret)
         zero = _zeros(interpret)
-        past = wait(first, length, lambda ref, j: ref[j].astype(jnp.float32), (zero,) * history)
+
+        def entry(rows, j):
+            """A row of the tile, or of what lies before it, as the taps meet it."""
+            if o.gates is None or rows is window:
+                return rows[j]
+            return gated(rows[j], (refs.gate_in if rows is tile else refs.gate_edge)[j], x.dtype)
+
+        past = wait(first, length, lambda rows, j: entry(rows, j).astype(jnp.float32), (zero,) * history)
 
         def read(t):
-            return tile[t], upstream[t]
+            return entry(tile, t), *(rows[t] for rows in (upstream, refs.gate_out) if rows is not None)
 
         def step(t, token, carry, mark=None, place=None):
             """Token t of the block, as `read`, bit `place` of a mark; returns the gradient of the entry that it completes."""
             past, gs, sums = carry
             if mark is not None:
                 past = tuple(keep_unless(begins_in(mark, place, 1), entry) for entry in past)
-            value, dout = (entry.astype(jnp.float32) for entry in token)
+            value, dout, *gate = (entry.astype(jnp.float32) for entry in token)
             past = (*past, value)
+            if gate:
+                y = convolve(past, taps, bias, silu=silu, interpret=interpret).astype(x.dtype)
+                refs.gate_out[t] = (dout * y.astype(jnp.float32)).astype(x.dtype)
+                dout = dout * gate[0]
             g, *sums = gradient_step(
                 past,
                 taps,
@@ -410,9 +437,15 @@ def _kernel(refs, *, columns, o):
         def group(i, carry, mark=None):
             ahead = [i * GROUP + history + r for r in range(GROUP)]
             tokens = [read(t) for t in ahead]  # before any store, which the assembler moves no load across
+            done = [i * GROUP + r for r in range(GROUP)]
+            factors = [] if o.gates is None else [(tile[t], refs.gate_in[t]) for t in done]
             for r, (t, token) in enumerate(zip(ahead, tokens, strict=True)):
                 gradient, carry = step(t, token, carry, mark, MARKED + history + r)
-                tile[i * GROUP + r] = gradient.astype(tile.dtype)
+                if factors:
+                    value, gate = (factor.astype(jnp.float32) for factor in factors[r])
+                    refs.gate_in[done[r]] = (gradient * value).astype(x.dtype)
+                    gradient = gradient * gate
+                tile[done[r]] = gradient.astype(tile.dtype)
             return carry
 
         def up_to_cut(state):

@@ -166,10 +166,10 @@ def update_config(batch: int, dim: int) -> UpdateConfig:
 
 
 def backward_config(
-    tokens: int, dim: int, batch: int, itemsize: int, max_seqlen: int | None, schedule: str
+    tokens: int, dim: int, batch: int, itemsize: int, max_seqlen: int | None, schedule: str, arrays: int = 2
 ) -> BackwardConfig:
-    """Chooses blocks and schedule from sizes alone; x and dout of a block lie in shared memory together."""
-    block_t = 256 // itemsize
+    """Chooses blocks and schedule from sizes alone; x and dout of a block, or so many arrays, lie in shared memory together."""
+    block_t = 512 // (itemsize * arrays)
     while (
         block_t > 16 and tokens * cdiv(dim, BACKWARD_D) < block_t * 396
     ):  # three on each of 132 multiprocessors

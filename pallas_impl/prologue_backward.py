@@ -2,9 +2,10 @@
 
 Of the prologue, where a tile holds whole heads (`is_fused`), those of q, k and v are one pass, the kernel of `backward`
 with the walk of `Front` in place of its own: between upstream gradient and the slope of the activation comes the norm's
-derivative, from the value that is computed again. Else, and of the gated convolution, the convolution is computed again
-and differentiated by `backward`, and XLA computes what lies behind it, and in front. A rounding inside counts as the
-identity, and gradients are float32 up to the one rounding of each result.
+derivative, from the value that is computed again. Those of the gated convolution are one pass where its slices are all
+there is (`_is_one_pass`, `backward.Options.gates`). Else the convolution is computed again and differentiated by
+`backward`, and XLA computes what lies behind it, and in front. A rounding inside counts as the identity, and gradients
+are float32 up to the one rounding of each result.
 
 In `Front`'s walk a warp holds all 128 channels of a tile, four neighbouring ones a thread, so that a head never leaves it,
 and each of the four warps walks down a quarter of the block's tokens: a vector in registers is a token of each.
@@ -104,20 +105,27 @@ def is_fused(call):
 
 def _fused(call, heads, upstream, dfinal):
     """Gradients of the convolution's arguments, by name."""
-    x, weight, bias, pool, starts = call.x, call.weight, call.bias, call.conv_states, call.query_start_loc
-    (tokens, dim), batch = x.shape, starts.shape[0] - 1
+    x, tokens = call.x, call.x.shape[0]
     douts = [
         jnp.zeros((tokens, size), x.dtype) if dout is None else dout.reshape(tokens, size)
         for dout, size in zip(upstream, heads.sizes, strict=True)
     ]
-    *douts, dfinal, x, weight, bias, pool = refuse_transforms(*douts, dfinal, x, weight, bias, pool)
+    front = Front(heads, call.backend == "mosaic_gpu_interpret")
+    return _launch(call, x, douts, dfinal, dict(front=front))
+
+
+def _launch(call, x, douts, dfinal, what):
+    """Gradients of x and the convolution's other arguments, by name, from `backward`'s kernels with options `what`."""
+    (dim, _), tokens, starts = call.weight.shape, x.shape[0], call.query_start_loc
+    *douts, dfinal, x, weight, bias, pool = refuse_transforms(
+        *douts, dfinal, x, call.weight, call.bias, call.conv_states
+    )
     if starts.dtype != jnp.int32:
         starts = plain.offsets(starts, tokens)
-    config = backward_config(tokens, dim, batch, x.dtype.itemsize, call.max_seqlen, call.schedule)
+    rows, arrays = starts.shape[0] - 1, 4 if "gates" in what else 2
+    config = backward_config(tokens, dim, rows, x.dtype.itemsize, call.max_seqlen, call.schedule, arrays)
     interpret = interpreter(call.backend == "mosaic_gpu_interpret")
-    options = backward.Options(
-        call.activation is not None, config, interpret, front=Front(heads, bool(interpret))
-    )
+    options = backward.Options(call.activation is not None, config, interpret, **what)
     found = backward.launch(tuple(douts), dfinal, x, weight, bias, pool, starts, None, None, options)
     return dict(zip(("x", "weight", "bias", "conv_states"), found, strict=True))
 
@@ -184,6 +192,8 @@ def gated(call, upstream):
     """The gradients of a checked `GatedConvFnCall` without slots, by name: bcx, weight, bias and conv_states."""
     dout, dfinal = upstream
     bcx, tokens = call.bcx, call.bcx.shape[0]
+    if _is_one_pass(call):
+        return _one_pass(call, dout, dfinal)
     live = jnp.arange(tokens) < plain.offsets(call.query_start_loc, tokens)[-1]
     gate_in, gate_out, x = slices(call)
     u = plain.stored(gate_in * x)
@@ -206,6 +216,22 @@ def gated(call, upstream):
     for first, part in parts:
         dbcx = dbcx.at[:, first : first + part.shape[1]].add(part)
     return found | {"bcx": dbcx.astype(bcx.dtype)}
+
+
+def _is_one_pass(call):
+    """Whether `backward`'s kernel reads the three slices in place: they are all there is, and each is of whole tiles."""
+    dim, rows = call.weight.shape[0], call.query_start_loc.shape[0] - 1
+    if call.backend == "xla" or not call.bcx.size or not rows or dim % BACKWARD_D:
+        return False
+    return sorted(offsets(call)) == [0, dim, 2 * dim] and call.bcx.shape[1] == 3 * dim
+
+
+def _one_pass(call, dout, dfinal):
+    """Gradients by name; those of B, C and x take the places of what they came from."""
+    (dim, _), tokens = call.weight.shape, call.bcx.shape[0]
+    dout = jnp.zeros((tokens, dim), call.bcx.dtype) if dout is None else dout
+    found = _launch(call, call.bcx, [dout], dfinal, dict(gates=tuple(offsets(call))))
+    return {"bcx": found.pop("x"), **found}
 
 
 class Front(NamedTuple):

@@ -110,11 +110,17 @@ def test_a_loss_of_one_result_in_16_bits(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("leading", "offsets"), [((20,), None), ((2, 9), (0, 16, 160))], ids=["packed", "overlapping"]
-)
-def test_gradients_of_the_gated_convolution(backend, leading, offsets):
-    dim = 128
-    starts = jnp.array([0, 11, 17], jnp.int32) if len(leading) == 1 else None
+    ("leading", "dim", "offsets", "activation"),
+    [
+        ((20,), 128, None, "silu"), ((2, 9), 128, (0, 16, 160), "silu"), ((61,), 128, (128, 256, 0), None),
+        ((2, 30), 256, None, "silu"), ((20,), 40, None, None),
+    ],
+    ids=["packed", "overlapping", "blocks", "tiles", "narrow"],
+)  # fmt: skip
+def test_gradients_of_the_gated_convolution(backend, leading, dim, offsets, activation):
+    starts = None
+    if len(leading) == 1:
+        starts = jnp.array([0, leading[0] - 9, leading[0] - 3], jnp.int32)
     arrays = dict(
         bcx=random(*leading, 3 * dim),
         weight=random(dim, 3),
@@ -123,7 +129,7 @@ def test_gradients_of_the_gated_convolution(backend, leading, offsets):
     )
 
     def run(arrays):
-        options = dict(channel_offsets=offsets, activation="silu", backend=backend)
+        options = dict(channel_offsets=offsets, activation=activation, backend=backend)
         return gated_short_conv(query_start_loc=starts, **arrays, **options)
 
     def formula(arrays):
@@ -131,7 +137,7 @@ def test_gradients_of_the_gated_convolution(backend, leading, offsets):
         bcx = arrays["bcx"]
         u = bcx[..., first : first + dim] * bcx[..., third : third + dim]
         others = {name: array for name, array in arrays.items() if name != "bcx"}
-        c, states = causal_conv1d(u, query_start_loc=starts, **others, activation="silu", backend="xla")
+        c, states = causal_conv1d(u, query_start_loc=starts, **others, activation=activation, backend="xla")
         return bcx[..., second : second + dim] * c, states
 
     compare(run, formula, arrays)
@@ -149,3 +155,43 @@ def test_gradients_without_tokens_on_xla(leading):
     for name, gradient in jax.grad(loss)(given).items():
         assert gradient.shape == given[name].shape
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_the_gated_convolution_in_16_bits(dtype):
+    """One pass over the slices has the values of the composed one; what lies behind the last row goes nowhere."""
+    dim, starts = 128, jnp.array([0, 2, 2, 40, 41], jnp.int32)
+    bcx = random(48, 3 * dim, dtype=dtype).at[41:].set(jnp.nan)
+    weight, bias = random(dim, 4, dtype=dtype), random(dim, dtype=dtype)
+    upstream = random(48, dim, dtype=dtype, seed=5).at[41:].set(jnp.nan)
+
+    def gradients(bcx, backend, wide=0):
+        def loss(bcx, weight, bias):
+            options = dict(query_start_loc=starts, channel_offsets=(0, dim, 2 * dim), backend=backend)
+            found = gated_short_conv(jnp.pad(bcx, ((0, 0), (0, wide))), weight, bias, **options)
+            return (jnp.where(jnp.isnan(upstream), 0, upstream) * found.out).astype(jnp.float32).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(bcx, weight, bias)
+
+    kernel = "mosaic_gpu_interpret"
+    found, composed = gradients(bcx, kernel), gradients(bcx, kernel, wide=8)
+    assert not np.asarray(found[0][41:], np.float32).any()
+    for got, want in zip(found, composed, strict=True):
+        assert got.dtype == jnp.dtype(dtype)
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        np.testing.assert_allclose(got, want, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-3)
+
+
+def test_the_gated_convolution_is_differentiated_in_one_pass():
+    """Two kernels in the whole program of its gradients: the pass over the tokens, and its sums."""
+    weight, starts = random(256, 3, dtype="bfloat16"), jnp.array([0, 40], jnp.int32)
+
+    def run(bcx, upstream):
+        def loss(bcx):
+            return gated_short_conv(bcx, weight, query_start_loc=starts, backend="mosaic_gpu_interpret").out
+
+        return jax.vjp(loss, bcx)[1](upstream)
+
+    jaxpr = str(jax.make_jaxpr(run)(random(40, 768, dtype="bfloat16"), random(40, 256, dtype="bfloat16")))
+    assert "backward_sums" in jaxpr
+    assert "concatenate" not in jaxpr

@@ -24,7 +24,7 @@ class Array(NamedTuple):
 class Call(NamedTuple):
     """A call: name of a public operation, its arrays by argument, its other arguments, the twins it is a call of.
 
-    `operation` may be "gradient": forward and backward of `causal_conv1d`.
+    With "gradient " before the name of a differentiable operation: forward and backward.
     """
 
     operation: str
@@ -120,7 +120,14 @@ def gradient(
         arrays["initial_states"] = Array((batch, width - 1, dim), dtype)
     if seqlen is None:
         arrays["query_start_loc"] = indices(batch + 1)
-    return _call("gradient", arrays, dict(activation="silu"), (), TWINS if layout == "dense" else T, given)
+    return _call(
+        "gradient causal_conv1d",
+        arrays,
+        dict(activation="silu"),
+        (),
+        TWINS if layout == "dense" else T,
+        given,
+    )
 
 
 def backward(dout=None, **given):
@@ -293,6 +300,8 @@ CALLS = {
     "gradient per_sequence": gradient(schedule="per_sequence", max_seqlen=2048, states=False),
     "gradient dense": gradient(batch=4, seqlen=2048, dim=4096),
     "gradient float32 width 8": gradient(dtype="float32", width=8),
+    "gradient of the prologue": front(gradient(max_seqlen=2048), q_scale=0.5),
+    "gradient of the gated convolution": gated(gradient(dim=2048, width=3, max_seqlen=2048)),
     "gradient channel-first": gradient(batch=4, seqlen=2048, dim=4096, layout="channel_first"),
     "gradient channel-first packed": gradient(tokens=4096, dim=2048, layout="channel_first"),
 }

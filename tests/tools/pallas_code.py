@@ -22,13 +22,12 @@ def lowered(call):
     options = call.options_on("mosaic_gpu")
 
     def run(arrays):
-        if call.operation != "gradient":
-            return getattr(pallas_impl, call.operation)(**arrays, **options)
+        operation = getattr(pallas_impl, call.operation.removeprefix("gradient "))
+        if not call.operation.startswith("gradient "):
+            return operation(**arrays, **options)
         floats = {n: a for n, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
         others = {n: a for n, a in arrays.items() if n not in floats}
-        result, back = jax.vjp(
-            lambda floats: tuple(pallas_impl.causal_conv1d(**floats, **others, **options)), floats
-        )
+        result, back = jax.vjp(lambda floats: tuple(operation(**floats, **others, **options)), floats)
         return back(result)
 
     return jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()

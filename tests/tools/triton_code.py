@@ -147,14 +147,15 @@ def make(call):
         needed = (True, "initial_states" in arrays)
         with torch.no_grad():
             return torch.ops.twinconv.causal_conv1d_backward(*map(arrays.get, names), *more, *needed)
-    if call.operation == "gradient":
+    operation = getattr(triton_impl, call.operation.removeprefix("gradient "))
+    if call.operation.startswith("gradient "):
         wanted = [a for a in arrays.values() if a.is_floating_point()]
         for a in wanted:
             a.requires_grad_()
-        out, states = triton_impl.causal_conv1d(**arrays, **options)
-        return torch.autograd.grad((out, states), wanted, (torch.empty_like(out), torch.empty_like(states)))
+        results = tuple(operation(**arrays, **options))
+        return torch.autograd.grad(results, wanted, tuple(map(torch.empty_like, results)))
     with torch.inference_mode():
-        return getattr(triton_impl, call.operation)(**arrays, **options)
+        return operation(**arrays, **options)
 
 
 def launches_of(call, target):
