@@ -7,7 +7,7 @@ import pytest
 
 from pallas_impl import causal_conv1d, gated_delta_prologue, gated_short_conv
 
-BACKENDS = "xla", "mosaic_gpu_interpret"
+BACKENDS = "xla", "mosaic_gpu_interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 HEADS = dict(num_k_heads=1, num_v_heads=2, head_k_dim=128, head_v_dim=64)
 ODD = dict(num_k_heads=2, num_v_heads=2, head_k_dim=20, head_v_dim=24)
 
@@ -157,8 +157,9 @@ def test_gradients_without_tokens_on_xla(leading):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("kernel", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_gradients_of_the_gated_convolution_in_16_bits(dtype):
+def test_gradients_of_the_gated_convolution_in_16_bits(dtype, kernel):
     """One pass over the slices has the values of the composed one; what lies behind the last row goes nowhere."""
     dim, starts = 128, jnp.array([0, 2, 2, 40, 41], jnp.int32)
     bcx = random(48, 3 * dim, dtype=dtype).at[41:].set(jnp.nan)
@@ -173,7 +174,6 @@ def test_gradients_of_the_gated_convolution_in_16_bits(dtype):
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(bcx, weight, bias)
 
-    kernel = "mosaic_gpu_interpret"
     found, composed = gradients(bcx, kernel), gradients(bcx, kernel, wide=8)
     assert not np.asarray(found[0][41:], np.float32).any()
     for got, want in zip(found, composed, strict=True):
