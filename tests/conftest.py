@@ -143,6 +143,10 @@ def quick_interpreters():
     gc.freeze()  # a tenth of the time is the search for garbage among what was imported
     gc.set_threshold(100_000, 50, 100)
     patch_once(sys.modules.get("triton.runtime.interpreter"))
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "0":
+        from tests.tools import quick_coalesce
+
+        quick_coalesce.install()
     if "jax" in sys.modules:
         plain_callbacks()
         no_program_a_shape()

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 
 import pytest
+import triton
 
-from tests.tools import code_calls
+from tests.tools import code_calls, quick_coalesce
 from tests.tools.triton_code import TARGETS, accesses, launches_of, machine_opcodes, resources
 from triton_impl import config
 
@@ -166,3 +167,31 @@ def test_short_rows(target, rows):
     assert spills == 0
     assert target != "sm_90" or registers <= 96, "20 warps on a multiprocessor"
     assert store_sizes(binary) == {8}, "a thread's channels in one access"
+
+
+NARROW = dict(width=1, schedule="per_sequence", max_seqlen=17)
+COALESCED = {  # most kernels, tiles of two axes and pointers that loops carry among them
+    name: code_calls.CALLS[name]
+    for name in (
+        "prefill small", "prefill channel-first ring", "prefill rows of 5 tokens", "update 1 row", "update packed", "tree",
+        "commit", "prologue update 1 row",
+    )
+} | {
+    "prologue prefill": code_calls.front(code_calls.prefill(tokens=33, batch=5, **NARROW)),
+    "gradient": code_calls.gradient(tokens=33, batch=5, states=False, **NARROW),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COALESCED)
+def test_coalescing_without_searches_is_triton_s(name, monkeypatch):
+    """tests/tools/quick_coalesce.py stands in for a pass of the compiler in these files."""
+    quick, found = quick_coalesce.coalesced, []
+    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
+    monkeypatch.setattr(quick_coalesce, "coalesced", lambda module: found.append(quick(module)) or found[-1])
+    for launch in launches_of(COALESCED[name], SM_90):
+        mine, count = launch.compile().asm["ptx"], len(found)
+        with quick_coalesce.left_out():
+            assert launch.compile().asm["ptx"] == mine
+        assert len(found) == count
+        found.clear()
+        assert count == (1 if triton.__version__.startswith("3.7.") else 0)

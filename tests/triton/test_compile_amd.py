@@ -25,6 +25,12 @@ NAMES = {  # each call for one of the two, which have one compiler
     ],
     "gfx950": ["prefill flat", "prefill short rows", "update 1 row"],
 }  # fmt: skip
+PROGRAM = """
+import sys
+from tests.tools import quick_coalesce, same_code
+quick_coalesce.install()
+same_code.write_facts(*sys.argv[1:])
+"""
 ROWS = [(target, name) for target, names in NAMES.items() for name in names]
 
 
@@ -35,16 +41,7 @@ def facts(tmp_path_factory):
     environment = dict(os.environ, TRITON_INTERPRET="0")
     for target, names in NAMES.items():
         path = tmp_path_factory.mktemp("amd") / f"{target}.json"
-        command = [
-            sys.executable,
-            "tests/tools/same_code.py",
-            "--facts",
-            str(ROOT),
-            "triton",
-            target,
-            str(path),
-            *names,
-        ]
+        command = [sys.executable, "-c", PROGRAM, str(ROOT), "triton", target, str(path), *names]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=800)
         found[target] = json.loads(path.read_text())
     return found
