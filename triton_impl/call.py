@@ -639,7 +639,8 @@ def _plan_update(call, sizes, gate=None):
         config = update_config(sizes.batch, sizes.dim, itemsize, kernels("launch").warp_size())
         outputs = kernel.prepare(call, sizes, config)
     else:
-        light = kind == "rows" and call.query_start_loc is None and call.window_out is None
+        given = call.query_start_loc, call.window_out
+        light = kind == "rows" and given == (None, None) and call.state_layout == "front"
         config = verify_config(
             call.x.numel() // sizes.dim, sizes.dim, itemsize, kernels("launch").warp_size(), light
         )

@@ -6,6 +6,7 @@ MAX_GRID_YZ = 65535
 # Small batches of up to so many programs take per_sequence with "auto": all run at once, and none has to look for its
 # row. Beyond, flat was the faster on every batch measured: its programs work on neighbouring memory.
 PROGRAMS_AT_ONCE = 960
+BLOCKS_AT_ONCE = 1056  # of 16 tokens and 256 channels: an H100 holds so many
 # Steps of so many elements run at once: only latency shows, and the next kernel may begin while they run. Where programs
 # still wait for their turn, those of the next kernel would take it.
 AT_ONCE = 1 << 18
@@ -107,6 +108,8 @@ def prefill_config(
       warp_size: threads of a warp of the device.
     """
     small = tokens * dim < 1 << 20  # too little to fill a device: only latency shows, so short programs
+    blocks = -(-tokens // 16) * -(-dim // (8 * warp_size))
+    few = blocks <= 2 * BLOCKS_AT_ONCE and tokens >= (8 if tokens * dim < 5 << 19 else 16) * batch
     stages = 1
     if not walk:
         # long rows take long stretches of a channel's memory; a thread has 16 bytes of one or a few channels
@@ -116,9 +119,11 @@ def prefill_config(
         if small:
             channels = 2  # a thread
             block_t = group = max(4, next_power_of_2(width - 1))
-        elif tokens >= 128 * batch:  # long rows: all loads of a block at once, in many threads
+        elif tokens >= 128 * batch or few:  # long rows: all loads of a block at once, in many threads
             channels = 2
-            block_t = group = 16
+            # half as many where blocks would leave many multiprocessors without one, at first or in the end
+            idle = blocks < 0.9 * BLOCKS_AT_ONCE or BLOCKS_AT_ONCE < blocks < 1.5 * BLOCKS_AT_ONCE
+            block_t = group = max(8, next_power_of_2(width - 1)) if idle else 16
         else:  # short rows mostly wait: fewer registers, so that more of them wait at a time
             channels, block_t, group, stages = 4, 16, 8, 2
         most = 4 * warp_size * channels
@@ -197,7 +202,8 @@ def verify_config(
 ) -> UpdateConfig:
     """The same with 8-byte accesses, for rows of several tokens: twice the warps hide their arithmetic.
 
-    Light: of steps that have no offsets and leave no windows but the last; then two channels a thread, so more warps still.
+    Light: of steps that have no offsets, leave no windows but the last, in front of their slots; then two channels a thread,
+    so more warps still.
     """
     if light:
         block_d = min(max(next_power_of_2(dim), warp_size), 8 * warp_size)

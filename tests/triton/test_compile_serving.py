@@ -66,9 +66,9 @@ STEPS = {
     ),
     "tree wide taps": verify(width=8, tree_parents=indices(64, 4)),
 }  # fmt: skip
-# steps of equal rows without windows: two channels a thread in twice the warps
+# steps of equal rows in front of their slots, without windows: two channels a thread in twice the warps
 TWO_CHANNELS = {
-    "decode back", "decode ring", "write and track", "rolling", "residual", "split", "part"
+    "write and track", "rolling", "residual", "split", "part"
 }  # fmt: skip
 
 
@@ -96,6 +96,7 @@ SNAPSHOTS = dict(snapshot_indices=indices(8, 64), snapshot_block_size=64, num_co
 RESIDUAL = dict(residual=Array((16384, 8192)))
 ROWS = dict(schedule="per_sequence", max_seqlen=16384)
 FLAT = dict(schedule="flat")
+QUEUE = dict(tokens=528, batch=17, dim=2560)  # a chunk among decode rows
 PREFILLS = {  # with how many launches: one for the outputs, one for states that the plain rule does not leave
     "split": (1, prefill(**FLAT, split_sizes=QKV)),
     "split rows": (1, prefill(**ROWS, split_sizes=QKV)),
@@ -103,6 +104,8 @@ PREFILLS = {  # with how many launches: one for the outputs, one for states that
     "residual": (1, prefill(**FLAT, **RESIDUAL)),
     "residual short rows": (1, prefill(**FLAT, **RESIDUAL, batch=512)),
     "small": (1, prefill(**FLAT, residual=Array((64, 8192)), split_sizes=QKV, tokens=64)),
+    "few blocks": (1, prefill(**FLAT, **QUEUE)),
+    "few blocks, wide taps": (1, prefill(**FLAT, **QUEUE, width=8)),
     "part": (1, prefill(**FLAT, wide=4096, channel_offset=1024, split_sizes=QKV)),
     "channel first": (
         1, prefill(**FLAT, layout="channel_first", residual=Array((16384, 8192), layout="channel_first"), split_sizes=QKV)
