@@ -175,9 +175,14 @@ def _kernel(refs, place, *, block_t, num_slots, state_len, stores, o):
     pool, history, interpret = refs.conv_states, refs.weight.shape[1] - 1, bool(o.interpret)
     front = o.state_layout == "front"
 
-    @pl.when(place.live & (place.start < place.end))
+    begun = (place.row < place.batch) & (place.start < place.end)
+
+    @pl.when(begun)  # whatever the slot is, which is still on its way
     def _():
         load_block(refs, place, 0, block_t)
+
+    @pl.when(begun & place.live)
+    def _():
         if history:
             first = first_column(refs, place.here, history, state_len, o.state_layout)
             load_window(
@@ -203,6 +208,7 @@ def _kernel(refs, place, *, block_t, num_slots, state_len, stores, o):
                     layout=o.state_layout,
                 )
 
+    pl.when(begun & jnp.logical_not(place.live))(lambda: wait_block(refs))
     store_padding(refs, place, block_t, interpret)
 
 
@@ -239,7 +245,8 @@ def _walk(refs, place, weights, block_t, stores, o):
         store_window(window.at[pl.ds(1, history - 1)], target)
 
     def token(t, past, arrived=None):
-        arrived = tile[t] if arrived is None else arrived
+        if arrived is None:
+            arrived = tile[t]
         for entries in runs:
             entries[history + t] = arrived.astype(entries.dtype)
         past = (*past, arrived.astype(jnp.float32))
@@ -253,7 +260,9 @@ def _walk(refs, place, weights, block_t, stores, o):
         length = jnp.minimum(place.end - begin, block_t)
         wait_block(refs)
         if refs.query_start_loc is None and o.seqlen <= block_t:
-            arrived = [tile[t] for t in range(o.seqlen)]  # before any store, which the assembler moves no load across
+            arrived = [
+                tile[t] for t in range(o.seqlen)
+            ]  # before any store, which the assembler moves no load across
             for t, value in enumerate(arrived):
                 past = token(t, past, value)
         else:
