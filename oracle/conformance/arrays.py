@@ -64,8 +64,12 @@ def poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
     A NaN shows that it was read; over the number, a NaN shows that it was written.
     """
-    turn = np.indices(shape).sum(axis=0) % 2 if shape else np.zeros(shape, int)
-    return np.where(turn == 0, POISON_BITS[dtype], MARK_BITS[dtype]).astype(FORMATS[dtype].bits)
+    bits = np.full(shape, POISON_BITS[dtype], FORMATS[dtype].bits)
+    if len(shape) == 1:
+        bits[1::2] = MARK_BITS[dtype]
+    elif shape:
+        bits[np.indices(shape).sum(axis=0) % 2 == 1] = MARK_BITS[dtype]
+    return bits
 
 
 def plain(array: TypedArray | np.ndarray, poison: int | None = None) -> Array:

@@ -367,7 +367,7 @@ def test_the_run_goes_on_after_a_dead_process(bad, name, status, detail):
 
 
 def test_several_processes_give_the_same_report(bad):
-    cases = ("update/width-*", "update/dim-[1-7]*")
+    cases = ("update/width-[1-4]", "update/dim-[1-7]", "update/batch-*")
     one, three = bad("Dies", cases), bad("Dies", cases, jobs=3)
     assert [(c["id"], c["status"]) for c in one.cases] == [(c["id"], c["status"]) for c in three.cases]
     assert one.footer["counts"] == three.footer["counts"]
