@@ -10,6 +10,9 @@ same order for every element of dx. `_walk_back`: lanes are channels, and a prog
 where tokens have unit stride (channel-first memory): lanes are runs of 16 bytes along a channel, so that a warp reads
 one stretch of memory; runs are taken apart in registers.
 
+Of a gated convolution x is the product of two slices of a projection, and the gradients of all three take their places in
+the projection's: C's with the token itself, B's and x's with the entry that the token completes.
+
 The mapping of programs is that of `prefill`. Block k of row s has the number `query_start_loc[s] // BLOCK_T + s + k` in
 both schedules and leaves its sums for weight and bias in that place of a float32 workspace; numbers that no block
 has get zeros. A second kernel adds the places up in their order, so the sums have the same bits in every run
@@ -25,6 +28,7 @@ import triton.language as tl
 from triton_impl.arithmetic import (
     convolve,
     join_columns,
+    load_input,
     load_taps,
     load_weights,
     native_ptx,
@@ -138,6 +142,7 @@ class Options(NamedTuple):
       levels: log2 of a run's tokens for `_tile_back`, 0 for `_walk_back`.
       aligned, phase_g, phase_o: see `_tile_back`.
       norm: an `arithmetic.Norm` of what `dout` is the gradient of, or None.
+      gate, gate_out: of a gated convolution, whose x is walked, how many elements from x and dx B lies and C; or None.
     """
 
     width: Any
@@ -158,6 +163,16 @@ class Options(NamedTuple):
     phase_o: Any
     ptx: Any
     norm: Any = None
+    gate: Any = None
+    gate_out: Any = None
+
+
+class Gates(NamedTuple):
+    """Where B and C lie in a projection, in elements from x; like: the projection, whose gradient is laid out as torch.empty_like."""
+
+    of_x: int
+    of_out: int
+    like: Any
 
 
 class Arrays(NamedTuple):
@@ -255,6 +270,17 @@ def _gradient(window, weights, upstream, here, dtype: tl.constexpr, o: tl.conste
 
 
 @triton.jit
+def _gated_gradient(window, weights, upstream, gate, here, dtype: tl.constexpr, o: tl.constexpr):
+    """`_gradient` behind a gate, and the gradient of that."""
+    value = convolve(window, weights.taps, weights.start, o.width)
+    g = upstream * gate
+    if o.silu:
+        value, slope = silu_and_slope(value, o)
+        g = g * slope
+    return tl.where(here, g, 0.0), upstream * rounded(value, dtype, o)
+
+
+@triton.jit
 def _add_products(sums, window, g, o: tl.constexpr):
     """Adds one token to the sums of every tap and of the bias."""
     new = ()
@@ -295,9 +321,8 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
     for j in tl.static_range(o.width - 1):
         if mark is not None:
             window = begun(window, j, mark, 8 + j - (o.width - 1))
-        past = widen(
-            tl.load(source, mask=exist & holds(in_row) & holds(first + (j - o.width + 1) < length), other=0.0)
-        )
+        wanted = exist & holds(in_row) & holds(first + (j - o.width + 1) < length)
+        past = widen(load_input(source, wanted, o))
         source += arrays.x.t  # carried along, which needs fewer registers than a product a token
         if arrays.initial is not None:
             kept = tl.load(at(arrays.initial, first + j, channels), mask=exist & holds(first == 0), other=0.0)
@@ -309,16 +334,24 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
     late = None
     if arrays.dfinal is not None:
         late = at(arrays.dfinal, first - length, channels)
+    dtype: tl.constexpr = arrays.x.ptr.dtype.element_ty
     for i in tl.static_range(o.width - 1):
         here = first + i < length
-        entry = tl.load(source, mask=exist & holds(here), other=0.0)
+        entry = load_input(source, exist & holds(here), o)
+        if o.gate is not None:
+            gate = widen(tl.load(source + o.gate_out, mask=exist & holds(here), other=0.0))
         source += arrays.x.t
         upstream = tl.load(incoming, mask=exist & holds(here), other=0.0)
         incoming += arrays.dout.t
         if mark is not None:
             window = begun(window, o.width - 1, mark, 8 + i)
         window = window + (widen(entry),)
-        g = _gradient(window, weights, widen(upstream), here, arrays.x.ptr.dtype.element_ty, o)
+        if o.gate is None:
+            g = _gradient(window, weights, widen(upstream), here, dtype, o)
+        else:
+            g, dgate = _gated_gradient(window, weights, widen(upstream), gate, here, dtype, o)
+            place = at(arrays.dx, first + i, channels) + o.gate_out
+            tl.store(place, round_to(dgate, dtype), mask=exist & holds(first + i < span.last))
         gs = gs + (g,)
         if arrays.dinitial is not None:
             begin = _load_final(late, first + i - length, exist, weights.start, o)
@@ -341,15 +374,27 @@ def _walk_first(arrays, weights, span, channels, sums, adds: tl.constexpr, o: tl
 
 @triton.jit
 def _load_group(arrays, source, incoming, t, end, exist, o: tl.constexpr):
-    """x and dout of the tokens before `end` of the group that begins width-1 behind t, and where both go on."""
+    """x and dout of the tokens before `end` of the group that begins width-1 behind t, and where both go on.
+
+    With gates also C of those tokens, and x and B of the tokens from t on.
+    """
     loaded = ()
     for i in tl.static_range(o.group):
         wanted = exist & holds(t + (o.width - 1 + i) < end)
-        entry = tl.load(source, mask=wanted, other=0.0)
+        entry = load_input(source, wanted, o)
+        gates = ()
+        if o.gate is not None:
+            own = exist & holds(t + i < end)
+            done = source - (o.width - 1) * arrays.x.t
+            gates = (
+                tl.load(source + o.gate_out, mask=wanted, other=0.0),
+                tl.load(done, mask=own, other=0.0),
+                tl.load(done + o.gate, mask=own, other=0.0),
+            )
         source += arrays.x.t
         upstream = tl.load(incoming, mask=wanted, other=0.0)
         incoming += arrays.dout.t
-        loaded = loaded + (entry, upstream)
+        loaded = loaded + (entry, upstream) + gates
     return loaded, source, incoming
 
 
@@ -363,6 +408,8 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
     """
     length, first, last = span
     window, gs, sums, source, incoming = _walk_first(arrays, weights, span, channels, sums, o.sums, o)
+    per: tl.constexpr = 2 if o.gate is None else 5  # values a token that are loaded
+    dtype: tl.constexpr = arrays.x.ptr.dtype.element_ty
 
     # token t + width-1 completes the gradient of token t
     target = at(arrays.dx, first, channels)
@@ -387,9 +434,15 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
             new = t + (o.width - 1 + i)
             if mark is not None:
                 window = begun(window, o.width - 1, mark, 8 + o.width - 1 + i)
-            window = window + (widen(loaded[2 * i]),)
-            upstream = widen(loaded[2 * i + 1])
-            g = _gradient(window, weights, upstream, new < length, arrays.x.ptr.dtype.element_ty, o)
+            window = window + (widen(loaded[per * i]),)
+            upstream = widen(loaded[per * i + 1])
+            if o.gate is None:
+                g = _gradient(window, weights, upstream, new < length, dtype, o)
+            else:
+                gate = widen(loaded[per * i + 2])
+                g, dgate = _gated_gradient(window, weights, upstream, gate, new < length, dtype, o)
+                place = target + (o.width - 1) * arrays.dx.t + o.gate_out
+                tl.store(place, round_to(dgate, dtype), mask=channels.exist & holds(new < last))
             gs = gs + (g,)
             # (64 bits: else ptxas takes more than 128 registers on sm_80)
             begin = _load_final(late, tl.cast(new, tl.int64) - length, channels.exist, weights.start, o)
@@ -398,8 +451,12 @@ def _walk_back(arrays, weights, span, channels, sums, o: tl.constexpr):
             own = gs
             if mark is not None:
                 own = same_document(gs, o.width, mark, 8 + i)
-            value = round_to(convolve(own, weights.flipped, begin, o.width), target.dtype.element_ty)
-            tl.store(target, value, mask=channels.exist & holds(t + i < last))
+            value = convolve(own, weights.flipped, begin, o.width)
+            here = channels.exist & holds(t + i < last)
+            if o.gate is not None:
+                tl.store(target + o.gate, round_to(value * widen(loaded[per * i + 3]), dtype), mask=here)
+                value = value * widen(loaded[per * i + 4])
+            tl.store(target, round_to(value, target.dtype.element_ty), mask=here)
             target += arrays.dx.t
             if o.sums:
                 sums = _add_products(sums, window, g, o)
@@ -679,6 +736,9 @@ def back_of_program(
         else:
             zeros: tl.constexpr = o.group if o.levels else 1  # tokens at a time
             _zero_tokens(_moved(dx, offsets[2]), first, span.last, channels, zeros)
+            if o.gate is not None:
+                _zero_tokens(_moved(dx, offsets[2] + o.gate), first, span.last, channels, zeros)
+                _zero_tokens(_moved(dx, offsets[2] + o.gate_out), first, span.last, channels, zeros)
         if o.sums:
             place = partial + (number + block) * (o.width + o.bias) * wide_dim + ch
             for j in tl.static_range(o.width + o.bias):
@@ -769,9 +829,9 @@ def prepare(
     query_start_loc,
     silu,
     need_sums,
-    need_initial,
     config,
     documents=False,
+    gates=None,
 ):
     """Prepares both kernels for checked arguments of these shapes, strides and dtypes.
 
@@ -780,9 +840,9 @@ def prepare(
         with any strides; dfinal: [batch, width-1, dim] or None; the others as in `causal_conv1d`.
       silu: whether the forward pass applied SiLU.
       need_sums: whether the gradients of weight and bias are wanted.
-      need_initial: whether that of the initial states is.
       config: a BackwardConfig for x's layout.
       documents: whether the rows of x, which is walked, hold several.
+      gates: `Gates` of a gated convolution, of whose projection x is a slice; dx is one as well.
 
     Returns:
       (the number of places in the workspace, a Launch of (dout, dfinal, x, weight, bias, initial_states,
@@ -800,7 +860,7 @@ def prepare(
     else:
         grid = ((batch + 1) * channel_blocks, min(max(config.row_blocks, 1), MAX_GRID_YZ), 1)
     no_rows = () if dense else (0,)
-    dx = torch.empty_like(x, device="meta")
+    dx = torch.empty_like(x if gates is None else gates.like, device="meta")
     strides = Strides(
         dout=(*no_rows, *dout.stride()),
         dfinal=None if dfinal is None else dfinal.stride(),
@@ -829,6 +889,8 @@ def prepare(
         phase_g=phase_g,
         phase_o=phase_o,
         ptx=native_ptx(),
+        gate=None if gates is None else gates.of_x,
+        gate_out=None if gates is None else gates.of_out,
     )
     values = (*(() if documents else (None,)), strides, tokens, dim, batch, constants(options))
     walk = Launch(_backward_kernel, grid, values, num_warps=config.num_warps)

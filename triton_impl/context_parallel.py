@@ -756,7 +756,6 @@ class _SplitBackward:
             call.query_start_loc,
             call.activation is not None,
             needs_sums,
-            False,
             config,
         )
 

@@ -247,7 +247,7 @@ def _launch(dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seq
         config = backward.backward_config(
             tokens, dim, batch, width, backward.run_of(x), max_seqlen, schedule, kernels("launch").warp_size()
         )
-        call = backward.prepare(*tensors, silu, need_sums, need_initial, config, marks is not None)
+        call = backward.prepare(*tensors, silu, need_sums, config, marks is not None)
         remember("backward", kept, call)
     places, walk, reduce = call
     dx = torch.empty_like(x)

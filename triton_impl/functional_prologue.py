@@ -3,17 +3,25 @@
 As `functional`: forward and backward are PyTorch operators, and nothing is kept for the backward pass but the inputs.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from oracle.contract import ConvOutput, normalised
-from oracle.contract_prologue import GatedConvCall, PrologueCall, PrologueFnCall, PrologueOutput
+from oracle.contract import ConvOutput, FnCall, normalised
+from oracle.contract_prologue import (
+    GatedConvCall,
+    GatedConvFnCall,
+    PrologueCall,
+    PrologueFnCall,
+    PrologueOutput,
+)
 from triton_impl import gated_conv, plain_prologue, tracing
-from triton_impl.call import check, front_of, kernels, launch_on, resolve, run_real
+from triton_impl.call import check, front_of, kernels, launch_on, recall, remember, resolve, run_real
 from triton_impl.config import walks
+from triton_impl.functional import run_backward
 from triton_impl.packed_rows import fresh_states, owned, row_starts
 
 _FIELDS = PrologueCall._fields
@@ -24,6 +32,13 @@ tracing.library.define(f"gated_delta_prologue_forward({_ARGUMENTS}) -> (Tensor, 
 tracing.library.define(
     f"gated_delta_prologue_backward({', '.join(f'Tensor? {name}' for name in _UPSTREAM)}, {_ARGUMENTS}, bool need_sums, "
     f"bool need_initial) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
+)
+_OF_GATED = ("bcx", "weight", "bias", "initial_states")
+_ARGUMENTS = ", ".join(tracing.arguments(GatedConvCall, GatedConvCall._fields))
+tracing.library.define(f"gated_short_conv_forward({_ARGUMENTS}) -> (Tensor, Tensor)")
+tracing.library.define(
+    f"gated_short_conv_backward(Tensor? dout, Tensor? dfinal_states, {_ARGUMENTS}, bool need_sums, bool need_initial)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -90,21 +105,24 @@ def gated_delta_prologue(
 
 def _packed(call):
     """(the call of packed rows, whose pool is new and holds the initial states; sizes; where rows start)"""
-    sizes = call.check().conv
-    starts, longest = row_starts(call.x, sizes, call.query_start_loc, call.max_seqlen)
-    states = fresh_states(call.x, call.initial_states, sizes)
+    record, of_tokens = PrologueFnCall, ("x", "a", "b")
+    if isinstance(call, GatedConvCall):
+        record, of_tokens = GatedConvFnCall, ("bcx",)
+    x, sizes = getattr(call, of_tokens[0]), call.check().conv
+    starts, longest = row_starts(x, sizes, call.query_start_loc, call.max_seqlen)
+    states = fresh_states(x, call.initial_states, sizes)
     has_state = None
     if call.initial_states is not None:
-        has_state = torch.ones(sizes.batch, dtype=torch.bool, device=call.x.device)
+        has_state = torch.ones(sizes.batch, dtype=torch.bool, device=x.device)
 
     def flat(tensor):
-        axes = call.x.dim() - 1
-        return None if tensor is None else tensor.reshape(sizes.tokens, *tensor.shape[axes:])
+        return None if tensor is None else tensor.reshape(sizes.tokens, *tensor.shape[x.dim() - 1 :])
 
-    more = {name: getattr(call, name) for name in _FIELDS if name in PrologueFnCall._fields}
-    more |= {"x": flat(call.x), "a": flat(call.a), "b": flat(call.b), "max_seqlen": longest}
-    more |= {"query_start_loc": starts, "conv_states": states, "has_initial_state": has_state}
-    return PrologueFnCall(**more), sizes, starts
+    more = {name: getattr(call, name) for name in call._fields if name in record._fields}
+    more |= {name: flat(more[name]) for name in of_tokens}
+    more |= {"max_seqlen": longest, "query_start_loc": starts}
+    more |= {"conv_states": states, "has_initial_state": has_state}
+    return record(**more), sizes, starts
 
 
 def _forward(*arguments):
@@ -176,15 +194,16 @@ def _backward_flops(*shapes, out_shape=None, **options):
     return tracing.backward_flops(None, None, call.x, call.weight, *shapes[-2:])
 
 
-_SAVED = tuple(name for name in _FIELDS if PrologueCall.KINDS[name].endswith("array"))
+def _saved(record):
+    return tuple(name for name in record._fields if record.KINDS[name].endswith("array"))
 
 
-def _keep_inputs(ctx, inputs, output):
+def _keep_inputs(ctx, inputs, output, record=PrologueCall):
     ctx.set_materialize_grads(False)
-    call = PrologueCall(*inputs)
-    ctx.save_for_backward(*(getattr(call, name) for name in _SAVED))
+    saved, call = _saved(record), record(*inputs)
+    ctx.save_for_backward(*(getattr(call, name) for name in saved))
     ctx.options = tuple(
-        (name, value) for name, value in zip(_FIELDS, inputs, strict=True) if name not in _SAVED
+        (name, value) for name, value in zip(record._fields, inputs, strict=True) if name not in saved
     )
 
 
@@ -200,13 +219,19 @@ def _differentiate_flat(ctx, dflat, *upstream):
 
 
 def _differentiate(ctx, *upstream, backward=torch.ops.twinconv.gated_delta_prologue_backward.default):
+    return _gradients(ctx, upstream, PrologueCall, _DIFFERENTIABLE, backward)
+
+
+def _gradients(ctx, upstream, record, differentiable, backward):
+    """Those of a record's fields, by its operator `backward`; None for what is not differentiable or not asked for."""
+    fields = record._fields
     if all(grad is None for grad in upstream):
-        return (None,) * len(_FIELDS)
-    call = PrologueCall(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)), **dict(ctx.options))
-    needed = dict(zip(_FIELDS, ctx.needs_input_grad, strict=True))
+        return (None,) * len(fields)
+    call = record(**dict(zip(_saved(record), ctx.saved_tensors, strict=True)), **dict(ctx.options))
+    needed = dict(zip(fields, ctx.needs_input_grad, strict=True))
     found = backward(*upstream, *call, needed["weight"] or needed["bias"], needed["initial_states"])
-    grads = dict(zip(_DIFFERENTIABLE, found, strict=True))
-    return tuple(grads[name] if name in grads and needed[name] else None for name in _FIELDS)
+    grads = dict(zip(differentiable, found, strict=True))
+    return tuple(grads[name] if name in grads and needed[name] else None for name in fields)
 
 
 for _name, _impl, _fake in (
@@ -264,8 +289,9 @@ def gated_short_conv(
 ) -> ConvOutput:
     """LFM2's gated convolution for training: C * conv(B * x), differentiable in bcx, weight, bias and initial_states.
 
-    The kernels of `causal_conv1d` between two products in torch: four passes over the tokens where `gated_short_conv_fn` takes
-    one. Gradients are float32 inside, and rounded once.
+    Forward it is `gated_short_conv_fn` without a pool, and backward one pass as well, where B, C and x are all of the projection and
+    its channels lie side by side; else the convolution is computed again and differentiated between products in torch.
+    Gradients are float32 inside, and rounded once; a rounding inside counts as the identity.
 
     Args:
       bcx: [tokens, channels] with `query_start_loc`, or [batch, seqlen, channels] without; float32, float16 or bfloat16.
@@ -292,85 +318,154 @@ def gated_short_conv(
         schedule,
         backend,
     )
+    if torch.compiler.is_dynamo_compiling():
+        return ConvOutput(*torch.ops.twinconv.gated_short_conv_forward.default(*call))
     check(call)
-    call = normalised(call)
-    function = _RefusingGatedConv.apply
-    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
-        # the one takes a function without a gradient for one that gets ctx, the other sees none of its operators
-        function = _GatedConv.apply if tracing.asks_for_gradient(*call[:4]) else _GatedConv.forward
-    out, states, _ = function(gated_conv.offsets(call), *call[:5], *call[6:])
-    return ConvOutput(out, states)
+    return ConvOutput(*_GatedConv.apply(*normalised(call)))
+
+
+def _forward_gated(*arguments):
+    call = GatedConvCall(*arguments)
+    packed, sizes, _ = _packed(call)
+    out = run_real(GatedConvFnCall, tuple(packed))
+    return owned(out.view(*call.bcx.shape[:-1], sizes.dim)), owned(packed.conv_states)
+
+
+def _backward_gated(dout, dfinal, *arguments):
+    needs, call = arguments[-2:], GatedConvCall(*arguments[:-2])
+    packed, sizes, starts = _packed(call)
+    bcx, dim, initial = packed.bcx, sizes.dim, call.initial_states
+    if dout is not None:
+        dout = dout.reshape(sizes.tokens, dim)
+    whole = sorted(gated_conv.offsets(call)) == [0, dim, 2 * dim] and bcx.shape[-1] == 3 * dim
+    real = bcx.numel() and resolve(call.backend, bcx.device) != "eager"
+    differentiate = launch_gated if real and whole and bcx.stride(-1) == 1 else _composed
+    dbcx, dweight, dbias, dinitial = differentiate(dout, dfinal, packed, initial, starts, needs)
+    return (
+        owned(dbcx.view(call.bcx.shape)),
+        dweight if needs[0] else bcx.new_empty(0),
+        dbias if needs[0] and call.bias is not None else bcx.new_empty(0),
+        dinitial if needs[1] else bcx.new_empty(0),
+    )
+
+
+def launch_gated(dout, dfinal, call, initial_states, starts, needs):
+    """The kernels of `backward` on the three slices as they lie, each of whose gradients takes its place in bcx's."""
+    bcx, weight, bias, (need_sums, need_initial) = call.bcx, call.weight, call.bias, needs
+    tokens, batch, (dim, width) = bcx.shape[0], starts.shape[0] - 1, weight.shape
+    of_in, of_out, of_x = gated_conv.offsets(call)
+    if dout is None:
+        dout = bcx.new_zeros(()).expand(tokens, dim)
+    tensors = bcx, weight, bias, initial_states, starts
+    options = call.channel_offsets, call.activation, call.max_seqlen, call.schedule, need_sums, need_initial
+    kept = (*tensors, dout, dfinal, *options)
+    x = bcx.narrow(-1, of_x, dim)
+    if (prepared := recall("gated backward", kept)) is None:
+        backward = kernels("backward")
+        config = backward.backward_config(
+            tokens, dim, batch, width, 0, call.max_seqlen, call.schedule, kernels("launch").warp_size()
+        )
+        gates = backward.Gates(of_in - of_x, of_out - of_x, bcx)
+        prepared = backward.prepare(
+            dout, dfinal, x, *tensors[1:], call.activation is not None, need_sums,
+            config._replace(group=4), gates=gates,
+        )  # fmt: skip
+        remember("gated backward", kept, prepared)
+    places, walk, reduce = prepared
+    dbcx = torch.empty_like(bcx)
+    dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
+    dweight = dbias = workspace = None
+    if need_sums:
+        workspace = bcx.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
+        dweight = weight.new_empty(dim, width)
+        dbias = None if bias is None else bias.new_empty(dim)
+    launch_on(
+        bcx.device, walk, dout, dfinal, x, *tensors[1:], dbcx.narrow(-1, of_x, dim), dinitial, workspace
+    )
+    if need_sums:
+        launch_on(bcx.device, reduce, workspace, dweight, dbias)
+    return dbcx, dweight, dbias, dinitial
+
+
+def _composed(dout, dfinal, call, initial_states, starts, needs):
+    """The convolution computed again and differentiated, between products in torch."""
+    live = (torch.arange(call.bcx.shape[0], device=call.bcx.device) < starts[-1])[:, None]
+    gate_in, gate_out, x = (torch.where(live, part, 0) for part in gated_conv.slices(call))
+    u = gate_in * x
+    dc = None
+    if dout is not None:
+        c = run_real(FnCall, tuple(call.convolution()._replace(x=u)))
+        dout = torch.where(live, dout, 0).float()
+        dc = dout * gate_out
+    du, *found = run_backward(
+        dc, dfinal, u.float(), call.weight, call.bias, initial_states, starts, call.activation, call.max_seqlen,
+        call.schedule, call.backend, *needs,
+    )  # fmt: skip
+    dbcx = torch.zeros(call.bcx.shape, dtype=torch.float32, device=call.bcx.device)
+    parts = du * x, None if dout is None else dout * c, du * gate_in
+    for first, part in zip(gated_conv.offsets(call), parts, strict=True):
+        if part is not None:
+            dbcx.narrow(-1, first, part.shape[-1]).add_(part)
+    return dbcx.to(call.bcx.dtype), *found
+
+
+def _forward_gated_fake(*arguments):
+    call = GatedConvCall(*arguments)
+    check(call)
+    sizes = call.check().conv
+    return call.bcx.new_empty(*call.bcx.shape[:-1], sizes.dim), fresh_states(
+        call.bcx, call.initial_states, sizes
+    )
+
+
+def _backward_gated_fake(dout, dfinal, *arguments):
+    needs, call = arguments[-2:], GatedConvCall(*arguments[:-2])
+    wanted = (True, needs[0], needs[0], needs[1])
+    given = (getattr(call, name) for name in _OF_GATED)
+    return tuple(
+        call.bcx.new_empty(0) if array is None or not want else array.new_empty(array.shape)
+        for array, want in zip(given, wanted, strict=True)
+    )
+
+
+def _gated_backward_flops(dout, dfinal, bcx, weight, *rest, out_shape=None, **options):
+    return tracing.backward_flops(dout, dfinal, torch.Size((*bcx[:-1], weight[0])), weight, *rest)
 
 
 class _GatedConv(torch.autograd.Function):
-    """The convolution between two products; keeps the projection and c, the convolution's result.
-
-    A gradient is float32 until it has arrived: autograd through the products would round every step to the projection's dtype.
-    """
+    """As `_Prologue`."""
 
     @staticmethod
-    def forward(offsets, bcx, weight, bias, initial_states, query_start_loc, *options):
-        gate_in, gate_out, x = _live_slices(bcx, query_start_loc, offsets, weight)
-        c, states = torch.ops.twinconv.causal_conv1d_forward.default(
-            gate_in * x, weight, bias, initial_states, query_start_loc, *options
-        )
-        return gate_out * c, states, c
+    def forward(*arguments):
+        return torch.ops.twinconv.gated_short_conv_forward.default(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*inputs[1:6], output[2])
-        ctx.offsets, ctx.options = inputs[0], inputs[6:]
+        _keep_inputs(ctx, inputs, output, GatedConvCall)
 
     @staticmethod
-    def backward(ctx, dout, dfinal_states, _):
-        bcx, weight, bias, initial_states, query_start_loc, c = ctx.saved_tensors
-        nothing = (None,) * len(ctx.needs_input_grad)
-        if dout is None and dfinal_states is None:
-            return nothing
-        gate_in, gate_out, x = _live_slices(bcx, query_start_loc, ctx.offsets, weight)
-        dc = None
-        if dout is not None:
-            dout = _live(dout, query_start_loc).float()
-            dc = dout * gate_out
-        _, needs_x, needs_weight, needs_bias, needs_initial, *_ = ctx.needs_input_grad
-        compiled = torch.compiler.is_dynamo_compiling()
-        name = "causal_conv1d_backward"
-        backward = getattr(torch.ops.twinconv, name).default if compiled else tracing.first_gradient(name)
-        du, dweight, dbias, dinitial = backward(
-            dc, dfinal_states, (gate_in * x).float(), weight, bias, initial_states, query_start_loc, *ctx.options,
-            needs_weight or needs_bias, needs_initial,
-        )  # fmt: skip
-        dbcx = None
-        if needs_x:
-            dbcx = torch.zeros(bcx.shape, dtype=torch.float32, device=bcx.device)
-            parts = du * x, None if dout is None else dout * c, du * gate_in
-            for first, part in zip(ctx.offsets, parts, strict=True):
-                if part is not None:
-                    dbcx.narrow(-1, first, part.shape[-1]).add_(part)
-            dbcx = dbcx.to(bcx.dtype)
-        found = dbcx, dweight, dbias, dinitial
-        wanted = needs_x, needs_weight, needs_bias, needs_initial
-        found = (grad if want else None for grad, want in zip(found, wanted, strict=True))
-        return None, *found, *nothing[5:]
+    def backward(ctx, *upstream, backward=None):
+        backward = backward or tracing.first_gradient("gated_short_conv_backward")
+        return _gradients(ctx, upstream, GatedConvCall, _OF_GATED, backward)
+
+    vmap = staticmethod(tracing.refuse_mapping)
+    jvp = staticmethod(tracing.refuse_tangents)
 
 
-class _RefusingGatedConv(_GatedConv):
-    """What compilers do not take a function with."""
-
-    vmap, jvp = staticmethod(_Prologue.vmap), staticmethod(_Prologue.jvp)
-
-
-def _live(tensor, query_start_loc):
-    """Zeros for what lies behind the last row, which may be NaN."""
-    if query_start_loc is None:
-        return tensor
-    tokens = torch.arange(tensor.shape[0], device=tensor.device)
-    return torch.where((tokens < query_start_loc[-1])[:, None], tensor, 0)
-
-
-def _live_slices(bcx, query_start_loc, offsets, weight):
-    """B, C and x."""
-    live = _live(bcx, query_start_loc)
-    return [live.narrow(-1, first, weight.shape[0]) for first in offsets]
+for _name, _impl, _fake in (
+    ("gated_short_conv_forward", _forward_gated, _forward_gated_fake),
+    ("gated_short_conv_backward", _backward_gated, _backward_gated_fake),
+):
+    tracing.library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"twinconv::{_name}", _fake, lib=tracing.library)
+torch.library.register_autograd(
+    "twinconv::gated_short_conv_forward",
+    functools.partial(_GatedConv.backward, backward=torch.ops.twinconv.gated_short_conv_backward.default),
+    setup_context=_GatedConv.setup_context,
+    lib=tracing.library,
+)
+torch.library.register_autograd(
+    "twinconv::gated_short_conv_backward", tracing.refuse_second_gradient, lib=tracing.library
+)
+tracing.count_flops("gated_short_conv_forward")
+tracing.count_flops("gated_short_conv_backward", _gated_backward_flops)

@@ -2,7 +2,7 @@
 
 It is the plain convolution of the slice x, whose kernels multiply what they load by B, a fixed distance away
 (`arithmetic.load_input`), and take C for their residual, by which they multiply (`arithmetic.join_residual`). So it has every
-layout, slot and window of the plain operations, in one pass over the projection.
+layout, slot and window of the plain operations, in one pass over the projection. So has its gradient: `backward.Gates`.
 """
 
 import torch

@@ -590,7 +590,7 @@ def test_workspace_size_depends_on_shapes_alone(places):
     config = backward.backward_config(places * 32 - 32, 64, 0, 4)
     x, weight = torch.zeros(places * 32 - 32, 64), torch.zeros(64, 4)
     found, _, _ = backward.prepare(
-        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, False, config
+        x, None, x, weight, None, None, torch.zeros(1, dtype=torch.int32), True, True, config
     )  # fmt: skip
     assert found == places
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from tests.tools.code_calls import Array, Call, indices
+from tests.tools.code_calls import Array, Call, gated, gradient, indices
 from tests.tools.triton_code import TARGETS, accesses, launches_of, machine_opcodes, recorded, resources
 
 SM_90 = TARGETS["sm_90"]
@@ -137,3 +137,16 @@ def test_backward_pass():
     for launch in launches[1:]:
         assert resources(launch.compile())[1] == 0
     assert launches[1].compile().metadata.shared == 0
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_backward_pass_of_the_gated_convolution(width):
+    call = gated(gradient(dim=2048, width=width, max_seqlen=2048))
+    launches = launches_of(call, SM_90)
+    assert [launch.name for launch in launches] == ["_prefill_kernel", "_backward_kernel", "_reduce_kernel"]
+    binary = launches[1].compile()
+    assert resources(binary)[1] == 0
+    assert binary.metadata.shared == 0
+    # two channels a thread: in a group B, C, x and dout of a token, and B and x of the one that it completes
+    assert {size for _, size in accesses(binary)} <= {2, 4, 8, 16}
+    assert accesses(binary)["store", 4] >= 3 * 4

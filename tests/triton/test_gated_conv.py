@@ -8,6 +8,7 @@ import triton_impl
 from oracle.contract_prologue import RECORDS
 from oracle.numerics import TypedArray
 from oracle.reference_prologue import Gated, checked
+from triton_impl import functional_prologue
 from triton_impl.adapter import to_numpy
 
 FN, UPDATE = "gated_short_conv_fn", "gated_short_conv_update"
@@ -154,3 +155,63 @@ def test_gradients_in_bfloat16_are_rounded_once(backend):
         compiled = torch.compile(front, backend="aot_eager", fullgraph=True)
         for one, two in zip(gradients(compiled, bcx, weight), found, strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "order", "options"),
+    [
+        (1, torch.float32, (1, 2, 0), {}),
+        (2, torch.bfloat16, (0, 1, 2), {"schedule": "flat", "activation": "silu"}),
+        (3, torch.float16, (2, 0, 1), {"schedule": "per_sequence", "max_seqlen": 79}),
+        (8, torch.float32, (0, 2, 1), {"activation": "silu"}),
+    ],
+    ids=str,
+)
+def test_one_pass_has_the_gradients_of_products_around_the_convolution(
+    width, dtype, order, options, monkeypatch
+):
+    """Over several blocks; NaN behind the last row reaches nothing. A projection with more channels is not one pass."""
+    torch.manual_seed(1)
+    rows, starts = 83, torch.tensor([0, 1, 1, 80], dtype=torch.int32)
+    bcx, dout = torch.randn(rows, 3 * DIM).to(dtype), torch.randn(rows, DIM).to(dtype)
+    bcx[80:] = dout[80:] = float("nan")
+    weight, bias = torch.randn(DIM, width).to(dtype), torch.randn(DIM).to(dtype)
+    initial = torch.randn(3, width - 1, DIM).to(dtype)
+    dfinal = torch.randn(3, width - 1, DIM).to(dtype)
+    offsets = tuple(DIM * place for place in order)
+    taken = []
+    one_pass = functional_prologue.launch_gated
+    monkeypatch.setattr(functional_prologue, "launch_gated", lambda *a: taken.append(1) or one_pass(*a))
+
+    def gradients(extra, upstream):
+        given = [t.clone().requires_grad_() for t in (bcx, weight, bias, initial)]
+        wide = torch.nn.functional.pad(given[0], (0, extra))
+        found = triton_impl.gated_short_conv(
+            wide, *given[1:], starts, channel_offsets=offsets, backend="triton", **options
+        )
+        pairs = [pair for pair in zip(found, upstream, strict=True) if pair[1] is not None]
+        return torch.autograd.grad([a for a, _ in pairs], given, [b for _, b in pairs])
+
+    for upstream in ([dout, dfinal], [dout, None], [None, dfinal]):
+        found, expected = gradients(0, upstream), gradients(1, upstream)
+        for one, two in zip(found, expected, strict=True):
+            assert one.dtype == dtype
+            torch.testing.assert_close(one, two, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+        assert not found[0][80:].any()
+    assert len(taken) == 3
+
+
+def test_dense_rows_are_one_pass_too():
+    torch.manual_seed(1)
+    bcx, weight = torch.randn(2, 40, 3 * DIM), torch.randn(DIM, 3)
+    dense, packed, starts = (
+        bcx.clone().requires_grad_(),
+        bcx.reshape(80, -1).clone().requires_grad_(),
+        [0, 40, 80],
+    )
+    triton_impl.gated_short_conv(dense, weight, backend="triton").out.square().sum().backward()
+    found = triton_impl.gated_short_conv(
+        packed, weight, query_start_loc=torch.tensor(starts), backend="triton"
+    )
+    found.out.square().sum().backward()
+    assert torch.equal(dense.grad.view(80, -1), packed.grad)

@@ -156,3 +156,38 @@ def test_compiled_by_inductor():
     found = torch.compile(run, fullgraph=True)(other)
     assert all(map(torch.equal, found, expected))
     assert torch.equal(given["conv_states"], other["conv_states"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [3, 8])
+def test_gradients_of_the_gated_convolution(width, dtype):
+    """One pass over the projection has the gradients of the composed form, waits for nothing, and compiles."""
+    dim, starts = 520, torch.tensor([0, 1, 1, 900, 2000], dtype=torch.int32, device=DEVICE)
+    given = [normal(2048, 3 * dim, dtype=dtype), normal(dim, width, dtype=dtype), normal(dim, dtype=dtype)]
+    given.append(normal(4, width - 1, dim, dtype=dtype))
+    upstream = normal(2048, dim, dtype=dtype, seed=3), normal(4, width - 1, dim, dtype=dtype, seed=4)
+    offsets = (0, dim, 2 * dim)
+
+    def gradients(*arrays, extra=0):
+        arrays = [array.detach().requires_grad_() for array in arrays]
+        wide = torch.nn.functional.pad(arrays[0], (0, extra))
+        found = triton_impl.gated_short_conv(
+            wide, *arrays[1:], starts, channel_offsets=offsets, activation="silu"
+        )
+        return torch.autograd.grad(tuple(found), arrays, upstream)
+
+    gradients(*given)
+    with no_synchronisation():
+        found = gradients(*given)
+    close = dict(rtol=8 * torch.finfo(dtype).eps, atol=1e-4)
+    for one, two in zip(found, gradients(*given, extra=8), strict=True):
+        torch.testing.assert_close(one, two, **close)
+    assert not found[0][2000:].any()
+
+    def loss(*arrays):
+        return triton_impl.gated_short_conv(*arrays, starts, channel_offsets=offsets, activation="silu").out
+
+    arrays = [array.detach().requires_grad_() for array in given]
+    again = torch.autograd.grad(torch.compile(loss)(*arrays), arrays[:3], upstream[0])
+    plain = torch.autograd.grad(loss(*arrays), arrays[:3], upstream[0])
+    assert all(map(torch.equal, again, plain))
