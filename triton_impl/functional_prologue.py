@@ -339,7 +339,7 @@ def _backward_gated(dout, dfinal, *arguments):
         dout = dout.reshape(sizes.tokens, dim)
     whole = sorted(gated_conv.offsets(call)) == [0, dim, 2 * dim] and bcx.shape[-1] == 3 * dim
     real = bcx.numel() and resolve(call.backend, bcx.device) != "eager"
-    differentiate = launch_gated if real and whole and bcx.stride(-1) == 1 else _composed
+    differentiate = _launch_gated if real and whole and bcx.stride(-1) == 1 else _composed
     dbcx, dweight, dbias, dinitial = differentiate(dout, dfinal, packed, initial, starts, needs)
     return (
         owned(dbcx.view(call.bcx.shape)),
@@ -349,27 +349,21 @@ def _backward_gated(dout, dfinal, *arguments):
     )
 
 
-def launch_gated(dout, dfinal, call, initial_states, starts, needs):
+def _launch_gated(dout, dfinal, call, initial_states, starts, needs):
     """The kernels of `backward` on the three slices as they lie, each of whose gradients takes its place in bcx's."""
     bcx, weight, bias, (need_sums, need_initial) = call.bcx, call.weight, call.bias, needs
     tokens, batch, (dim, width) = bcx.shape[0], starts.shape[0] - 1, weight.shape
-    of_in, of_out, of_x = gated_conv.offsets(call)
+    of_x = gated_conv.offsets(call)[2]
     if dout is None:
         dout = bcx.new_zeros(()).expand(tokens, dim)
     tensors = bcx, weight, bias, initial_states, starts
     options = call.channel_offsets, call.activation, call.max_seqlen, call.schedule, need_sums, need_initial
     kept = (*tensors, dout, dfinal, *options)
-    x = bcx.narrow(-1, of_x, dim)
     if (prepared := recall("gated backward", kept)) is None:
-        backward = kernels("backward")
-        config = backward.backward_config(
-            tokens, dim, batch, width, 0, call.max_seqlen, call.schedule, kernels("launch").warp_size()
+        prepare = kernels("prologue_backward").prepare_gated
+        prepared = prepare(
+            dout, dfinal, call, initial_states, starts, need_sums, kernels("launch").warp_size()
         )
-        gates = backward.Gates(of_in - of_x, of_out - of_x, bcx)
-        prepared = backward.prepare(
-            dout, dfinal, x, *tensors[1:], call.activation is not None, need_sums,
-            config._replace(group=4), gates=gates,
-        )  # fmt: skip
         remember("gated backward", kept, prepared)
     places, walk, reduce = prepared
     dbcx = torch.empty_like(bcx)
@@ -379,9 +373,8 @@ def launch_gated(dout, dfinal, call, initial_states, starts, needs):
         workspace = bcx.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
         dweight = weight.new_empty(dim, width)
         dbias = None if bias is None else bias.new_empty(dim)
-    launch_on(
-        bcx.device, walk, dout, dfinal, x, *tensors[1:], dbcx.narrow(-1, of_x, dim), dinitial, workspace
-    )
+    x, dx = (tensor.narrow(-1, of_x, dim) for tensor in (bcx, dbcx))
+    launch_on(bcx.device, walk, dout, dfinal, x, *tensors[1:], dx, dinitial, workspace)
     if need_sums:
         launch_on(bcx.device, reduce, workspace, dweight, dbias)
     return dbcx, dweight, dbias, dinitial

@@ -4,6 +4,8 @@ The backward kernel is `backward`'s: a program's channels are whole heads of q o
 upstream gradient and the slope of the activation comes the norm's derivative, from the value that it recomputes.
 Programs of the gates' kernel take some tokens times some columns of g and beta, as `prologue.make_gates`, and leave what
 their tokens add to A_log and dt_bias in a place of their own; a second kernel adds the places up in their order.
+
+That of the gated convolution is `backward`'s own kernel, on slices of the projection.
 """
 
 from typing import Any, NamedTuple
@@ -12,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_impl import backward, gated_conv
 from triton_impl.arithmetic import native_ptx, round_to, widen, word_bits
 from triton_impl.backward import (
+    Gates,
     Given,
     Options,
     Results,
@@ -174,6 +178,21 @@ def launch(upstream, dfinal, x, weight, bias, initial_states, starts, call, size
     if need_sums:
         reduce(workspace, dweight, dbias)
     return dx, dweight, dbias, dinitial
+
+
+def prepare_gated(dout, dfinal, call, initial_states, starts, need_sums, warp_size):
+    """`backward.prepare` of a checked `GatedConvFnCall`, whose slices lie side by side: x and dx are slices of bcx and its gradient.
+
+    Args:
+      dout: [tokens, dim]; dfinal, initial_states, starts, need_sums: as there.
+    """
+    tokens, (dim, width), batch = call.bcx.shape[0], call.weight.shape, starts.shape[0] - 1
+    of_in, of_out, of_x = gated_conv.offsets(call)
+    x, gates = call.bcx.narrow(-1, of_x, dim), Gates(of_in - of_x, of_out - of_x, call.bcx)
+    config = backward_config(tokens, dim, batch, width, 0, call.max_seqlen, call.schedule, warp_size)
+    config = config._replace(group=4)  # a token loads more than twice as much
+    given = x, call.weight, call.bias, initial_states, starts, call.activation is not None, need_sums, config
+    return backward.prepare(dout, dfinal, *given, gates=gates)
 
 
 # The gates.

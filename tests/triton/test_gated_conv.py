@@ -8,8 +8,9 @@ import triton_impl
 from oracle.contract_prologue import RECORDS
 from oracle.numerics import TypedArray
 from oracle.reference_prologue import Gated, checked
-from triton_impl import functional_prologue
+from triton_impl import prologue_backward
 from triton_impl.adapter import to_numpy
+from triton_impl.call import forget
 
 FN, UPDATE = "gated_short_conv_fn", "gated_short_conv_update"
 DIM = 20
@@ -180,8 +181,9 @@ def test_one_pass_has_the_gradients_of_products_around_the_convolution(
     dfinal = torch.randn(3, width - 1, DIM).to(dtype)
     offsets = tuple(DIM * place for place in order)
     taken = []
-    one_pass = functional_prologue.launch_gated
-    monkeypatch.setattr(functional_prologue, "launch_gated", lambda *a: taken.append(1) or one_pass(*a))
+    prepare = prologue_backward.prepare_gated
+    monkeypatch.setattr(prologue_backward, "prepare_gated", lambda *a: taken.append(1) or prepare(*a))
+    forget()
 
     def gradients(extra, upstream):
         given = [t.clone().requires_grad_() for t in (bcx, weight, bias, initial)]
