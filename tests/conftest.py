@@ -175,7 +175,10 @@ def patch_once(interpreter):
         seen = modules_of(function)
         if seen and not any(language.core.is_builtin(module.load) for module in seen):
             return interpreter._LangPatchScope()  # inside a kernel: nothing to put back
-        return patch(function)
+        scope = patch(function)
+        if operations is not None:
+            operations.install(scope)
+        return scope
 
     def kept(dtype):
         name = dtype.scalar.name
@@ -183,13 +186,16 @@ def patch_once(interpreter):
             dtypes[name] = dtype_of(dtype)
         return dtypes[name]
 
-    once.once = True
+    once.once, operations = True, None
     interpreter._patch_lang, interpreter._get_np_dtype = once, kept
     if os.environ.get("TRITON_INTERPRET") == "1":
         kept_types(language.core)
         # Eight operations for every sum, whose result is dropped unless `debug` is set.
         language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
         operands_alike(language.semantic.TritonSemantic, language.core)
+        from tests.tools.quick_triton import Operations
+
+        operations = Operations(interpreter)
 
 
 def kept_types(core):
