@@ -123,17 +123,24 @@ def layouts(lines, accesses, context):
         alike = match["shape"], layout.partition("order")[2]
         widest[alike] = max(widest.get(alike, layout), layout, key=width)
     # A load is as wide as the widest of its shape; not so through a pointer that a loop carries.
-    results = {name for line in lines for name in NAME.findall(line.partition(" = ")[0]) if " = " in line}
-    carried = {
-        name for line in lines if re.search(r"scf\.(for|while)|\^bb", line) for name in blocks_names(line)
-    }
+    searched = pointers_of_operations(lines, accesses)
     for place, (match, access) in enumerate(zip(matches, accesses.values(), strict=True)):
-        pointer = NAME.match(access["operands"]).group()
-        if pointer in results & carried:
-            raise Unfamiliar
-        if access["kind"] == "load" and pointer in results:
+        if access["kind"] == "load" and searched[place]:
             own[place] = widest[match["shape"], own[place].partition("order")[2]]
     return own
+
+
+def pointers_of_operations(lines, accesses):
+    """Whether the pointer of each access is an operation's result: the last definition of its name, where a block hides none."""
+    results, found = {}, []
+    for i, line in enumerate(lines):
+        if i in accesses:
+            found.append(results.get(NAME.match(accesses[i]["operands"]).group(), True))
+        if line.lstrip().startswith("%"):
+            results |= dict.fromkeys(NAME.findall(line.partition(" = ")[0]), True)
+        if re.search(r"scf\.(for|while)|\^bb", line):
+            results |= dict.fromkeys(blocks_names(line), False)
+    return found
 
 
 def blocks_names(line):
