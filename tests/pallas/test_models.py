@@ -71,6 +71,7 @@ class Griffin:
     """recurrentgemma with nn.remat, with its own convolution or with `short_conv` in its Conv1D; it begins without a cache."""
 
     calls = 2 * 3
+    start_of_all = None
 
     def __init__(self, swapped, dtype=jnp.float32, backend="auto"):
         from recurrentgemma import common
@@ -86,9 +87,12 @@ class Griffin:
         )
         model = griffin.Griffin(config, dtype=dtype)
         self.swapped, self.backend = swapped, backend
-        where = jnp.broadcast_to(jnp.arange(PROMPT), IDS.shape)
-        parameters = jax.jit(lambda key: model.init(key, IDS, where))(jax.random.key(0))
-        self.parameters = jax.tree.map(lambda p: ((3 if p.ndim == 2 else 1) * p).astype(dtype), parameters)
+        if Griffin.start_of_all is None:  # alike for every dtype and convolution
+            where = jnp.broadcast_to(jnp.arange(PROMPT), IDS.shape)
+            Griffin.start_of_all = jax.jit(lambda key: model.init(key, IDS, where))(jax.random.key(0))
+        self.parameters = jax.tree.map(
+            lambda p: ((3 if p.ndim == 2 else 1) * p).astype(dtype), Griffin.start_of_all
+        )
         self.run = functools.partial(self._patched, model.apply)
         self.call = jax.jit(self.run)
 
@@ -131,6 +135,12 @@ def convolve(module, backend, x, segment_pos, cache=None, return_cache=True):
     )  # fmt: skip
 
 
+@functools.cache
+def with_its_own(kind):
+    """The model that the others are compared to, whose programs are compiled once."""
+    return kind(False)
+
+
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     CONV.__init__()
@@ -139,7 +149,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("kind", [Mamba2, Griffin])
 def test_model(kind):
-    own, model = kind(False), kind(True)
+    own, model = with_its_own(kind), kind(True)
     pieces, whole = jax_models.compare(own, model)
     assert CONV.calls == kind.calls
     if kind is Mamba2:
@@ -161,7 +171,7 @@ def test_model_on_kernels(kind):
 
 @pytest.fixture(scope="module")
 def wanted():
-    return jax_models.chunks(Mamba2(False))[0]
+    return jax_models.chunks(with_its_own(Mamba2))[0]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

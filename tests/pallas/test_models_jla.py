@@ -74,6 +74,12 @@ class Model:
             return jnp.square(logits).mean() + out.aux_loss, logits
 
 
+@functools.cache
+def with_its_own(name):
+    """The model that the others are compared to, whose programs are compiled once."""
+    return Model(name, False)
+
+
 @pytest.fixture(autouse=True)
 def counted():
     CONV.__init__()
@@ -81,7 +87,7 @@ def counted():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_model(name):
-    own, model = Model(name, False), Model(name, True)
+    own, model = with_its_own(name), Model(name, True)
     jax_models.compare(own, model)
     assert CONV.calls == 3 * KINDS[name][1]  # in three programs: a chunk, a step, the gradient
     jax_models.check_bfloat16(own, Model(name, False, "bfloat16"), Model(name, True, "bfloat16"))
@@ -97,7 +103,7 @@ def test_model_on_kernels(name):
 
 @pytest.fixture(scope="module")
 def wanted():
-    return jax_models.chunks(Model("tiny-mamba2", False))[0]
+    return jax_models.chunks(with_its_own("tiny-mamba2"))[0]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
