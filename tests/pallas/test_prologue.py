@@ -93,10 +93,8 @@ def expected_gates(given, lower_bound=None):
     return g, 1 / (1 + np.exp(-b))
 
 
-# (the kernels of odd heads are those of the plain operation: each once)
-@on_backends(
-    few=BACKENDS[1:], every=BACKENDS[:1], strength=1, dtype=["bfloat16", "float16", "float32"], heads=HEADS
-)
+# (each dtype, heads and step once: the conformance suite has them together)
+@on_backends(few=BACKENDS, every=(), strength=1, dtype=["bfloat16", "float16", "float32"], heads=HEADS)
 def test_a_prefill_is_the_convolution_and_a_norm(backend, dtype, heads):
     heads = HEADS[heads]
     given = prefill(heads, dtype)
@@ -150,7 +148,7 @@ STEPS = {
 }  # fmt: skip
 
 
-@on_backends(few=BACKENDS[1:], every=BACKENDS[:1], strength=1, name=STEPS, heads=HEADS)
+@on_backends(few=BACKENDS, every=(), strength=1, name=STEPS, heads=HEADS)
 def test_a_step_is_the_convolution_and_a_norm(backend, heads, name):
     leading, options = STEPS[name]
     heads = HEADS[heads]
