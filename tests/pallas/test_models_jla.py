@@ -33,18 +33,29 @@ KINDS = {  # what is changed, and convolutions of a group of layers
 }
 
 
-@functools.cache
-def built(name, dtype):
-    """(parameters, the rest) of a model; the parameters larger than the usual start, so that logits spread and tokens vary."""
+def maker(name, dtype):
     config = dataclasses.replace(get_preset(name), **SMALL, **KINDS[name][0], compute_dtype=dtype)
-    parameters, static = equinox.partition(build_model(config, key=jax.random.key(0)), equinox.is_array)
-    return jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, parameters), static
+    return functools.partial(build_model, config, key=jax.random.key(0))
+
+
+@functools.cache
+def parameters_of(name):
+    """Float32 in any dtype of computation; larger than the usual start, so that logits spread and tokens vary."""
+    parameters = equinox.filter(maker(name, "float32")(), equinox.is_array)
+    return jax.tree.map(lambda p: 5 * p if p.ndim > 2 else p, parameters)
+
+
+def built(name, dtype):
+    """A model, which is the tree of its parameters."""
+    shapes = equinox.filter_eval_shape(maker(name, dtype))
+    leaves = jax.tree.leaves(parameters_of(name))
+    assert [(p.shape, p.dtype) for p in leaves] == [(p.shape, p.dtype) for p in jax.tree.leaves(shapes)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 class Model:
     def __init__(self, name, swapped, dtype="float32", backend="auto"):
-        self.parameters, static = built(name, dtype)
-        self.build = lambda parameters: equinox.combine(parameters, static)
+        self.parameters = built(name, dtype)
         self.call = OWN
         if swapped:
             self.call = lambda conv, x, *, segment_ids=None, state=None: CONV(
@@ -52,14 +63,15 @@ class Model:
                 activation="silu" if conv.activation else None, backend=backend,
             )  # fmt: skip
         self.step = jax.jit(self._step)
+        self.start = jax.jit(self._start)
 
     def _step(self, parameters, ids, where, cache):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ShortConv, "__call__", self.call)
-            return self.build(parameters).decode_step(cache, ids, where)
+            return parameters.decode_step(cache, ids, where)
 
-    def start(self):
-        return self.build(self.parameters).init_cache(2, PROMPT + STEPS)
+    def _start(self):
+        return self.parameters.init_cache(2, PROMPT + STEPS)
 
     def extend(self, parameters, ids, position, cache):
         where = jnp.broadcast_to(position + jnp.arange(ids.shape[1]), ids.shape)
@@ -68,9 +80,8 @@ class Model:
     def loss(self, parameters):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ShortConv, "__call__", self.call)
-            model = self.build(parameters)
-            out = model(IDS, segment_ids=DOCUMENTS)
-            logits = model.logits(out.hidden)
+            out = parameters(IDS, segment_ids=DOCUMENTS)
+            logits = parameters.logits(out.hidden)
             return jnp.square(logits).mean() + out.aux_loss, logits
 
 
