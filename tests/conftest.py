@@ -193,9 +193,10 @@ def patch_once(interpreter):
         # Eight operations for every sum, whose result is dropped unless `debug` is set.
         language.semantic.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
         operands_alike(language.semantic.TritonSemantic, language.core)
-        from tests.tools.quick_triton import Operations
+        from tests.tools import quick_triton
 
-        operations = Operations(interpreter)
+        if quick_triton.IS_KNOWN:
+            operations = quick_triton.Operations(interpreter)
 
 
 def kept_types(core):
