@@ -116,6 +116,12 @@ def cases_of(name):
             ("causal_conv1d_fn", "gated_short_conv_fn") if name == "triton-short" else ("causal_conv1d_fn",)
         )
         cases = [case for case in cases if case.op in operations and case.relation is None]
+        if (
+            name == "pallas-short"
+        ):  # a program a case: those about rows and their ends, and one for every feature
+            about = "lengths", "short", "tail", "empty", "tiles", "token", "hostile"
+            chosen = one_for_every_feature(cases)
+            cases = [c for c in cases if c in chosen or any(word in c.id for word in about)]
     if name.startswith("xla"):
         as_usual = one_for_every_feature(cases, NUMBERS)
         cases = [c for c in cases if (c in as_usual or c.data in SUBNORMAL) == (name == "xla")]

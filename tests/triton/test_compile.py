@@ -181,8 +181,7 @@ NARROW = dict(width=1, schedule="per_sequence", max_seqlen=17)
 COALESCED = {  # most kernels, tiles of two axes and pointers that loops carry among them
     name: code_calls.CALLS[name]
     for name in (
-        "prefill small", "prefill channel-first ring", "prefill rows of 5 tokens", "update 1 row", "update packed", "tree",
-        "commit", "prologue update 1 row",
+        "prefill channel-first ring", "prefill rows of 5 tokens", "update packed", "tree", "commit", "prologue update 1 row",
     )
 } | {
     "prologue prefill": code_calls.front(code_calls.prefill(tokens=33, batch=5, **NARROW)),
