@@ -260,9 +260,8 @@ def _walk(refs, place, weights, block_t, stores, o):
         length = jnp.minimum(place.end - begin, block_t)
         wait_block(refs)
         if refs.query_start_loc is None and o.seqlen <= block_t:
-            arrived = [
-                tile[t] for t in range(o.seqlen)
-            ]  # before any store, which the assembler moves no load across
+            # before any store, which the assembler moves no load across
+            arrived = [tile[t] for t in range(o.seqlen)]
             for t, value in enumerate(arrived):
                 past = token(t, past, value)
         else:
