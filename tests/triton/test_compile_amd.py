@@ -21,7 +21,7 @@ NAMES = {  # each call for one of the two, which have one compiler
         "prefill channel-first uneven", "prefill parts", "prefill residual", "prefill back", "prefill ring",
         "prefill snapshots", "prefill tracks", "update 256 rows", "update width 8", "update 4 tokens",
         "update packed", "update rolling", "update ring", "verify", "verify ring", "tree", "commit", "gradient flat",
-        "gradient per_sequence", "gradient channel-first", "gradient channel-first packed",
+        "gradient per_sequence", "gradient channel-first", "gradient channel-first packed", "gradient of the gated convolution",
     ],
     "gfx950": ["prefill flat", "prefill short rows", "update 1 row"],
 }  # fmt: skip
