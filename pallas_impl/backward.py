@@ -281,8 +281,11 @@ def _kernel(refs, *, columns, o):
 
         @pl.when(jnp.logical_not(live))
         def _():
-            for result, _ in results:
-                lax.fori_loop(0, length, lambda t, _: store_zeros(result, t + shift, interpret), None)  # noqa: B023
+            def zero(t, _):
+                for result, _ in results:
+                    store_zeros(result, t + shift, interpret)
+
+            lax.fori_loop(0, length, zero, None)
             for j in range(total.shape[0]):
                 store_zeros(total, j, interpret)
 
