@@ -22,7 +22,14 @@ from triton_impl.call import (
     run_real,
 )
 from triton_impl.config import crosses, prefill_config, walks
-from triton_impl.packed_rows import folds, fresh_states, owned, row_starts, rows_of_documents
+from triton_impl.packed_rows import (
+    folds,
+    fresh_states,
+    launch_backward,
+    owned,
+    row_starts,
+    rows_of_documents,
+)
 
 _ARGUMENTS = ", ".join(tracing.arguments(RowsCall, RowsCall._fields))
 tracing.library.define(
@@ -249,19 +256,9 @@ def _launch(dout, dfinal, x, weight, bias, initial_states, starts, silu, max_seq
         )
         call = backward.prepare(*tensors, silu, need_sums, config, marks is not None)
         remember("backward", kept, call)
-    places, walk, reduce = call
-    dx = torch.empty_like(x)
-    dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
-    dweight = dbias = workspace = None
-    if need_sums:
-        workspace = x.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
-        dweight = weight.new_empty(dim, width)
-        dbias = None if bias is None else bias.new_empty(dim)
     given = () if marks is None else (marks,)
-    launch_on(x.device, walk, *tensors, dx, dinitial, workspace, *given)
-    if need_sums:
-        launch_on(x.device, reduce, workspace, dweight, dbias)
-    return dx if like is x else torch.empty_like(like).copy_(dx), dweight, dbias, dinitial
+    dx, *others = launch_backward(call, tensors, torch.empty_like(x), needs, given)
+    return dx if like is x else torch.empty_like(like).copy_(dx), *others
 
 
 def _forward_fake(x, weight, bias, initial_states, query_start_loc, *options):
@@ -327,17 +324,8 @@ def _differentiate(ctx, dout, dfinal_states, backward=torch.ops.twinconv.causal_
     )
 
 
-for _name, _impl, _fake in (
-    ("causal_conv1d_forward", _forward, _forward_fake),
-    ("causal_conv1d_backward", _backward, _backward_fake),
-):
-    tracing.library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"twinconv::{_name}", _fake, lib=tracing.library)
-torch.library.register_autograd(
-    "twinconv::causal_conv1d_forward", _differentiate, setup_context=_keep_inputs, lib=tracing.library
-)
-torch.library.register_autograd(
-    "twinconv::causal_conv1d_backward", tracing.refuse_second_gradient, lib=tracing.library
+tracing.register_differentiable(
+    "causal_conv1d", (_forward, _forward_fake), (_backward, _backward_fake), _keep_inputs, _differentiate
 )
 tracing.count_flops("causal_conv1d_forward")
 tracing.count_flops(  # less the marks of documents behind what it asks for

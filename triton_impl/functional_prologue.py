@@ -22,7 +22,7 @@ from triton_impl import gated_conv, plain_prologue, tracing
 from triton_impl.call import check, front_of, kernels, launch_on, recall, remember, resolve, run_real
 from triton_impl.config import walks
 from triton_impl.functional import run_backward
-from triton_impl.packed_rows import fresh_states, owned, row_starts
+from triton_impl.packed_rows import fresh_states, launch_backward, owned, row_starts
 
 _FIELDS = PrologueCall._fields
 _DIFFERENTIABLE = ("x", "weight", "bias", "initial_states", "a", "b", "A_log", "dt_bias")
@@ -178,14 +178,18 @@ def _forward_fake(*arguments):
 
 
 def _backward_fake(*arguments):
-    call = PrologueCall(*arguments[len(_UPSTREAM) : -2])
-    need_sums, need_initial = arguments[-2:]
-    wanted = (True, need_sums, need_sums, need_initial, True, True, True, True)
-    results = []
-    for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
-        given = getattr(call, name)
-        results.append(call.x.new_empty(0) if given is None or not want else given.new_empty(given.shape))
-    return tuple(results)
+    return _empty_gradients(PrologueCall(*arguments[len(_UPSTREAM) : -2]), _DIFFERENTIABLE, arguments[-2:])
+
+
+def _empty_gradients(call, differentiable, needs):
+    """Of the shapes of the arguments with these names: what has tokens, weight, bias and initial states first."""
+    need_sums, need_initial = needs
+    wanted = (True, need_sums, need_sums, need_initial, *[True] * (len(differentiable) - 4))
+    given = [getattr(call, name) for name in differentiable]
+    return tuple(
+        given[0].new_empty(0) if array is None or not want else array.new_empty(array.shape)
+        for array, want in zip(given, wanted, strict=True)
+    )
 
 
 def _backward_flops(*shapes, out_shape=None, **options):
@@ -234,20 +238,12 @@ def _gradients(ctx, upstream, record, differentiable, backward):
     return tuple(grads[name] if name in grads and needed[name] else None for name in fields)
 
 
-for _name, _impl, _fake in (
-    ("gated_delta_prologue_forward", _forward, _forward_fake),
-    ("gated_delta_prologue_backward", _backward, _backward_fake),
-):
-    tracing.library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"twinconv::{_name}", _fake, lib=tracing.library)
-torch.library.register_autograd(
-    "twinconv::gated_delta_prologue_forward",
+tracing.register_differentiable(
+    "gated_delta_prologue",
+    (_forward, _forward_fake),
+    (_backward, _backward_fake),
+    _keep_inputs,
     _differentiate_flat,
-    setup_context=_keep_inputs,
-    lib=tracing.library,
-)
-torch.library.register_autograd(
-    "twinconv::gated_delta_prologue_backward", tracing.refuse_second_gradient, lib=tracing.library
 )
 tracing.count_flops("gated_delta_prologue_forward")
 tracing.count_flops("gated_delta_prologue_backward", _backward_flops)
@@ -351,33 +347,22 @@ def _backward_gated(dout, dfinal, *arguments):
 
 def _launch_gated(dout, dfinal, call, initial_states, starts, needs):
     """The kernels of `backward` on the three slices as they lie, each of whose gradients takes its place in bcx's."""
-    bcx, weight, bias, (need_sums, need_initial) = call.bcx, call.weight, call.bias, needs
-    tokens, batch, (dim, width) = bcx.shape[0], starts.shape[0] - 1, weight.shape
-    of_x = gated_conv.offsets(call)[2]
+    bcx, dim, of_x = call.bcx, call.weight.shape[0], gated_conv.offsets(call)[2]
     if dout is None:
-        dout = bcx.new_zeros(()).expand(tokens, dim)
-    tensors = bcx, weight, bias, initial_states, starts
-    options = call.channel_offsets, call.activation, call.max_seqlen, call.schedule, need_sums, need_initial
-    kept = (*tensors, dout, dfinal, *options)
+        dout = bcx.new_zeros(()).expand(bcx.shape[0], dim)
+    others = call.weight, call.bias, initial_states, starts
+    options = call.channel_offsets, call.activation, call.max_seqlen, call.schedule
+    kept = (bcx, *others, dout, dfinal, *options, *needs)
     if (prepared := recall("gated backward", kept)) is None:
         prepare = kernels("prologue_backward").prepare_gated
         prepared = prepare(
-            dout, dfinal, call, initial_states, starts, need_sums, kernels("launch").warp_size()
+            dout, dfinal, call, initial_states, starts, needs[0], kernels("launch").warp_size()
         )
         remember("gated backward", kept, prepared)
-    places, walk, reduce = prepared
     dbcx = torch.empty_like(bcx)
-    dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
-    dweight = dbias = workspace = None
-    if need_sums:
-        workspace = bcx.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
-        dweight = weight.new_empty(dim, width)
-        dbias = None if bias is None else bias.new_empty(dim)
     x, dx = (tensor.narrow(-1, of_x, dim) for tensor in (bcx, dbcx))
-    launch_on(bcx.device, walk, dout, dfinal, x, *tensors[1:], dx, dinitial, workspace)
-    if need_sums:
-        launch_on(bcx.device, reduce, workspace, dweight, dbias)
-    return dbcx, dweight, dbias, dinitial
+    _, *found = launch_backward(prepared, (dout, dfinal, x, *others), dx, needs)
+    return dbcx, *found
 
 
 def _composed(dout, dfinal, call, initial_states, starts, needs):
@@ -412,13 +397,7 @@ def _forward_gated_fake(*arguments):
 
 
 def _backward_gated_fake(dout, dfinal, *arguments):
-    needs, call = arguments[-2:], GatedConvCall(*arguments[:-2])
-    wanted = (True, needs[0], needs[0], needs[1])
-    given = (getattr(call, name) for name in _OF_GATED)
-    return tuple(
-        call.bcx.new_empty(0) if array is None or not want else array.new_empty(array.shape)
-        for array, want in zip(given, wanted, strict=True)
-    )
+    return _empty_gradients(GatedConvCall(*arguments[:-2]), _OF_GATED, arguments[-2:])
 
 
 def _gated_backward_flops(dout, dfinal, bcx, weight, *rest, out_shape=None, **options):
@@ -445,20 +424,12 @@ class _GatedConv(torch.autograd.Function):
     jvp = staticmethod(tracing.refuse_tangents)
 
 
-for _name, _impl, _fake in (
-    ("gated_short_conv_forward", _forward_gated, _forward_gated_fake),
-    ("gated_short_conv_backward", _backward_gated, _backward_gated_fake),
-):
-    tracing.library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"twinconv::{_name}", _fake, lib=tracing.library)
-torch.library.register_autograd(
-    "twinconv::gated_short_conv_forward",
+tracing.register_differentiable(
+    "gated_short_conv",
+    (_forward_gated, _forward_gated_fake),
+    (_backward_gated, _backward_gated_fake),
+    _GatedConv.setup_context,
     functools.partial(_GatedConv.backward, backward=torch.ops.twinconv.gated_short_conv_backward.default),
-    setup_context=_GatedConv.setup_context,
-    lib=tracing.library,
-)
-torch.library.register_autograd(
-    "twinconv::gated_short_conv_backward", tracing.refuse_second_gradient, lib=tracing.library
 )
 tracing.count_flops("gated_short_conv_forward")
 tracing.count_flops("gated_short_conv_backward", _gated_backward_flops)

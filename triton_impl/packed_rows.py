@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import pad
 
-from triton_impl.call import unit_stride
+from triton_impl.call import launch_on, unit_stride
 
 
 def row_starts(x, sizes, query_start_loc, max_seqlen):
@@ -71,3 +71,29 @@ def fresh_states(x, initial_states, sizes):
 def owned(result):
     """A tensor of its own on the memory of `result`: autograd lets nobody change a view among several results in place."""
     return result.new_empty(0).set_(result) if result._is_view() else result
+
+
+def launch_backward(prepared, tensors, dx, needs, marks=()):
+    """Runs what `backward.prepare` prepared, into dx.
+
+    Args:
+      tensors: what the first Launch takes up to `query_start_loc`.
+      needs: whether the gradients of weight and bias, and of the initial states, are wanted.
+      marks: those of documents, if any, in a tuple.
+
+    Returns:
+      (dx, dweight, dbias, dinitial), None for what is not wanted.
+    """
+    places, walk, reduce = prepared
+    (need_sums, need_initial), (x, weight, bias, initial_states, _) = needs, tensors[-5:]
+    dim, width = weight.shape
+    dinitial = initial_states.new_empty(initial_states.shape) if need_initial else None
+    dweight = dbias = workspace = None
+    if need_sums:
+        workspace = x.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
+        dweight = weight.new_empty(dim, width)
+        dbias = None if bias is None else bias.new_empty(dim)
+    launch_on(x.device, walk, *tensors, dx, dinitial, workspace, *marks)
+    if need_sums:
+        launch_on(x.device, reduce, workspace, dweight, dbias)
+    return dx, dweight, dbias, dinitial

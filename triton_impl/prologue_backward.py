@@ -27,6 +27,7 @@ from triton_impl.backward import (
 )
 from triton_impl.config import MAX_GRID_YZ, next_power_of_2
 from triton_impl.launch import Launch
+from triton_impl.packed_rows import launch_backward
 from triton_impl.prologue import (
     exponential,
     head_channels,
@@ -159,25 +160,13 @@ def launch(upstream, dfinal, x, weight, bias, initial_states, starts, call, size
     """
     tokens, dim = x.shape
     batch, width = starts.shape[0] - 1, weight.shape[1]
-    need_sums, need_initial = needs
     lanes = lanes_of(sizes.head_k_dim)
     config = prologue_backward_config(
         tokens, dim, batch, width, lanes, call.max_seqlen, call.schedule, warp_size
     )
-    places, walk, reduce = prepare(
-        upstream, dfinal, x, weight, bias, initial_states, starts, call, sizes, need_sums, config
-    )
-    dx = torch.empty_like(x)
-    dinitial = initial_states.new_empty(batch, width - 1, dim) if need_initial else None
-    dweight = dbias = workspace = None
-    if need_sums:
-        workspace = x.new_empty(places, width + (bias is not None), dim, dtype=torch.float32)
-        dweight = weight.new_empty(dim, width)
-        dbias = None if bias is None else bias.new_empty(dim)
-    walk(*upstream, dfinal, x, weight, bias, initial_states, starts, dx, dinitial, workspace)
-    if need_sums:
-        reduce(workspace, dweight, dbias)
-    return dx, dweight, dbias, dinitial
+    tensors = dfinal, x, weight, bias, initial_states, starts
+    prepared = prepare(upstream, *tensors, call, sizes, needs[0], config)
+    return launch_backward(prepared, (*upstream, *tensors), torch.empty_like(x), needs)
 
 
 def prepare_gated(dout, dfinal, call, initial_states, starts, need_sums, warp_size):

@@ -354,6 +354,16 @@ def asks_for_gradient(*tensors):
     return False
 
 
+def register_differentiable(name, forward, backward, keep_inputs, differentiate):
+    """Registers the operators `name`_forward and _backward, each of (what runs it, its fake), and their autograd."""
+    for part, (run, fake) in (("forward", forward), ("backward", backward)):
+        library.impl(f"{name}_{part}", run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"twinconv::{name}_{part}", fake, lib=library)
+    autograd = functools.partial(torch.library.register_autograd, lib=library)
+    autograd(f"twinconv::{name}_forward", differentiate, setup_context=keep_inputs)
+    autograd(f"twinconv::{name}_backward", refuse_second_gradient)
+
+
 def _convolution_flops(x_shape, weight_shape, *args, out_shape=None, **options):
     """A multiplication and an addition for every tap of every element of the output."""
     tokens = 1

@@ -17,7 +17,7 @@ from oracle.numerics import TypedArray
 from tests.tools import gradient_cases as gradients
 from tests.tools.covering import combinations, cover
 from tests.tools.synchronisation import no_synchronisation
-from triton_impl import backward, config, functional
+from triton_impl import backward, config, functional, packed_rows
 from triton_impl import call as calls
 from triton_impl.functional import causal_conv1d
 
@@ -320,7 +320,7 @@ def test_dout_is_copied_only_where_it_lies_across_x(rows, layout, monkeypatch):
     a = {name: None if t is None else t.detach() for name, t in arguments.items()}
     a["x"], dout = of_x(a["x"]), of_dout(dout)
     given = []
-    monkeypatch.setattr(functional, "launch_on", lambda device, call, *tensors: given.append(tensors))
+    monkeypatch.setattr(packed_rows, "launch_on", lambda device, call, *tensors: given.append(tensors))
     with Copies(dout.numel()) as copies:  # (which would not see what a registered operator does)
         functional.run_backward(dout, dfinal, *a.values(), "silu", None, "flat", "triton", True, True)
     walk, _ = given
